@@ -1,0 +1,33 @@
+"""Multi-task fine-tuning with HyperFormer (arXiv 2106.04489): generated adapters in a frozen T5, fused."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "AdapterLayout": "layout",
+    "FusedHyperAdapter": "adapter",
+    "HyperFormerConfig": "config",
+    "HyperFormerModel": "model",
+    "explain": "backends",
+    "get_hyperformer_model": "model",
+    "use_backend": "backends",
+}
+_MODULES = ("backends", "official", "ops", "reference")
+
+__all__ = [*_PUBLIC, *_MODULES]
+
+
+def __getattr__(name: str):
+    # Lazy, so that the command's help and the doctor do not wait for transformers.
+    if name in _PUBLIC:
+        return getattr(import_module(f".{_PUBLIC[name]}", __name__), name)
+    if name in _MODULES:
+        return import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,75 @@
+"""FusedHyperAdapter: one hypernetwork-generated adapter, as a drop-in module for any model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .activations import canonical_activation
+from .hypernetwork import Generator
+from .layout import AdapterLayout
+
+
+class FusedHyperAdapter(nn.Module):
+    """A bottleneck adapter whose weights, and whose layer norms, are generated from an embedding (paper sections 2 and 3).
+
+    Stands where an ``AdapterController`` of the authors' code or any ``adapter(x)`` stood: behind a sublayer, before its
+    residual add. The adapter's own skip is included.
+
+    Args:
+        input_dim: d, width of x.
+        down_sample_size: b, the bottleneck.
+        embedding_dim: k, width of the embedding.
+        non_linearity: ``gelu_new``, ``gelu``, ``relu`` or ``silu``.
+        add_layer_norm_before_adapter, add_layer_norm_after_adapter: which norms there are.
+        conditional_layer_norm: generate the norms' parameters; False: plain trained norms.
+
+    Raises:
+        ValueError: naming the argument, its value and what is allowed.
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        down_sample_size: int,
+        embedding_dim: int,
+        non_linearity: str = "gelu_new",
+        add_layer_norm_before_adapter: bool = False,
+        add_layer_norm_after_adapter: bool = True,
+        conditional_layer_norm: bool = True,
+    ):
+        super().__init__()
+        for name, value in (("input_dim", input_dim), ("down_sample_size", down_sample_size), ("embedding_dim", embedding_dim)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        self.activation = canonical_activation(non_linearity, field="non_linearity")
+        self.layout = AdapterLayout(input_dim, down_sample_size, add_layer_norm_before_adapter, add_layer_norm_after_adapter)
+        self.embedding_dim = embedding_dim
+        self.generator = Generator(1, self.layout, embedding_dim, conditional_layer_norm)
+
+    def forward(self, x: Tensor, embedding: Tensor, task_index: Tensor | None = None) -> Tensor:
+        """Adapt x.
+
+        Args:
+            x: [..., d]; [B, ..., d] with ``task_index``.
+            embedding: [k], or [T, k] with ``task_index``.
+            task_index: [B] int32 or int64, which embedding each sample takes; -1 for none, which leaves it as it is.
+
+        Returns:
+            x's shape and dtype.
+
+        Raises:
+            ValueError: shapes that do not fit, naming both.
+        """
+        if embedding.dim() not in (1, 2) or embedding.shape[-1] != self.embedding_dim:
+            raise ValueError(
+                f"embedding must be [{self.embedding_dim}] or [T, {self.embedding_dim}], got {list(embedding.shape)}"
+            )
+        with torch.autocast(x.device.type, enabled=False):
+            e = embedding.to(self.generator.weight.dtype).reshape(1, -1, self.embedding_dim)
+            packed = self.generator(e).squeeze(0)
+        return ops.adapter(x, packed, self.layout, self.activation, task_index=task_index)
+
+    def extra_repr(self) -> str:
+        return f"{self.layout}, k={self.embedding_dim}, activation={self.activation}"

@@ -1,0 +1,53 @@
+"""What a backend is, and what a call asks of it."""
+
+from __future__ import annotations
+
+import abc
+from typing import NamedTuple
+
+import torch
+
+#: The kernels a full backend has.
+OPS = ("generate_weights", "fold", "adapter_forward", "adapter_backward")
+
+
+class Request(NamedTuple):
+    """The static facts of a call, on which alone the choice of a backend rests: never the number of rows."""
+
+    op: str
+    device: str
+    dtype: torch.dtype
+    d: int
+    b: int
+
+
+class Backend(abc.ABC):
+    """A set of kernels. Those that it has, it offers as methods named as in ``OPS`` (signatures: ``ReferenceBackend``)."""
+
+    name: str
+
+    @abc.abstractmethod
+    def unavailable(self) -> str | None:
+        """Why nothing at all can run here, with the cure; None where something can."""
+
+    @abc.abstractmethod
+    def refuses(self, request: Request) -> str | None:
+        """Why this request can't be served, with the cure; None where it can. Only asked of an available backend."""
+
+    @property
+    def serves(self) -> list[str]:
+        """The ops this backend has kernels for."""
+        return [op for op in OPS if hasattr(self, op)]
+
+
+class AbsentBackend(Backend):
+    """A backend that this version knows by name only."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def unavailable(self) -> str | None:
+        return f"this version of hyperformer_fast has no {self.name} kernels; use backend 'auto' or 'reference'"
+
+    def refuses(self, request: Request) -> str | None:
+        return self.unavailable()

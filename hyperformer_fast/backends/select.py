@@ -1,0 +1,170 @@
+"""The choice of a backend: ``HYPERFORMER_FAST_BACKEND``, ``use_backend``, ``explain``."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+import os
+from collections.abc import Iterator
+
+import torch
+
+from .base import OPS, AbsentBackend, Backend, Request
+from .cpu import CpuBackend
+from .reference import ReferenceBackend
+
+ENVIRONMENT_VARIABLE = "HYPERFORMER_FAST_BACKEND"
+
+#: In the order in which ``auto`` prefers them; a backend refuses what is not its device's.
+_BACKENDS: dict[str, Backend] = {
+    backend.name: backend
+    for backend in (AbsentBackend("cuda"), AbsentBackend("triton"), CpuBackend(), ReferenceBackend())
+}
+
+_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("hyperformer_fast_backend", default=None)
+
+
+def backend_names() -> list[str]:
+    """Every name that ``HYPERFORMER_FAST_BACKEND`` and :func:`use_backend` take."""
+    return ["auto", *_BACKENDS]
+
+
+def current_backend() -> str:
+    """The choice in force: of the innermost :func:`use_backend`, else of the environment, else ``"auto"``."""
+    return _forced.get() or _from_environment()
+
+
+@functools.cache
+def _from_environment() -> str:
+    return _known(os.environ.get(ENVIRONMENT_VARIABLE) or "auto", ENVIRONMENT_VARIABLE)
+
+
+def _known(name: str, source: str) -> str:
+    if name not in backend_names():
+        raise ValueError(f"{source}: backend must be one of {', '.join(backend_names())}, got {name!r}")
+    return name
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force a backend for all calls of this thread within the block; ``"auto"`` restores the choice by inputs.
+
+    Raises:
+        ValueError: no backend of that name. A call that the backend can't serve raises RuntimeError, with the cure.
+    """
+    token = _forced.set(_known(name, "use_backend"))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def select(request: Request) -> Backend:
+    """The backend that serves ``request``. RuntimeError where an explicit choice can't."""
+    return _select(current_backend(), request)
+
+
+@functools.lru_cache(maxsize=4096)
+def _select(choice: str, request: Request) -> Backend:
+    if choice != "auto":
+        reason = _refusal(_BACKENDS[choice], request)
+        if reason is not None:
+            raise RuntimeError(f"backend {choice!r} cannot serve {request.op}: {reason}")
+        return _BACKENDS[choice]
+    return next(backend for backend in _BACKENDS.values() if _refusal(backend, request) is None)
+
+
+def _refusal(backend: Backend, request: Request) -> str | None:
+    return backend.unavailable() or backend.refuses(request)
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """Which backend serves a request (None: the explicit choice can't), and why each other one does not."""
+
+    request: Request
+    choice: str
+    chosen: str | None
+    reasons: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.request.op} on {self.request.device}, {self.request.dtype}: {self.chosen or 'none'} (asked for: {self.choice})"]
+        return "\n".join(lines + [f"  not {name}: {reason}" for name, reason in self.reasons.items()])
+
+
+def explain(
+    op: str = "adapter_forward",
+    x: torch.Tensor | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    d: int = 768,
+    b: int = 24,
+) -> Explanation:
+    """The backend that would serve ``op``, and the reason each other one was refused.
+
+    Args:
+        op: one of ``generate_weights``, ``fold``, ``adapter_forward``, ``adapter_backward``.
+        x: an input; stands for ``device``, ``dtype`` and ``d``.
+        device, dtype, d, b: of the input, and the adapter's bottleneck.
+    """
+    if op not in OPS:
+        raise ValueError(f"op must be one of {', '.join(OPS)}, got {op!r}")
+    if x is not None:
+        device, dtype, d = x.device, x.dtype, x.shape[-1]
+    request = Request(op, torch.device(device).type, dtype, d, b)
+    choice = current_backend()
+    refusals = {name: _refusal(backend, request) for name, backend in _BACKENDS.items()}
+    willing = [name for name, reason in refusals.items() if reason is None]
+    chosen = (willing[0] if choice == "auto" else choice if choice in willing else None) if willing else None
+    passed_over = f"{chosen} is preferred" if choice == "auto" else f"{choice} was asked for"
+    reasons = {name: reason or passed_over for name, reason in refusals.items() if name != chosen}
+    return Explanation(request, choice, chosen, reasons)
+
+
+def backend_report() -> list[dict[str, object]]:
+    """Every backend: its name, whether it is available here, the ops it serves, and the reason where it is not."""
+    return [
+        {
+            "name": name,
+            "available": backend.unavailable() is None,
+            "serves": backend.serves,
+            "reason": backend.unavailable() or "",
+        }
+        for name, backend in _BACKENDS.items()
+    ]
+
+
+def live_check(name: str) -> dict[str, float]:
+    """Run the ops of backend ``name`` on a small adapter: the largest error relative to the float64 truth, per op.
+
+    Raises:
+        RuntimeError: the backend is not available.
+    """
+    from ..layout import AdapterLayout
+
+    backend = _BACKENDS[_known(name, "live_check")]
+    if backend.unavailable() is not None:
+        raise RuntimeError(f"backend {name!r} is not available: {backend.unavailable()}")
+    truth = _BACKENDS["reference"]
+    generator = torch.Generator().manual_seed(0)
+    layout = AdapterLayout(96, 12)
+
+    def run(served: Backend, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        generator.manual_seed(0)
+        packed = (torch.randn(2, layout.numel, generator=generator, dtype=torch.float64) * 0.1).to(dtype)
+        x, g = (torch.randn(4, 8, 96, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
+        index = torch.tensor([0, 1, -1, 1])
+        folded = getattr(served, "fold", truth.fold)(packed, layout, dtype)
+        out, saved = getattr(served, "adapter_forward", truth.adapter_forward)(x, folded, layout, "gelu_new", index, True)
+        backward = getattr(served, "adapter_backward", truth.adapter_backward)
+        dx, dpacked = backward(g, x, saved, packed, folded, layout, "gelu_new", index, True, True)
+        E, G, g0 = packed[None, :, :5], packed.mT[None, :, :1].repeat(1, 1, 5), packed[:1]
+        generated = getattr(served, "generate_weights", truth.generate_weights)(E, G, g0)
+        backward_results = torch.cat([dx.flatten(), dpacked.flatten()])
+        return {"generate_weights": generated, "fold": folded.root, "adapter_forward": out, "adapter_backward": backward_results}
+
+    mine, expected = run(backend, torch.float32), run(truth, torch.float64)
+    return {op: ((mine[op] - expected[op]).abs().max() / expected[op].abs().max()).item() for op in backend.serves}

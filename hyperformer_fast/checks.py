@@ -1,0 +1,116 @@
+"""What the ops accept: one check for the real and the fake kernels, for every backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .layout import AdapterLayout
+from .reference import Folded, Saved
+
+_INDEX_DTYPES = (torch.int32, torch.int64)
+
+
+def _require(condition: bool, message) -> None:
+    torch._check_value(condition, message)
+
+
+def _same_device(**tensors: Tensor) -> None:
+    (first_name, first), *others = tensors.items()
+    for name, tensor in others:
+        _require(
+            tensor.device == first.device,
+            lambda: f"{name} must be on {first_name}'s device {first.device}, got {tensor.device}",
+        )
+
+
+def _floating(name: str, tensor: Tensor) -> None:
+    _require(tensor.dtype.is_floating_point, lambda: f"{name} must be of a floating dtype, got {tensor.dtype}")
+
+
+def check_generate(E: Tensor, G: Tensor, g0: Tensor) -> None:
+    """E [Q, n, k], G [Q, P, k], g0 [Q, P], of one floating dtype on one device. ValueError otherwise."""
+    for name, tensor, dims in (("E", E, "Q, n, k"), ("G", G, "Q, P, k"), ("g0", g0, "Q, P")):
+        _require(tensor.dim() == dims.count(",") + 1, lambda: f"{name} must be [{dims}], got {list(tensor.shape)}")
+        _require(tensor.dtype == E.dtype, lambda: f"{name} must have E's dtype {E.dtype}, got {tensor.dtype}")
+    _floating("E", E)
+    _same_device(E=E, G=G, g0=g0)
+    _require(
+        E.shape[0] == G.shape[0] and E.shape[2] == G.shape[2],
+        lambda: f"E [Q, n, k] and G [Q, P, k] must agree in Q and k, got {list(E.shape)} and {list(G.shape)}",
+    )
+    _require(
+        g0.shape == G.shape[:2], lambda: f"g0 must be [Q, P] = {list(G.shape[:2])} like G, got {list(g0.shape)}"
+    )
+
+
+def check_fold(packed: Tensor, layout: AdapterLayout, dtype: torch.dtype) -> None:
+    """packed [..., P] and a compute dtype, both floating. ValueError otherwise."""
+    _floating("packed", packed)
+    _require(dtype.is_floating_point, lambda: f"dtype must be a floating dtype, got {dtype}")
+    _require(packed.dim() >= 1, lambda: "packed must be [..., P], got a scalar")
+    _require(
+        packed.shape[-1] == layout.numel,
+        lambda: f"packed must have P = {layout.numel} numbers per adapter for {layout}, got {packed.shape[-1]}",
+    )
+
+
+def check_adapter(
+    x: Tensor,
+    packed: Tensor,
+    folded: Folded,
+    layout: AdapterLayout,
+    task_index: Tensor | None,
+    g: Tensor | None = None,
+    saved: Saved | None = None,
+) -> None:
+    """Everything that an adapter's kernels take for granted, but the values in ``task_index``. ValueError otherwise."""
+    d, b = layout.d, layout.b
+    _floating("x", x)
+    _require(x.dim() >= 1, lambda: "x must be [..., d], got a scalar")
+    _require(x.shape[-1] == d, lambda: f"x must be [..., {d}], the adapter's width, got {list(x.shape)}")
+    _require(packed.dim() == 2, lambda: f"packed must be [T, P], got {list(packed.shape)}")
+    check_fold(packed, layout, x.dtype)
+    _same_device(x=x, packed=packed, wd=folded.wd)
+    T = packed.shape[0]
+    _require(folded.wd.dtype == x.dtype, lambda: f"the folded weights must have x's dtype {x.dtype}, got {folded.wd.dtype}")
+    _require(
+        tuple(folded.wd.shape) == (T, b, d),
+        lambda: f"the folded down-projection must be [T, b, d] = {[T, b, d]}, got {list(folded.wd.shape)}",
+    )
+    if task_index is None:
+        _require(T == 1, lambda: f"packed holds T = {T} tasks: task_index must say which one each sample takes")
+    else:
+        _check_task_index(x, task_index)
+    if g is not None:
+        _require(g.shape == x.shape, lambda: f"g must have x's shape {list(x.shape)}, got {list(g.shape)}")
+        _require(g.dtype == x.dtype, lambda: f"g must have x's dtype {x.dtype}, got {g.dtype}")
+        _same_device(x=x, g=g)
+    if saved is not None:
+        z_shape = (*x.shape[:-1], b)
+        _require(
+            tuple(saved.z.shape) == z_shape and saved.z.dtype == x.dtype,
+            lambda: f"z must be {list(z_shape)} in {x.dtype}, got {list(saved.z.shape)} in {saved.z.dtype}",
+        )
+
+
+def _check_task_index(x: Tensor, task_index: Tensor) -> None:
+    _require(
+        task_index.dtype in _INDEX_DTYPES, lambda: f"task_index must be int32 or int64, got {task_index.dtype}"
+    )
+    _require(x.dim() >= 2, lambda: f"x must be [B, ..., d] with task_index, got {list(x.shape)}")
+    _require(task_index.dim() == 1, lambda: f"task_index must be [B], got {list(task_index.shape)}")
+    _require(
+        task_index.shape[0] == x.shape[0],
+        lambda: f"task_index must have one entry per sample of x, {x.shape[0]}, got {task_index.shape[0]}",
+    )
+    _same_device(x=x, task_index=task_index)
+
+
+def check_task_range(task_index: Tensor | None, T: int) -> None:
+    """ValueError where a task on the CPU is not in -1 .. T-1. On a device nothing is read: looking would stall it."""
+    if task_index is None or task_index.device.type != "cpu" or task_index.numel() == 0:
+        return
+    low, high = (value.item() for value in torch.aminmax(task_index))
+    if low < -1 or high >= T:
+        raise ValueError(f"task_index must be from -1 (no adapter) to {T - 1}, got {low if low < -1 else high}")

@@ -1,0 +1,242 @@
+"""What a HyperFormer is: one validated, JSON-serialisable description, under the authors' field names."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .activations import canonical_activation
+
+VARIANTS = ("hyperformer++", "hyperformer-shared", "hyperformer")
+
+#: (unique_hyper_net, efficient_unique_hyper_net) of each variant; the efficient flag wins over the other in the authors' code.
+_FLAGS = {"hyperformer++": (False, True), "hyperformer-shared": (True, False), "hyperformer": (False, False)}
+
+#: Defaults of the authors' MetaAdapterConfig and ModelArguments where they are not ours.
+_OFFICIAL_DEFAULTS = {
+    "non_linearity": "swish",
+    "reduction_factor": 16,
+    "task_embedding_dim": 512,
+    "conditional_layer_norm": False,
+    "unique_hyper_net": False,
+    "efficient_unique_hyper_net": False,
+    "unfreeze_layer_norms": False,
+}
+
+
+@dataclasses.dataclass(kw_only=True, eq=True)
+class HyperFormerConfig:
+    """Configuration of the hypernetworks and adapters of one model.
+
+    The defaults are those of the authors' ``hyperformer++.json``, not of their ``MetaAdapterConfig`` class (swish, 16, 512).
+
+    Args:
+        tasks: names of the tasks, in the order of their indices. Required, not empty, unique.
+        variant: what the adapters of a stack share: ``"hyperformer++"`` one set of generators for all of them,
+            ``"hyperformer-shared"`` one for the feed-forward and one for the self-attention adapters,
+            ``"hyperformer"`` none (a set per block and position; the paper's HyperFormer). None: from the two flags below.
+        task_embedding_dim: width of a task's own embedding (and of the layer and position embeddings).
+        projected_task_embedding_dim: width k of the embedding that the generators read (64 in the paper).
+        task_hidden_dim: hidden width of the network between the two (128 in the paper).
+        reduction_factor: an adapter's bottleneck is ``b = d // reduction_factor``.
+        non_linearity: ``gelu_new`` (tanh form), ``gelu`` (erf), ``relu``, ``silu`` (also under its official name ``swish``).
+        add_layer_norm_before_adapter: normalise the adapter's input.
+        add_layer_norm_after_adapter: normalise the adapter's output, before the skip is added.
+        conditional_layer_norm: generate the norms' parameters. Read by variant ``"hyperformer"`` only: the two shared
+            variants always generate them, as in the authors' code.
+        unique_hyper_net: the authors' flag for ``"hyperformer-shared"``.
+        efficient_unique_hyper_net: the authors' flag for ``"hyperformer++"``; wins over ``unique_hyper_net``.
+        unique_hyper_net_layer_norm: layer norm (eps 1e-6) on the joint embedding. Not read by variant ``"hyperformer"``.
+        train_task_embeddings: project the task embeddings through a network of their own before anything else reads them.
+        task_to_embeddings: task -> name of the embedding it uses; tasks may share one. None: each task its own.
+        unfreeze_layer_norms: train T5's own layer norms.
+        unfreeze_lm_head: train T5's output head.
+
+    Raises:
+        ValueError, TypeError: naming the field, its value and what is allowed.
+    """
+
+    tasks: list[str]
+    variant: str | None = None
+    task_embedding_dim: int = 64
+    projected_task_embedding_dim: int = 64
+    task_hidden_dim: int = 128
+    reduction_factor: int = 32
+    non_linearity: str = "gelu_new"
+    add_layer_norm_before_adapter: bool = False
+    add_layer_norm_after_adapter: bool = True
+    conditional_layer_norm: bool = True
+    unique_hyper_net: bool | None = None
+    efficient_unique_hyper_net: bool | None = None
+    unique_hyper_net_layer_norm: bool = True
+    train_task_embeddings: bool = False
+    task_to_embeddings: dict[str, str] | None = None
+    unfreeze_layer_norms: bool = True
+    unfreeze_lm_head: bool = False
+
+    def __post_init__(self) -> None:
+        self._check_tasks()
+        self._check_sizes()
+        self._resolve_variant()
+        for field in dataclasses.fields(self):
+            if field.type == "bool" and not isinstance(getattr(self, field.name), bool):
+                raise TypeError(f"{field.name} must be True or False, got {getattr(self, field.name)!r}")
+        self.non_linearity = canonical_activation(self.non_linearity, field="non_linearity")
+        shared = self.variant != "hyperformer"
+        if self.train_task_embeddings and shared and self.projected_task_embedding_dim != self.task_embedding_dim:
+            raise ValueError(
+                f"train_task_embeddings with variant {self.variant!r} needs projected_task_embedding_dim equal to "
+                f"task_embedding_dim (a projected task embedding stands beside layer embeddings of that width), "
+                f"got {self.projected_task_embedding_dim} and {self.task_embedding_dim}"
+            )
+
+    def _check_tasks(self) -> None:
+        if isinstance(self.tasks, str) or not isinstance(self.tasks, (list, tuple)):
+            raise TypeError(f"tasks must be a list of names, got {self.tasks!r}")
+        self.tasks = list(self.tasks)
+        for task in self.tasks:
+            _check_name("tasks", task)
+        if not self.tasks:
+            raise ValueError("tasks must name at least one task, got []")
+        repeated = sorted({task for task in self.tasks if self.tasks.count(task) > 1})
+        if repeated:
+            raise ValueError(f"tasks must be unique, got {repeated} more than once")
+        if self.task_to_embeddings is None:
+            return
+        if not isinstance(self.task_to_embeddings, Mapping):
+            raise TypeError(f"task_to_embeddings must map task names to embedding names, got {self.task_to_embeddings!r}")
+        self.task_to_embeddings = dict(self.task_to_embeddings)
+        missing = [task for task in self.tasks if task not in self.task_to_embeddings]
+        unknown = [task for task in self.task_to_embeddings if task not in self.tasks]
+        if missing or unknown:
+            raise ValueError(
+                f"task_to_embeddings must have exactly the tasks {self.tasks} as keys; missing {missing}, unknown {unknown}"
+            )
+        for name in self.task_to_embeddings.values():
+            _check_name("task_to_embeddings", name)
+
+    def _check_sizes(self) -> None:
+        for name in ("task_embedding_dim", "projected_task_embedding_dim", "task_hidden_dim", "reduction_factor"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an integer, got {value!r}")
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+
+    def _resolve_variant(self) -> None:
+        flags = (self.unique_hyper_net, self.efficient_unique_hyper_net)
+        for name, flag in zip(("unique_hyper_net", "efficient_unique_hyper_net"), flags):
+            if flag is not None and not isinstance(flag, bool):
+                raise TypeError(f"{name} must be True, False or None (from variant), got {flag!r}")
+        if self.variant is not None and self.variant not in VARIANTS:
+            raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {self.variant!r}")
+        said = None if flags == (None, None) else variant_of_flags(bool(flags[0]), bool(flags[1]))
+        if self.variant is None:
+            self.variant = said or VARIANTS[0]
+        expected = _FLAGS[self.variant]
+        disagrees = [
+            f"{name}={flag}"
+            for name, flag, want in zip(("unique_hyper_net", "efficient_unique_hyper_net"), flags, expected)
+            if flag is not None and flag != want and not (name == "unique_hyper_net" and expected[1])
+        ]
+        if disagrees:
+            raise ValueError(
+                f"variant={self.variant!r} stands for unique_hyper_net={expected[0]}, "
+                f"efficient_unique_hyper_net={expected[1]}, but got {', '.join(disagrees)}"
+            )
+        self.unique_hyper_net = expected[0] if flags[0] is None else flags[0]
+        self.efficient_unique_hyper_net = expected[1]
+
+    @property
+    def generates_norms(self) -> bool:
+        """Whether norm parameters are generated; False: plain trained norms (variant ``"hyperformer"`` only)."""
+        return self.conditional_layer_norm or self.variant != "hyperformer"
+
+    @property
+    def embedding_names(self) -> list[str]:
+        """Names of the embeddings that exist, in order of first use."""
+        return list(dict.fromkeys(self.embedding_of(task) for task in self.tasks))
+
+    def embedding_of(self, task: str) -> str:
+        """Name of the embedding that ``task`` uses."""
+        return task if self.task_to_embeddings is None else self.task_to_embeddings[task]
+
+    def task_id(self, task: str) -> int:
+        """Index of ``task``, as ``task_index`` counts them. ValueError for a task that is not one of ``tasks``."""
+        if task not in self.tasks:
+            raise ValueError(f"unknown task {task!r}; this model has {', '.join(self.tasks)}")
+        return self.tasks.index(task)
+
+    def bottleneck(self, d: int) -> int:
+        """Bottleneck b of an adapter of width d. ValueError where nothing would be left of it."""
+        b = d // self.reduction_factor
+        if b < 1:
+            raise ValueError(f"reduction_factor={self.reduction_factor} leaves no bottleneck at width d={d}: at most {d} is allowed")
+        return b
+
+    def replace(self, **changes: Any) -> HyperFormerConfig:
+        """A validated copy with ``changes``. Changing ``variant`` also drops the two flags that spell it."""
+        fields = self.to_dict()
+        if "variant" in changes:
+            fields["unique_hyper_net"] = fields["efficient_unique_hyper_net"] = None
+        elif {"unique_hyper_net", "efficient_unique_hyper_net"} & changes.keys():
+            fields["variant"] = None
+        return type(self).from_dict({**fields, **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, as plain JSON types; shares nothing with this instance."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> HyperFormerConfig:
+        """The inverse of :meth:`to_dict`. ValueError names unknown or missing keys."""
+        if not isinstance(fields, Mapping):
+            raise TypeError(f"a configuration must be a mapping of field names to values, got {type(fields).__name__}")
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(fields) - known)
+        if unknown:
+            raise ValueError(f"unknown configuration fields {unknown}; known are {sorted(known)}")
+        if "tasks" not in fields:
+            raise ValueError("the configuration does not say its tasks")
+        return cls(**fields)
+
+    @classmethod
+    def from_official(cls, fields: Mapping[str, Any], **changes: Any) -> HyperFormerConfig:
+        """From a configuration of the authors' code, which holds much else (training arguments): only known fields are read.
+
+        Absent fields have the authors' defaults, not ours; a dict with neither flag is variant ``"hyperformer"``.
+        """
+        known = {field.name for field in dataclasses.fields(cls)} - {"variant"}
+        picked = {name: value for name, value in fields.items() if name in known}
+        return cls.from_dict({**_OFFICIAL_DEFAULTS, **picked, **changes})
+
+    def save(self, path: str | Path) -> None:
+        """Write as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> HyperFormerConfig:
+        """Read from JSON. ValueError names the file where it is not a valid configuration."""
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+def variant_of_flags(unique_hyper_net: bool, efficient_unique_hyper_net: bool) -> str:
+    """The variant that the authors' two flags select (``efficient_unique_hyper_net`` wins)."""
+    return "hyperformer++" if efficient_unique_hyper_net else "hyperformer-shared" if unique_hyper_net else "hyperformer"
+
+
+def _check_name(field: str, name: Any) -> None:
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"{field}: a name must be a non-empty string, got {name!r}")
+    if "." in name:
+        raise ValueError(f"{field}: {name!r} holds a dot, which parameter names cannot")
+    if hasattr(nn.ParameterDict, name):
+        raise ValueError(f"{field}: {name!r} is the name of a method of ParameterDict, where embeddings are kept; choose another")

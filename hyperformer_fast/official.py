@@ -1,0 +1,247 @@
+"""The authors' checkpoints, in and out.
+
+Their code (github.com/rabeehk/hyperformer) holds one ``nn.Linear`` per generated tensor; ours packs all rows of a generator into one
+tensor. One table of correspondences (:func:`_stack_entries`) serves loading, exporting and the gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .config import HyperFormerConfig
+from .hypernetwork import POSITIONS, HyperNetwork, TaskEmbeddings
+
+if TYPE_CHECKING:
+    from .model import HyperFormerModel
+
+_TASKS = "task_embedding_controller."
+_NET = "adapter_layers_hyper_net."
+
+#: Module of each generated part in a shared stack, and in the per-block variant; and whether it makes a weight or a bias.
+_SHARED = {"down": "down_sampler_hyper_net", "up": "up_sampler_hyper_net"}
+_PER_BLOCK = {"down": "meta_down_sampler", "up": "meta_up_sampler"}
+_KIND = {"weight": "weight", "gamma": "weight", "bias": "bias", "beta": "bias"}
+
+
+class _Entry(NamedTuple):
+    """One tensor of an official checkpoint: rows ``rows`` of ``parameter[index]``, or all of ``parameter``."""
+
+    name: str
+    parameter: str
+    index: int | None = None
+    rows: slice | None = None
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """The part of our parameter (or of its gradient) that this entry names."""
+        return tensor if self.index is None else tensor[self.index, self.rows]
+
+
+def _task_entries(embeddings: TaskEmbeddings) -> Iterator[_Entry]:
+    for name in embeddings.task_to_embeddings:
+        yield _Entry(f"{_TASKS}task_to_embeddings.{name}", f"task_to_embeddings.{name}")
+    if embeddings.projector is not None:
+        yield from _projector_entries(f"{_TASKS}task_hyper_net.")
+
+
+def _projector_entries(prefix: str) -> Iterator[_Entry]:
+    for part in ("0.weight", "0.bias", "2.weight", "2.bias"):
+        yield _Entry(f"{prefix}task_embeding_generator.{part}", f"projector.{part}")
+
+
+def _stack_entries(net: HyperNetwork, block_name: Callable[[int, str], str]) -> Iterator[_Entry]:
+    """Every tensor of one stack. ``block_name(layer, position)`` prefixes the modules of the per-block variant."""
+    variant = net.config.variant
+    if variant == "hyperformer":
+        for position in POSITIONS:
+            for layer in range(net.num_layers):
+                prefix = block_name(layer, position)
+                yield from _generator_entries(net, net.site(layer, position), prefix, _PER_BLOCK, "")
+        return
+    yield _Entry(f"{_NET}layer_id_embeddings.weight", "layer_embeddings.weight")
+    if variant == "hyperformer++":
+        yield _Entry(f"{_NET}adapters_block_type.weight", "position_embeddings.weight")
+    yield from _projector_entries(f"{_NET}task_hypernet.")
+    if net.embedding_norm is not None:
+        for part in ("weight", "bias"):
+            yield _Entry(f"{_NET}LayerNorm.{part}", f"embedding_norm.{part}")
+    for index, position in enumerate(POSITIONS[: net.generator.weight.shape[0]]):
+        yield from _generator_entries(net, index, _NET, _SHARED, "" if variant == "hyperformer++" else f"{position}_")
+
+
+def _generator_entries(net: HyperNetwork, index: int, prefix: str, modules: dict[str, str], position: str) -> Iterator[_Entry]:
+    first_norm_row = net.layout.numel - net.layout.norm_numel
+    for part, rows in net.layout.slices.items():
+        side, what = part.split("_")
+        kind = _KIND[what]
+        if side in modules:
+            module, generator = modules[side], f"{kind}_generator.0"
+        else:
+            module, generator = f"{side}_layernorm_hypernet", f"{kind}_generator"
+        if side not in modules and net.generator.norms is not None:
+            plain = slice(rows.start - first_norm_row, rows.stop - first_norm_row)
+            yield _Entry(f"{prefix}{side}_layer_norm.{kind}", "generator.norms", index, plain)
+            continue
+        for parameter in ("weight", "bias"):
+            yield _Entry(f"{prefix}{position}{module}.{generator}.{parameter}", f"generator.{parameter}", index, rows)
+
+
+class _Part(NamedTuple):
+    """A module of ours, and where its entries lie in the official state dict."""
+
+    module: nn.Module
+    prefix: str
+    entries: list[_Entry]
+
+
+@torch.no_grad()
+def _load(parts: list[_Part], state: Mapping[str, Tensor]) -> None:
+    """Copy every entry, all or none. ValueError names what is missing or of another shape."""
+    copies, missing = [], []
+    for part in parts:
+        parameters = dict(part.module.named_parameters())
+        for entry in part.entries:
+            name, target = part.prefix + entry.name, entry.view(parameters[entry.parameter])
+            if name not in state:
+                missing.append(name)
+            elif state[name].shape != target.shape:
+                raise ValueError(f"{name} is {list(state[name].shape)} in the checkpoint, {list(target.shape)} in this model")
+            else:
+                copies.append((target, state[name]))
+    if missing:
+        raise ValueError(f"the checkpoint lacks {len(missing)} tensors that this configuration has, the first of them {missing[0]}")
+    for target, value in copies:
+        target.copy_(value)
+
+
+def _export(parts: list[_Part], read: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    exported = {}
+    for part in parts:
+        parameters = {name: read(parameter) for name, parameter in part.module.named_parameters()}
+        for entry in part.entries:
+            exported[part.prefix + entry.name] = entry.view(parameters[entry.parameter]).clone()
+    return exported
+
+
+def _refuse_unknown(state: Mapping[str, Tensor], known: set[str], where: str) -> None:
+    unknown = sorted(set(state) - known)
+    if unknown:
+        raise ValueError(f"the checkpoint has {len(unknown)} tensors unknown to {where}, the first of them {unknown[0]}")
+
+
+class OfficialStack(nn.Module):
+    """The task embeddings and the hypernetworks of one stack, addressed as the authors' code addresses them."""
+
+    def __init__(self, config: HyperFormerConfig, d: int, num_layers: int):
+        super().__init__()
+        self.config = config
+        self.task_embeddings = TaskEmbeddings(config)
+        self.hypernetwork = HyperNetwork(config, d, num_layers)
+
+    def forward(self, x: Tensor, task: str, layer: int, position: str) -> Tensor:
+        """The output (skip included) of the adapter behind ``position`` of block ``layer``: x [..., d] -> [..., d]."""
+        net = self.hypernetwork
+        site = net.site(layer, position)
+        task_id = self.config.task_id(task)
+        packed = net(self.task_embeddings()[task_id : task_id + 1])[site]
+        return ops.adapter(x, packed, net.layout, self.config.non_linearity)
+
+    def parts(self) -> list[_Part]:
+        entries = list(_stack_entries(self.hypernetwork, lambda layer, position: f"{_NET}{layer}_{position}."))
+        return [
+            _Part(self.task_embeddings, "", list(_task_entries(self.task_embeddings))),
+            _Part(self.hypernetwork, "", entries),
+        ]
+
+
+def build_stack(config: Mapping[str, Any], num_layers: int, state_dict: Mapping[str, Tensor]) -> OfficialStack:
+    """One stack from the authors' configuration and state dict.
+
+    Args:
+        config: official field names, with ``input_dim`` (d).
+        num_layers: blocks of the stack.
+        state_dict: ``task_embedding_controller.*`` and ``adapter_layers_hyper_net.*``; per block,
+            ``adapter_layers_hyper_net.<layer>_<position>.*``. Its dtype becomes the stack's.
+
+    Raises:
+        ValueError: a tensor is missing, unknown or of another shape; the first is named.
+    """
+    if "input_dim" not in config:
+        raise ValueError("the configuration does not say input_dim, the width of the stack")
+    stack = OfficialStack(HyperFormerConfig.from_official(config), config["input_dim"], num_layers)
+    dtypes = {tensor.dtype for tensor in state_dict.values()}
+    if len(dtypes) != 1:
+        raise ValueError(f"the tensors of a stack must share one dtype, got {sorted(map(str, dtypes))}")
+    stack.to(dtypes.pop())
+    parts = stack.parts()
+    _load(parts, state_dict)
+    _refuse_unknown(state_dict, {entry.name for part in parts for entry in part.entries}, "this configuration")
+    return stack
+
+
+def export_gradients(stack: OfficialStack) -> dict[str, Tensor]:
+    """The gradients that the stack's parameters hold, under the official names; zeros where there is none."""
+    return _export(stack.parts(), lambda p: torch.zeros_like(p) if p.grad is None else p.grad)
+
+
+def _model_parts(model: HyperFormerModel) -> list[_Part]:
+    parts = [_Part(model.task_embeddings, "", list(_task_entries(model.task_embeddings)))]
+    for stack, net in model.hypernetworks.items():
+        last = 2 if stack == "decoder" else 1  # the decoder's block has cross-attention between the two
+        block_name = lambda layer, position, last=last: (  # noqa: E731
+            f"block.{layer}.layer.{0 if position == 'self_attention' else last}.adapter_controller."
+        )
+        parts.append(_Part(net, f"{stack}.", list(_stack_entries(net, block_name))))
+    return parts
+
+
+@torch.no_grad()
+def load_state_dict(model: HyperFormerModel, state_dict: Mapping[str, Tensor], load_frozen: bool = False) -> None:
+    """Load an official T5 checkpoint into a model of the same configuration: all of it, or none.
+
+    Args:
+        model: a :class:`HyperFormerModel`.
+        state_dict: as ``torch.load(..., weights_only=True)`` or safetensors give it. The adapters and every T5 weight that the
+            configuration trains are taken from it.
+        load_frozen: also overwrite the frozen T5 weights. Otherwise they must equal the model's own, bit for bit: another
+            T5 below the adapters would be silently wrong.
+
+    Raises:
+        ValueError: naming the first tensor that is missing, unknown, of another shape, or (frozen) of other values.
+    """
+    parts = _model_parts(model)
+    own = model.t5.state_dict()
+    trained = {name for name, parameter in model.t5.named_parameters() if parameter.requires_grad}
+    # T5 of transformers 3.5 had a position bias in cross-attention that its own forward no longer reads.
+    dead = {"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"}
+    known = {part.prefix + entry.name for part in parts for entry in part.entries} | set(own) | dead
+    _refuse_unknown(state_dict, known, "this model")
+    copies = []
+    for name, tensor in own.items():
+        if name not in state_dict:
+            if name in trained:
+                raise ValueError(f"the checkpoint lacks {name}, which this configuration trains")
+            continue
+        value = state_dict[name]
+        if value.shape != tensor.shape:
+            raise ValueError(f"{name} is {list(value.shape)} in the checkpoint, {list(tensor.shape)} in this model")
+        if name in trained or load_frozen:
+            copies.append((tensor, value))
+        elif not torch.equal(value.to(tensor.device, tensor.dtype), tensor):
+            raise ValueError(
+                f"{name} is frozen, but differs between the checkpoint and this model's T5: start from the T5 that the checkpoint "
+                "was trained on, or pass load_frozen=True"
+            )
+    _load(parts, state_dict)
+    for target, value in copies:
+        target.copy_(value)
+
+
+def export(model: HyperFormerModel) -> dict[str, Tensor]:
+    """The whole model as an official T5 state dict: the T5's own names, and the adapters under the authors'."""
+    exported = {name: tensor.detach().clone() for name, tensor in model.t5.state_dict().items()}
+    return exported | _export(_model_parts(model), lambda p: p.detach())

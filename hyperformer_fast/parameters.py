@@ -1,0 +1,104 @@
+"""How many parameters each variant trains, from configurations alone (paper table 1)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from .config import HyperFormerConfig
+from .hypernetwork import HyperNetwork, TaskEmbeddings
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from transformers import T5Config
+
+GLUE = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte")
+
+#: The shapes of the published checkpoints.
+T5_SHAPES = {
+    "T5-small": {"d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6, "num_heads": 8},
+    "T5-base": {"d_model": 768, "d_kv": 64, "d_ff": 3072, "num_layers": 12, "num_heads": 12},
+}
+
+#: What the paper reports, percent of T5 trained per task.
+PAPER = {
+    ("hyperformer++", "T5-small"): 0.50,
+    ("hyperformer++", "T5-base"): 0.29,
+    ("hyperformer", "T5-small"): 5.80,
+    ("hyperformer", "T5-base"): 6.86,
+}
+
+
+class ParameterCount(NamedTuple):
+    """What a HyperFormer trains beside what the T5 has. Numbers of parameters."""
+
+    hypernetworks: int
+    task_embeddings: int
+    t5_trained: int
+    t5_total: int
+    tasks: int
+
+    @property
+    def trained(self) -> int:
+        return self.hypernetworks + self.task_embeddings + self.t5_trained
+
+    @property
+    def percent_per_task(self) -> float:
+        """Trained parameters per task, in percent of the T5 (the paper's measure)."""
+        return 100 * self.trained / self.t5_total / self.tasks
+
+
+def count(config: HyperFormerConfig, t5_config: T5Config) -> ParameterCount:
+    """Count without allocating a weight: everything is built on the meta device."""
+    from transformers import T5ForConditionalGeneration
+
+    numel = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
+    with torch.device("meta"):
+        t5 = T5ForConditionalGeneration(t5_config)
+        stacks = [HyperNetwork(config, t5_config.d_model, n) for n in (t5_config.num_layers, t5_config.num_decoder_layers)]
+        embeddings = TaskEmbeddings(config)
+    trained = {}
+    if config.unfreeze_layer_norms:
+        trained |= {name: p.numel() for name, p in t5.named_parameters() if name.endswith("layer_norm.weight")}
+    if config.unfreeze_lm_head:
+        trained["lm_head"] = t5.lm_head.weight.numel()
+    return ParameterCount(
+        sum(map(numel, stacks)), numel(embeddings), sum(trained.values()), numel(t5), len(config.tasks)
+    )
+
+
+def published_config(variant: str) -> HyperFormerConfig:
+    """The paper's setting of a variant: reduction 32, eight GLUE tasks.
+
+    Its per-block HyperFormer kept the authors' default of 512-d task embeddings, projected to 64; the shared variants have
+    64-d ones.
+    """
+    per_block = {"task_embedding_dim": 512, "train_task_embeddings": True} if variant == "hyperformer" else {}
+    return HyperFormerConfig(tasks=list(GLUE), variant=variant, reduction_factor=32, **per_block)
+
+
+def rows() -> list[tuple[str, str, ParameterCount, float | None]]:
+    """(variant, T5, count, the paper's percentage or None) of every variant on T5-small and T5-base."""
+    from transformers import T5Config
+
+    from .config import VARIANTS
+
+    return [
+        (variant, name, count(published_config(variant), T5Config(**shape)), PAPER.get((variant, name)))
+        for variant in VARIANTS
+        for name, shape in T5_SHAPES.items()
+    ]
+
+
+def table() -> Table:
+    """The rows as a table for a terminal."""
+    from rich.table import Table
+
+    out = Table("variant", "T5", title="Trained parameters, 8 tasks, reduction factor 32")
+    for heading in ("hypernetworks", "embeddings", "T5 norms", "total", "of T5, per task", "paper"):
+        out.add_column(heading, justify="right")
+    for variant, name, c, paper in rows():
+        numbers = [f"{n:,}" for n in (c.hypernetworks, c.task_embeddings, c.t5_trained, c.trained)]
+        out.add_row(variant, name, *numbers, f"{c.percent_per_task:.2f} %", "" if paper is None else f"{paper:.2f} %")
+    return out
