@@ -25,11 +25,6 @@ def canonical_activation(name: Any, field: str = "activation") -> str:
     return lowered
 
 
-def activation_code(name: str) -> int:
-    """The integer by which ops and kernels know an activation."""
-    return ACTIVATIONS.index(canonical_activation(name))
-
-
 def activate(z: torch.Tensor, name: str) -> torch.Tensor:
     """act(z), any shape and floating dtype, differentiable."""
     if name == "gelu_new":

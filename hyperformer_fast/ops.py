@@ -13,10 +13,9 @@ import functools
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import backends
-from .activations import ACTIVATIONS, activation_code
+from .activations import ACTIVATIONS, canonical_activation
 from .backends import Request
 from .checks import check_adapter, check_fold, check_generate, check_task_range
 from .layout import AdapterLayout
@@ -145,6 +144,15 @@ def _generate_backward(ctx, g):
     return _generate_gradients(g, *ctx.saved_tensors, ctx.needs_input_grad)
 
 
+def _refuse_second_derivative() -> None:
+    # torch's once_differentiable would detach the gradient without a word wherever g itself needs none
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "the adapter has no second derivative: call backward without create_graph=True, "
+            "or use hyperformer_fast.reference.adapter, which autograd can differentiate twice"
+        )
+
+
 def _adapter_setup(ctx, inputs, output) -> None:
     x, packed, *folded, task_index = inputs[:9]
     ctx.static = inputs[9:14]
@@ -155,6 +163,7 @@ def _adapter_setup(ctx, inputs, output) -> None:
 def _adapter_backward(ctx, g, *_):
     if g is None:
         return (None,) * 15
+    _refuse_second_derivative()
     need_dx, need_dpacked = ctx.needs_input_grad[:2]
     dx, dpacked = torch.ops.hyperformer_fast.adapter_backward(g, *ctx.saved_tensors, *ctx.static, need_dx, need_dpacked)
     return (dx if need_dx else None, dpacked if need_dpacked else None, *(None,) * 13)
@@ -171,7 +180,6 @@ class _Generate(torch.autograd.Function):
         return _kernel("generate_weights", E, E.dtype)(E, G, g0)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g):
         return _generate_gradients(g, *ctx.saved_tensors, ctx.needs_input_grad)
 
@@ -187,8 +195,8 @@ class _Adapter(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g):
+        _refuse_second_derivative()
         x, z, r, pre_mean, pre_rstd, packed, *folded, task_index = ctx.saved_tensors
         need_dx, need_dpacked = ctx.needs_input_grad[:2]
         saved = Saved(z, r, pre_mean, pre_rstd)
@@ -261,12 +269,12 @@ def adapter(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, naming both.
     """
+    activation = canonical_activation(activation)
     if folded is None:
         folded = fold(packed, layout, x.dtype)
     save = torch.is_grad_enabled() and (x.requires_grad or packed.requires_grad)
     if _traced(x, packed):
-        code = activation_code(activation)
-        static = (layout.d, layout.b, layout.pre_norm, layout.post_norm, code, save)
+        static = (layout.d, layout.b, layout.pre_norm, layout.post_norm, ACTIVATIONS.index(activation), save)
         return torch.ops.hyperformer_fast.adapter_forward(x, packed, *folded, task_index, *static)[0]
     check_adapter(x, packed, folded, layout, task_index)
     check_task_range(task_index, packed.shape[0])

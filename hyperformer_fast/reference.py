@@ -158,7 +158,7 @@ class _Rows:
         return t.reshape(self.B, self.M, *t.shape[len(self.lead) :]).to(self.acc)
 
     def ungroup(self, t: Tensor) -> Tensor:
-        return t.reshape(*self.lead, *t.shape[2:]).contiguous()
+        return t.reshape(self.lead + t.shape[2:]).contiguous()
 
     def weights(self, w: Tensor) -> Tensor:
         """w [T, ...] -> [B or 1, ...], row b for sample b."""
