@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+import pytest
+from hyperformer_fast import parameters
+from hyperformer_fast.parameters import T5_SHAPES, count, published_config
+from transformers import T5Config
+
+
+def test_the_papers_table_is_reproduced():
+    found = {(variant, t5): c.percent_per_task for variant, t5, c, paper in parameters.rows() if paper is not None}
+    assert set(found) == set(parameters.PAPER)
+    for key, paper in parameters.PAPER.items():
+        assert round(found[key], 2) == paper, key
+
+
+def test_counts_are_those_of_a_real_model():
+    from hyperformer_fast import get_hyperformer_model
+    from transformers import T5ForConditionalGeneration
+
+    t5_config = T5Config(d_model=32, d_kv=8, d_ff=16, num_layers=2, num_decoder_layers=1, num_heads=2, vocab_size=40)
+    for variant in ("hyperformer++", "hyperformer-shared", "hyperformer"):
+        config = published_config(variant).replace(reduction_factor=8)
+        counted = count(config, t5_config)
+        model = get_hyperformer_model(T5ForConditionalGeneration(t5_config), config)
+        assert counted.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert counted.t5_total == sum(p.numel() for p in model.t5.parameters())
+
+
+@pytest.mark.parametrize("name", T5_SHAPES)
+def test_lm_head_counts_only_when_trained(name):
+    base, head = (count(published_config("hyperformer++").replace(unfreeze_lm_head=on), T5Config(**T5_SHAPES[name])) for on in (False, True))
+    assert head.t5_trained - base.t5_trained == 32128 * T5_SHAPES[name]["d_model"]
