@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from . import ops
@@ -66,9 +65,12 @@ class FusedHyperAdapter(nn.Module):
             raise ValueError(
                 f"embedding must be [{self.embedding_dim}] or [T, {self.embedding_dim}], got {list(embedding.shape)}"
             )
-        with torch.autocast(x.device.type, enabled=False):
-            e = embedding.to(self.generator.weight.dtype).reshape(1, -1, self.embedding_dim)
-            packed = self.generator(e).squeeze(0)
+        generator = self.generator
+        e = embedding.to(generator.weight.dtype).reshape(-1, self.embedding_dim)
+        if generator.norms is None:
+            G, g0 = generator.weight.squeeze(0), generator.bias.squeeze(0)
+            return ops.hyper_adapter(x, e, G, g0, self.layout, self.activation, task_index)
+        packed = generator(e.unsqueeze(0)).squeeze(0)
         return ops.adapter(x, packed, self.layout, self.activation, task_index=task_index)
 
     def extra_repr(self) -> str:

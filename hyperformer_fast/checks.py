@@ -66,9 +66,7 @@ def check_adapter(
 ) -> None:
     """Everything that an adapter's kernels take for granted, but the values in ``task_index``. ValueError otherwise."""
     d, b = layout.d, layout.b
-    _floating("x", x)
-    _require(x.dim() >= 1, lambda: "x must be [..., d], got a scalar")
-    _require(x.shape[-1] == d, lambda: f"x must be [..., {d}], the adapter's width, got {list(x.shape)}")
+    _check_input(x, d)
     _require(packed.dim() == 2, lambda: f"packed must be [T, P], got {list(packed.shape)}")
     check_fold(packed, layout, x.dtype)
     _same_device(x=x, packed=packed, wd=folded.wd)
@@ -78,10 +76,7 @@ def check_adapter(
         tuple(folded.wd.shape) == (T, b, d),
         lambda: f"the folded down-projection must be [T, b, d] = {[T, b, d]}, got {list(folded.wd.shape)}",
     )
-    if task_index is None:
-        _require(T == 1, lambda: f"packed holds T = {T} tasks: task_index must say which one each sample takes")
-    else:
-        _check_task_index(x, task_index)
+    _check_tasks(x, T, task_index)
     if g is not None:
         _require(g.shape == x.shape, lambda: f"g must have x's shape {list(x.shape)}, got {list(g.shape)}")
         _require(g.dtype == x.dtype, lambda: f"g must have x's dtype {x.dtype}, got {g.dtype}")
@@ -94,7 +89,29 @@ def check_adapter(
         )
 
 
-def _check_task_index(x: Tensor, task_index: Tensor) -> None:
+def check_hyper_adapter(
+    x: Tensor, E: Tensor, G: Tensor, g0: Tensor, layout: AdapterLayout, task_index: Tensor | None
+) -> None:
+    """x as an adapter's, E [T, k], G [P, k], g0 [P]. ValueError otherwise."""
+    _check_input(x, layout.d)
+    for name, tensor, dims in (("E", E, "T, k"), ("G", G, "P, k"), ("g0", g0, "P")):
+        _require(tensor.dim() == dims.count(",") + 1, lambda: f"{name} must be [{dims}], got {list(tensor.shape)}")
+    check_generate(E.unsqueeze(0), G.unsqueeze(0), g0.unsqueeze(0))
+    _require(G.shape[0] == layout.numel, lambda: f"G must have P = {layout.numel} rows for {layout}, got {G.shape[0]}")
+    _same_device(x=x, E=E)
+    _check_tasks(x, E.shape[0], task_index)
+
+
+def _check_input(x: Tensor, d: int) -> None:
+    _floating("x", x)
+    _require(x.dim() >= 1, lambda: "x must be [..., d], got a scalar")
+    _require(x.shape[-1] == d, lambda: f"x must be [..., {d}], the adapter's width, got {list(x.shape)}")
+
+
+def _check_tasks(x: Tensor, T: int, task_index: Tensor | None) -> None:
+    if task_index is None:
+        _require(T == 1, lambda: f"there are weights of T = {T} tasks: task_index must say which one each sample takes")
+        return
     _require(
         task_index.dtype in _INDEX_DTYPES, lambda: f"task_index must be int32 or int64, got {task_index.dtype}"
     )

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import backends
 from .activations import ACTIVATIONS, canonical_activation
 from .backends import Request
-from .checks import check_adapter, check_fold, check_generate, check_task_range
+from .checks import check_adapter, check_fold, check_generate, check_hyper_adapter, check_task_range
 from .layout import AdapterLayout
 from .reference import Folded, Saved
 
@@ -32,6 +32,8 @@ SCHEMAS = {
     f" -> (Tensor out, {_SAVED})",
     "adapter_backward": f"(Tensor g, Tensor x, {_SAVED}, Tensor packed, {_FOLDED}, Tensor? task_index, {_LAYOUT},"
     " int activation, bool need_dx, bool need_dpacked) -> (Tensor dx, Tensor dpacked)",
+    "hyper_adapter": f"(Tensor x, Tensor E, Tensor G, Tensor g0, Tensor? task_index, {_LAYOUT}, int activation, bool save)"
+    f" -> (Tensor out, {_SAVED}, Tensor packed, {_FOLDED})",
 }
 for _name, _schema in SCHEMAS.items():
     torch.library.define(f"hyperformer_fast::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag)
@@ -127,6 +129,27 @@ def _backward_fake(
     return x.new_empty(x.shape if need_dx else (0,)), packed.new_empty(packed.shape if need_dpacked else (0,))
 
 
+@torch.library.impl("hyperformer_fast::hyper_adapter", "CompositeExplicitAutograd")
+def _hyper_kernel(x, E, G, g0, task_index, d, b, pre_norm, post_norm, activation, save) -> tuple[Tensor, ...]:
+    layout = _layout(d, b, pre_norm, post_norm)
+    check_hyper_adapter(x, E, G, g0, layout, task_index)
+    check_task_range(task_index, E.shape[0])
+    out, saved, packed, folded = _kernel("hyper_adapter", x, x.dtype, layout)(
+        x, E, G, g0, layout, ACTIVATIONS[activation], task_index, save
+    )
+    return out, *saved, packed, *folded
+
+
+@torch.library.register_fake("hyperformer_fast::hyper_adapter")
+def _hyper_fake(x, E, G, g0, task_index, d, b, pre_norm, post_norm, activation, save) -> tuple[Tensor, ...]:
+    layout = _layout(d, b, pre_norm, post_norm)
+    check_hyper_adapter(x, E, G, g0, layout, task_index)
+    packed = E.new_empty(E.shape[0], layout.numel)
+    folded = _fold_fake(packed, d, b, pre_norm, post_norm, x.dtype)
+    static = (d, b, pre_norm, post_norm, activation, save)
+    return *_forward_fake(x, packed, *folded, task_index, *static), packed, *folded
+
+
 def _generate_gradients(g: Tensor, E: Tensor, G: Tensor, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
     with torch.autocast(g.device.type, enabled=False):
         return (
@@ -169,8 +192,34 @@ def _adapter_backward(ctx, g, *_):
     return (dx if need_dx else None, dpacked if need_dpacked else None, *(None,) * 13)
 
 
+def _hyper_setup(ctx, inputs, output) -> None:
+    x, E, G, _, task_index = inputs[:5]
+    ctx.static = inputs[5:10]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(E, G, x, *output[1:], task_index)
+
+
+def _hyper_backward(ctx, g, *_):
+    if g is None:
+        return (None,) * 11
+    _refuse_second_derivative()
+    E, G, *saved = ctx.saved_tensors
+    need_dx, *need_generator = ctx.needs_input_grad[:4]
+    dx, dpacked = torch.ops.hyperformer_fast.adapter_backward(g, *saved, *ctx.static, need_dx, any(need_generator))
+    generator = _site_generator_gradients(dpacked, E, G, need_generator)
+    return (dx if need_dx else None, *generator, *(None,) * 7)
+
+
+def _site_generator_gradients(dpacked: Tensor, E: Tensor, G: Tensor, needs) -> tuple[Tensor | None, ...]:
+    if not any(needs):
+        return None, None, None
+    gradients = _generate_gradients(dpacked.unsqueeze(0), E.unsqueeze(0), G.unsqueeze(0), needs)
+    return tuple(None if gradient is None else gradient.squeeze(0) for gradient in gradients)
+
+
 torch.library.register_autograd("hyperformer_fast::generate_weights", _generate_backward, setup_context=_generate_setup)
 torch.library.register_autograd("hyperformer_fast::adapter_forward", _adapter_backward, setup_context=_adapter_setup)
+torch.library.register_autograd("hyperformer_fast::hyper_adapter", _hyper_backward, setup_context=_hyper_setup)
 
 
 class _Generate(torch.autograd.Function):
@@ -202,6 +251,29 @@ class _Adapter(torch.autograd.Function):
         saved = Saved(z, r, pre_mean, pre_rstd)
         dx, dpacked = ctx.kernel(g, x, saved, packed, Folded(*folded), *ctx.static, task_index, need_dx, need_dpacked)
         return (dx if need_dx else None, dpacked if need_dpacked else None, None, None, None, None)
+
+
+class _HyperAdapter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, E, G, g0, layout, activation, task_index):
+        out, saved, packed, folded = _kernel("hyper_adapter", x, x.dtype, layout)(
+            x, E, G, g0, layout, activation, task_index, True
+        )
+        ctx.save_for_backward(E, G, x, *saved, packed, *folded, task_index)
+        ctx.static = layout, activation
+        ctx.kernel = _kernel("adapter_backward", x, x.dtype, layout)
+        return out
+
+    @staticmethod
+    def backward(ctx, g):
+        _refuse_second_derivative()
+        E, G, x, z, r, pre_mean, pre_rstd, packed, *folded, task_index = ctx.saved_tensors
+        need_dx, *need_generator = ctx.needs_input_grad[:4]
+        saved = Saved(z, r, pre_mean, pre_rstd)
+        dx, dpacked = ctx.kernel(
+            g, x, saved, packed, Folded(*folded), *ctx.static, task_index, need_dx, any(need_generator)
+        )
+        return (dx if need_dx else None, *_site_generator_gradients(dpacked, E, G, need_generator), None, None, None)
 
 
 def _traced(*tensors: Tensor) -> bool:
@@ -292,6 +364,28 @@ def hyper_adapter(
     activation: str,
     task_index: Tensor | None = None,
 ) -> Tensor:
-    """Generate, fold and apply one adapter: x [..., d], E [T, k], G [P, k], g0 [P] -> [..., d]. As :func:`adapter` otherwise."""
-    packed = generate_weights(E.unsqueeze(0), G.unsqueeze(0), g0.unsqueeze(0)).squeeze(0)
-    return adapter(x, packed, layout, activation, task_index=task_index)
+    """Generate, fold and apply one adapter in one call.
+
+    Args:
+        x: [..., d], or [B, ..., d] with ``task_index``.
+        E: [T, k] embeddings; T = 1 without ``task_index``.
+        G: [P, k] generator.
+        g0: [P] its bias.
+        layout, activation, task_index: as in :func:`adapter`.
+
+    Returns:
+        What :func:`adapter` returns with ``packed = E @ G.T + g0``.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, naming both.
+    """
+    activation = canonical_activation(activation)
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, E, G, g0))
+    if _traced(x, E, G, g0):
+        static = (layout.d, layout.b, layout.pre_norm, layout.post_norm, ACTIVATIONS.index(activation), save)
+        return torch.ops.hyperformer_fast.hyper_adapter(x, E, G, g0, task_index, *static)[0]
+    check_hyper_adapter(x, E, G, g0, layout, task_index)
+    check_task_range(task_index, E.shape[0])
+    if save:
+        return _HyperAdapter.apply(x, E, G, g0, layout, activation, task_index)
+    return _kernel("hyper_adapter", x, x.dtype, layout)(x, E, G, g0, layout, activation, task_index, False)[0]

@@ -61,6 +61,33 @@ def test_opcheck_generate():
     torch.library.opcheck(torch.ops.hyperformer_fast.generate_weights.default, (E[:, :0], G, g0))
 
 
+@pytest.mark.parametrize(("pre", "post"), NORMS)
+@pytest.mark.parametrize("mixed", [False, True])
+def test_hyper_adapter_is_its_parts(pre, post, mixed):
+    layout = AdapterLayout(13, 4, pre, post)
+    T = 3 if mixed else 1
+    index = torch.tensor([0, 2, -1, 0, 2]) if mixed else None
+    leaves = [torch.randn(s).requires_grad_() for s in ((5, 3, 13), (T, 6), (layout.numel, 6), (layout.numel,))]
+    op = torch.ops.hyperformer_fast.hyper_adapter.default
+    torch.library.opcheck(op, (*leaves, index, *static(layout), True))
+    torch.library.opcheck(op, (*(t.detach() for t in leaves), index, *static(layout), False))
+
+    def parts(x, E, G, g0):
+        return ops.adapter(x, ops.generate_weights(E[None], G[None], g0[None])[0], layout, "gelu_new", task_index=index)
+
+    at_once = lambda *leaves: ops.hyper_adapter(*leaves, layout, "gelu_new", index)  # noqa: E731
+    out, g = parts(*leaves), torch.randn(5, 3, 13)
+    expected = [out, *torch.autograd.grad(out, leaves, g)]
+    for apply in (at_once, torch.compile(at_once, fullgraph=True, backend="aot_eager")):
+        out = apply(*leaves)
+        for mine, theirs in zip([out, *torch.autograd.grad(out, leaves, g)], expected):
+            assert torch.allclose(mine, theirs, atol=1e-6, rtol=1e-5)
+    assert torch.equal(at_once(*(t.detach() for t in leaves)), expected[0])
+    x = leaves[0]
+    (dx,) = torch.autograd.grad(ops.hyper_adapter(x, *(t.detach() for t in leaves[1:]), layout, "gelu_new", index), x, g)
+    assert torch.allclose(dx, expected[1], atol=1e-6)
+
+
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_in_one_graph_to_the_same_bits(mixed, dynamic):
@@ -99,7 +126,7 @@ def check_against_truth(x, g, packed, layout, activation, index, backend="auto")
     fp32 = run(x.float(), g.float(), packed.float(), eager_form)
     for name, k, a, e, t, e32 in zip(("out", "dx", "dpacked"), mine, again, eager, truth, fp32):
         assert torch.equal(k, a), f"{name}: two runs differ"
-        assert_accurate(k, e, t, name, e32)
+        assert_accurate(k, e, t, name, e32, x.dtype)
 
 
 LAYOUTS = {
@@ -187,7 +214,7 @@ def test_several_tasks_equal_one_by_one():
     assert not dpacked[1].any()
 
 
-@settings(max_examples=120, deadline=None, print_blob=True)
+@settings(max_examples=2000, deadline=None, print_blob=True)
 @given(data=st.data())
 def test_sweep(data):
     """Shapes, dtypes, layouts, activations and norm options, against float64 by the one rule."""
@@ -328,3 +355,14 @@ def test_bad_generators_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             ops.generate_weights(*arguments)
+    layout = AdapterLayout(8, 2)
+    x, E, G, g0 = torch.randn(5, 8), torch.randn(1, 4), torch.randn(layout.numel, 4), torch.randn(layout.numel)
+    for arguments, message in (
+        ((x[:, :7], E, G, g0), r"\[\.\.\., 8\].*\[5, 7\]"),
+        ((x, E[0], G, g0), r"E must be \[T, k\]"),
+        ((x, E, G[:-1], g0[:-1]), rf"P = {layout.numel} rows.*got {layout.numel - 1}"),
+        ((x, E.expand(2, 4), G, g0), "T = 2.*task_index"),
+        ((x, E[:, :3], G, g0), "agree in Q and k"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.hyper_adapter(*arguments, layout, "gelu_new")

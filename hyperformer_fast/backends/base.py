@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 #: The kernels a full backend has.
-OPS = ("generate_weights", "fold", "adapter_forward", "adapter_backward")
+OPS = ("generate_weights", "fold", "adapter_forward", "adapter_backward", "hyper_adapter")
 
 
 class Request(NamedTuple):

@@ -106,7 +106,7 @@ def explain(
     """The backend that would serve ``op``, and the reason each other one was refused.
 
     Args:
-        op: one of ``generate_weights``, ``fold``, ``adapter_forward``, ``adapter_backward``.
+        op: one of ``generate_weights``, ``fold``, ``adapter_forward``, ``adapter_backward``, ``hyper_adapter``.
         x: an input; stands for ``device``, ``dtype`` and ``d``.
         device, dtype, d, b: of the input, and the adapter's bottleneck.
     """
@@ -163,8 +163,16 @@ def live_check(name: str) -> dict[str, float]:
         dx, dpacked = backward(g, x, saved, packed, folded, layout, "gelu_new", index, True, True)
         E, G, g0 = packed[None, :, :5], packed.mT[None, :, :1].repeat(1, 1, 5), packed[:1]
         generated = getattr(served, "generate_weights", truth.generate_weights)(E, G, g0)
+        hyper = getattr(served, "hyper_adapter", truth.hyper_adapter)
+        at_once = hyper(x, E[0], G[0], g0[0], layout, "gelu_new", index, False)[0]
         backward_results = torch.cat([dx.flatten(), dpacked.flatten()])
-        return {"generate_weights": generated, "fold": folded.root, "adapter_forward": out, "adapter_backward": backward_results}
+        return {
+            "generate_weights": generated,
+            "fold": folded.root,
+            "adapter_forward": out,
+            "adapter_backward": backward_results,
+            "hyper_adapter": at_once,
+        }
 
     mine, expected = run(backend, torch.float32), run(truth, torch.float64)
     return {op: ((mine[op] - expected[op]).abs().max() / expected[op].abs().max()).item() for op in backend.serves}
