@@ -1,0 +1,126 @@
+"""What transformers, its Trainer among others, asks of a model, answered by the T5 inside ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .sites import recompute_contexts
+
+
+class T5Surface(nn.Module):
+    """The part of a model that stands for its T5, ``self.t5``: attributes, and gradient checkpointing."""
+
+    main_input_name = "input_ids"
+    #: Or Trainer stops dividing the loss by the accumulation steps.
+    accepts_loss_kwargs = False
+
+    @property
+    def _base(self) -> nn.Module:
+        if self.t5 is None:
+            raise RuntimeError("this HyperFormerModel was unloaded: wrap the T5 again with get_hyperformer_model")
+        return self.t5
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Recompute blocks in the backward, each with the weights of the forward that it ran in.
+
+        Args:
+            gradient_checkpointing_kwargs: of ``torch.utils.checkpoint.checkpoint``. ``use_reentrant`` is False,
+                whatever transformers' default: reentrant checkpoints lose the gradients of weights that blocks share.
+            kwargs: ``every_n_layers``, ``offload``, where transformers has them.
+
+        Raises:
+            ValueError: ``use_reentrant=True``, or a ``context_fn`` (ours restores the weights).
+        """
+        options = dict(gradient_checkpointing_kwargs or {})
+        if options.setdefault("use_reentrant", False):
+            raise ValueError(
+                "use_reentrant=True cannot work with generated adapters: their weights are shared by all blocks, and "
+                "reentrant checkpoints lose those gradients; leave it out, or set it to False"
+            )
+        if options.setdefault("context_fn", recompute_contexts) is not recompute_contexts:
+            raise ValueError(
+                "context_fn is taken: the adapters' own finds the weights of the forward that is recomputed"
+            )
+        t5 = self._base
+        # one name up to transformers 5.22, another since
+        enable = getattr(t5, "activation_checkpointing_enable", None) or t5.gradient_checkpointing_enable
+        enable(options, **kwargs)
+        # transformers 5 makes the embedding's output require a gradient, which only reentrant checkpoints need
+        self.disable_input_require_grads()
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Undo :meth:`gradient_checkpointing_enable`."""
+        t5 = self._base
+        if is_checkpointing(t5):
+            (getattr(t5, "activation_checkpointing_disable", None) or t5.gradient_checkpointing_disable)()
+        self.disable_input_require_grads()
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """The name of :meth:`gradient_checkpointing_enable` since transformers 5.23."""
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
+
+    activation_checkpointing_disable = gradient_checkpointing_disable
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether blocks are recomputed in the backward (in ``train()`` mode only, as everywhere in transformers)."""
+        return is_checkpointing(self._base)
+
+    is_activation_checkpointing = is_gradient_checkpointing
+
+    def enable_input_require_grads(self) -> None:
+        """transformers' method of this name. Not needed: checkpoints are not reentrant here."""
+        self._base.enable_input_require_grads()
+
+    def disable_input_require_grads(self) -> None:
+        """Undo :meth:`enable_input_require_grads`; does nothing where it was not called."""
+        if getattr(self._base, "_require_grads_hook", None) is not None:
+            self._base.disable_input_require_grads()
+
+    @property
+    def config(self):
+        """The T5's configuration; ours is ``hyperformer_config``."""
+        return self._base.config
+
+    @property
+    def generation_config(self):
+        """The T5's."""
+        return self._base.generation_config
+
+    @generation_config.setter
+    def generation_config(self, value) -> None:
+        self._base.generation_config = value
+
+    @property
+    def device(self) -> torch.device:
+        """The T5's."""
+        return self._base.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The T5's: the adapters compute in it, their weights are generated in float32."""
+        return self._base.dtype
+
+    def can_generate(self) -> bool:
+        """Whether the T5 has a head to generate with."""
+        return self._base.can_generate()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The T5's."""
+        return self._base.get_input_embeddings()
+
+    def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
+        """The T5's: labels shifted right."""
+        return self._base.prepare_decoder_input_ids_from_labels(labels)
+
+
+def is_checkpointing(module: nn.Module) -> bool:
+    """Whether any block is recomputed in the backward (transformers 5.23 warns at its own property of that name)."""
+    return any(getattr(part, "gradient_checkpointing", False) for part in module.modules())

@@ -1,0 +1,438 @@
+"""HyperFormerModel: the adapters are where they should be, the T5 stays what it was, and misuse is named."""
+
+from __future__ import annotations
+
+import copy
+import threading
+
+import pytest
+import torch
+from hyperformer_fast import HyperFormerModel, get_hyperformer_model
+from support.t5s import TASKS, VARIANTS, bare_copy, batch, bits, stated_logits, tiny_config, tiny_model, tiny_t5, train
+from transformers import MT5Config, MT5ForConditionalGeneration, T5Config, T5EncoderModel, T5Model
+
+MIXED = ["cola", "mnli", "mnli", "stsb"]
+
+
+def one_sample(inputs, i):
+    return {name: tensor[i : i + 1] for name, tensor in inputs.items()}
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_and_gradients_are_those_of_the_method(variant, gated):
+    model, inputs = tiny_model(variant, tiny_t5(gated=gated)), batch()
+    twin = bare_copy(model.t5)
+    out = model(**inputs, task="stsb")
+    expected = stated_logits(model, twin, "stsb", inputs)
+    torch.testing.assert_close(out.logits, expected, rtol=1e-9, atol=1e-9)
+    plain = twin(**inputs).logits
+    assert (out.logits - plain).abs().max() > 0.1, "the adapters do nothing, so the test shows nothing"
+
+    ours = [p for name, p in model.named_parameters() if not name.startswith("t5.")]
+    norms = [p for p in model.t5.parameters() if p.requires_grad]
+    twin_norms = [p for p in twin.parameters() if p.requires_grad]
+    assert norms and len(norms) == len(twin_norms)
+    weight = torch.randn_like(expected)
+    got = torch.autograd.grad((out.logits * weight).sum(), ours + norms)
+    want = torch.autograd.grad((expected * weight).sum(), ours + twin_norms)
+    for g, w in zip(got, want):
+        torch.testing.assert_close(g, w, rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("as_index", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_mixed_batch_is_its_samples_one_by_one(variant, as_index):
+    model, inputs = tiny_model(variant), batch()
+    twin = bare_copy(model.t5)
+    task = {"task_index": torch.tensor([TASKS.index(t) for t in MIXED])} if as_index else {"task": MIXED}
+    out = model(**inputs, **task)
+    expected = torch.cat([stated_logits(model, twin, t, one_sample(inputs, i)) for i, t in enumerate(MIXED)])
+    torch.testing.assert_close(out.logits, expected, rtol=1e-9, atol=1e-9)
+    ours = [p for name, p in model.named_parameters() if not name.startswith("t5.")]
+    weight = torch.randn_like(expected)
+    got = torch.autograd.grad((out.logits * weight).sum(), ours)
+    want = torch.autograd.grad((expected * weight).sum(), ours)
+    for g, w in zip(got, want):
+        torch.testing.assert_close(g, w, rtol=1e-7, atol=1e-8)
+
+
+def test_no_task_means_no_adapter():
+    model, inputs = tiny_model(), batch()
+    plain = bare_copy(model.t5)(**inputs).logits
+    out = model(**inputs, task_index=torch.tensor([-1, 0, -1, 1])).logits
+    assert torch.equal(out[0], plain[0]) and torch.equal(out[2], plain[2])
+    assert not torch.allclose(out[1], plain[1])
+
+
+def test_every_embedding_has_a_gradient_zero_if_it_took_no_part():
+    model = tiny_model()
+    model(**batch(), task=["mnli", "mnli", "cola", "mnli"]).loss.backward()
+    grads = {name: p.grad for name, p in model.task_embeddings.task_to_embeddings.items()}
+    assert grads["mnli"].abs().sum() > 0 and grads["cola"].abs().sum() > 0
+    assert torch.equal(grads["stsb"], torch.zeros(6))
+
+
+def test_only_what_the_config_names_is_trained():
+    model = tiny_model(t5=tiny_t5(dropout=0.1, dtype=torch.float32))
+    model.train()
+    before = bits(model)
+    train(model)
+    for name, parameter in model.named_parameters():
+        frozen = name.startswith("t5.") and not name.endswith("layer_norm.weight")
+        assert torch.equal(parameter, before[name]) == (frozen or name.endswith(("stsb", "cola"))), name
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("norms, head", [(False, False), (False, True), (True, True)])
+def test_what_is_unfrozen(tied, norms, head):
+    t5 = tiny_t5(tied=tied)
+    model = get_hyperformer_model(t5, tiny_config(unfreeze_layer_norms=norms, unfreeze_lm_head=head))
+    trained = {name for name, p in t5.named_parameters() if p.requires_grad}
+    expected = {n for n, _ in t5.named_parameters() if n.endswith("layer_norm.weight")} if norms else set()
+    # 3 norms in a decoder's block, 2 in an encoder's, and one behind each stack
+    assert len(expected) in (0, 2 * 3 + 3 * 2 + 2)
+    # tied, the head and the embeddings are one tensor, and its first name is shared.weight
+    assert trained == expected | ({"shared.weight" if tied else "lm_head.weight"} if head else set())
+    assert all(p.requires_grad for p in model.hypernetworks.parameters())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_unload_gives_the_same_t5_back(tied):
+    t5 = tiny_t5(tied=tied, dropout=0.1, dtype=torch.float32)
+    t5.encoder.train()
+    t5.shared.weight.requires_grad_(False)
+    before, keys = bits(t5), list(t5.state_dict())
+    flags = {name: p.requires_grad for name, p in t5.named_parameters()}
+    modes = [module.training for module in t5.modules()]
+    ids = batch()["input_ids"]
+    t5.eval()
+    text = t5.generate(ids, num_beams=2, max_new_tokens=6)
+    t5.encoder.train()
+
+    model = tiny_model(t5=t5, unfreeze_lm_head=True)
+    assert list(t5.state_dict()) == keys
+    model.train()
+    model.gradient_checkpointing_enable()
+    train(model)
+    assert not torch.equal(t5.encoder.final_layer_norm.weight, before["encoder.final_layer_norm.weight"])
+    assert model.unload() is t5
+
+    assert list(t5.state_dict()) == keys
+    assert {name: p.requires_grad for name, p in t5.named_parameters()} == flags
+    assert [module.training for module in t5.modules()] == modes
+    assert all(torch.equal(p, before[name]) for name, p in t5.named_parameters())
+    assert all(p.grad is None for p in t5.parameters())
+    assert not any(module._forward_hooks for module in t5.modules())
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in t5.modules())
+    assert torch.equal(t5.eval().generate(ids, num_beams=2, max_new_tokens=6), text)
+    with pytest.raises(RuntimeError, match="unloaded"):
+        model(**batch(), task="mnli")
+    with pytest.raises(RuntimeError, match="unloaded"):
+        model.unload()
+    get_hyperformer_model(t5, tiny_config())
+
+
+@pytest.mark.filterwarnings("ignore:.*unfrozen by hand")
+def test_a_parameter_unfrozen_by_hand_is_named(tmp_path):
+    model = tiny_model()
+    model.t5.encoder.block[0].layer[0].SelfAttention.q.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"encoder.block.0.layer.0.SelfAttention.q.weight .* would lack it"):
+        model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="unfrozen by hand"):
+        model.unload()
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}])
+def test_generation_of_mixed_tasks_is_that_of_each(options):
+    model, ids = tiny_model(), batch()["input_ids"]
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "no_repeat_ngram_size": 1, **options}
+    mixed = model.generate(ids, task=MIXED, **options)
+    indexed = model.generate(ids, task_index=torch.tensor([TASKS.index(t) for t in MIXED]), **options)
+    assert torch.equal(mixed, indexed)
+    each = [model.generate(ids[i : i + 1], task=task, **options) for i, task in enumerate(MIXED)]
+    assert torch.equal(mixed, torch.cat(each))
+    others = model.generate(ids, task="stsb", **options)
+    assert not torch.equal(mixed, others), "the tasks do not differ, so the test shows nothing"
+
+
+def test_generation_is_greedy_decoding_of_the_stated_method():
+    model, inputs = tiny_model(), batch()
+    twin, ids = bare_copy(model.t5), torch.zeros(4, 1, dtype=torch.long)
+    encoded = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    for _ in range(5):
+        logits = stated_logits(model, twin, "cola", {**encoded, "decoder_input_ids": ids})
+        logits[..., 1] = -torch.inf
+        ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)
+    got = model.generate(**encoded, task="cola", max_new_tokens=5, min_new_tokens=5)
+    assert torch.equal(got, ids)
+
+
+def test_weights_are_generated_and_folded_once_for_a_whole_generation(monkeypatch):
+    from hyperformer_fast import ops
+
+    model, calls = tiny_model(), []
+    for name in ("generate_weights", "fold"):
+        plain = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda *a, _plain=plain, _name=name: (calls.append(_name), _plain(*a))[1])
+    model.generate(batch()["input_ids"], task=MIXED, max_new_tokens=6, num_beams=2)
+    assert sorted(calls) == ["fold", "fold", "generate_weights", "generate_weights"]
+    calls.clear()
+    model(**batch(), task="mnli")
+    assert sorted(calls) == ["fold", "fold", "generate_weights", "generate_weights"]
+
+
+def test_encoder_outputs_may_be_given():
+    model, inputs = tiny_model(), batch()
+    encoded = model(**inputs, task=MIXED)
+    outputs = (encoded.encoder_last_hidden_state,)
+    rest = {"attention_mask": inputs["attention_mask"], "labels": inputs["labels"]}
+    again = model(encoder_outputs=outputs, **rest, task=MIXED)
+    assert torch.equal(again.logits, encoded.logits)
+    from transformers.modeling_outputs import BaseModelOutput
+
+    options = {"attention_mask": inputs["attention_mask"], "max_new_tokens": 4, "num_beams": 2, "task": MIXED}
+    given = model.generate(encoder_outputs=BaseModelOutput(outputs[0]), **options)
+    assert torch.equal(given, model.generate(input_ids=inputs["input_ids"], **options))
+    with pytest.raises(ValueError, match="for 2 samples, but the batch has 4"):
+        model.generate(encoder_outputs=BaseModelOutput(outputs[0]), **{**options, "task": MIXED[:2]})
+
+
+def test_inputs_embeds_and_a_model_of_one_task():
+    model = tiny_model(tasks=["only"])
+    inputs = batch()
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    rest = {"attention_mask": inputs["attention_mask"], "labels": inputs["labels"]}
+    assert torch.equal(model(inputs_embeds=embeds, **rest).logits, model(**inputs, task="only").logits)
+
+
+def test_which_task_must_be_clear():
+    model, inputs = tiny_model(), batch()
+    cases = [
+        ({}, "say which task.*mnli, stsb, cola"),
+        ({"task": "rte"}, "unknown task 'rte'.*mnli, stsb, cola"),
+        ({"task": ["mnli", "rte", "mnli", "mnli"]}, "unknown task 'rte'"),
+        ({"task": "mnli", "task_index": torch.zeros(4, dtype=torch.long)}, "not both"),
+        ({"task": ["mnli"]}, "for 1 samples, but the batch has 4"),
+        ({"task": ["mnli", "cola"]}, "for 2 samples, but the batch has 4"),
+        ({"task": []}, "one per sample"),
+        ({"task": 3}, "task must be a name"),
+        ({"task_index": torch.zeros(3, dtype=torch.long)}, "for 3 samples, but the batch has 4"),
+        ({"task_index": torch.zeros(4)}, "int32 or int64, got torch.float32"),
+        ({"task_index": torch.zeros(4, 1, dtype=torch.long)}, r"\[B\].*\[4, 1\]"),
+        ({"task_index": [0, 1, 2, 0]}, "must be a tensor"),
+        ({"task_index": torch.tensor([0, 1, 3, 0])}, "from -1 .* to 2, got 3"),
+        ({"task_index": torch.tensor([0, 1, -2, 0])}, "from -1 .* to 2, got -2"),
+    ]
+    for task, message in cases:
+        with pytest.raises(ValueError, match=message):
+            model(**inputs, **task)
+        with pytest.raises(ValueError, match=message):
+            model.generate(inputs["input_ids"], max_new_tokens=2, **task)
+
+
+def test_the_t5_by_itself_refuses():
+    model, inputs = tiny_model(), batch()
+    for call in (lambda: model.t5(**inputs), lambda: model.t5.generate(inputs["input_ids"], max_new_tokens=2)):
+        with pytest.raises(RuntimeError, match=r"call the HyperFormerModel .* or unload\(\)"):
+            call()
+
+
+def test_an_error_inside_leaves_no_weights_behind(monkeypatch):
+    model, inputs = tiny_model(), batch()
+
+    def broken(*args, **kwargs):
+        raise KeyError("inside")
+
+    monkeypatch.setattr(model.t5.decoder.block[1].layer[-1].DenseReluDense.wo, "forward", broken)
+    for call in (
+        lambda: model(**inputs, task="mnli"),
+        lambda: model.generate(inputs["input_ids"], task="mnli", max_new_tokens=2),
+    ):
+        with pytest.raises(KeyError, match="inside"):
+            call()
+    monkeypatch.undo()
+    with pytest.raises(RuntimeError, match="called by itself"):
+        model.t5(**inputs)
+
+
+def test_a_second_set_of_adapters_and_other_models_are_refused():
+    model = tiny_model()
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration has HyperFormer adapters already"):
+        get_hyperformer_model(model.t5, tiny_config())
+    with pytest.raises(TypeError, match="Linear has none"):
+        get_hyperformer_model(torch.nn.Linear(2, 2), tiny_config())
+    with pytest.raises(TypeError, match="HyperFormerModel has none"):
+        get_hyperformer_model(model, tiny_config())
+    with pytest.raises(TypeError, match="must be a HyperFormerConfig, got dict"):
+        get_hyperformer_model(tiny_t5(), {"tasks": ["a"]})
+    t5 = tiny_t5()
+    flags = [p.requires_grad for p in t5.parameters()]
+    with pytest.raises(ValueError, match="reduction_factor=64"):
+        get_hyperformer_model(t5, tiny_config(reduction_factor=64))
+    assert [p.requires_grad for p in t5.parameters()] == flags and not any(m._forward_hooks for m in t5.modules())
+
+
+@pytest.mark.parametrize("kind", ["t5", "encoder", "mt5"])
+def test_other_t5s(kind):
+    sizes = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "num_layers": 2}
+    inputs = {"input_ids": batch()["input_ids"]}
+    if kind == "mt5":
+        t5 = MT5ForConditionalGeneration(MT5Config(**sizes, decoder_start_token_id=0))
+        inputs["labels"] = batch()["labels"]
+    elif kind == "t5":
+        t5 = T5Model(T5Config(**sizes))
+        inputs["decoder_input_ids"] = batch()["labels"]
+    else:
+        t5 = T5EncoderModel(T5Config(**sizes))
+    t5.eval()
+    plain = t5(**inputs)
+    model = tiny_model(t5=t5)
+    assert list(model.hypernetworks) == (["encoder"] if kind == "encoder" else ["encoder", "decoder"])
+    hidden = "last_hidden_state" if kind != "mt5" else "logits"
+    a, b = model(**inputs, task="mnli")[hidden], model(**inputs, task="cola")[hidden]
+    assert not torch.allclose(a, b) and not torch.allclose(a, plain[hidden])
+    assert torch.equal(model.unload()(**inputs)[hidden], plain[hidden])
+
+
+def test_nan_in_the_input_comes_out_and_stays_in_its_sample():
+    model, inputs = tiny_model(), batch()
+    embeds = model.get_input_embeddings()(inputs.pop("input_ids")).detach()
+    clean = model(inputs_embeds=embeds, **inputs, task=MIXED).logits
+    embeds[1, 0, 0] = torch.nan
+    out = model(inputs_embeds=embeds, **inputs, task=MIXED)
+    assert out.logits[1].isnan().all() and out.loss.isnan()
+    keep = [0, 2, 3]
+    assert torch.equal(out.logits[keep], clean[keep])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_t5s(dtype):
+    exact = tiny_model(t5=tiny_t5(dtype=torch.float32))
+    half = tiny_model(t5=tiny_t5(dtype=dtype))
+    assert {p.dtype for p in half.hypernetworks.parameters()} == {torch.float32}
+    if dtype == torch.float16:
+        # as from_pretrained leaves it (_keep_in_fp32_modules): one stack then sees two dtypes
+        half.t5.encoder.block[0].layer[-1].DenseReluDense.wo.float()
+        half.t5.decoder.block[1].layer[-1].DenseReluDense.wo.float()
+    a, b = exact(**batch(), task=MIXED), half(**batch(), task=MIXED)
+    assert b.logits.dtype == dtype
+    assert (a.logits - b.logits).norm() < 0.03 * a.logits.norm()
+    b.loss.backward()
+    assert half.task_embeddings.task_to_embeddings["mnli"].grad.dtype == torch.float32
+
+
+def test_autocast():
+    model = tiny_model(t5=tiny_t5(dtype=torch.float32))
+    exact = model(**batch(), task=MIXED)
+    exact.loss.backward()
+    grad = model.hypernetworks["encoder"].generator.weight.grad.clone()
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(**batch(), task=MIXED)
+    out.loss.backward()
+    assert (exact.logits - out.logits).norm() < 0.03 * exact.logits.norm()
+    assert (model.hypernetworks["encoder"].generator.weight.grad - grad).norm() < 0.2 * grad.norm()
+
+
+def test_threads_do_not_see_each_others_weights():
+    model, inputs = tiny_model(), batch()
+    expected = {task: model(**inputs, task=task).logits for task in TASKS}
+    barrier, wrong = threading.Barrier(len(TASKS)), []
+
+    def serve(task):
+        barrier.wait()
+        for _ in range(10):
+            if not torch.equal(model(**inputs, task=task).logits, expected[task]):
+                wrong.append(task)
+
+    threads = [threading.Thread(target=serve, args=(task,)) for task in TASKS]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_deep_copy_is_a_model_of_its_own():
+    model, inputs = tiny_model(), batch()
+    expected, before = model(**inputs, task="mnli").logits, bits(model.t5)
+    twin = copy.deepcopy(model)
+    train(model)
+    assert torch.equal(twin(**inputs, task="mnli").logits, expected)
+    assert not any(module._forward_hooks for module in twin.unload().modules())
+    assert not torch.equal(model(**inputs, task="mnli").logits, expected)
+    assert all(torch.equal(p, before[name]) for name, p in model.unload().named_parameters())
+
+
+def test_two_models_share_nothing():
+    config = tiny_config()
+    one, other = get_hyperformer_model(tiny_t5(), config), get_hyperformer_model(tiny_t5(), config)
+    one.add_task("rte")
+    assert config.tasks == TASKS and other.hyperformer_config.tasks == TASKS
+    with pytest.raises(ValueError, match="unknown task 'rte'"):
+        other(**batch(), task="rte")
+
+
+def test_add_task():
+    model, inputs = tiny_model(), batch()
+    expected = model(**inputs, task="mnli").logits
+    model.add_task("twin", init_from="mnli")
+    model.add_task("mean", init_from=["mnli", "cola"])
+    model.add_task("fresh")
+    e = model.task_embeddings.task_to_embeddings
+    assert torch.equal(model(**inputs, task="twin").logits, expected)
+    torch.testing.assert_close(e["mean"], (e["mnli"] + e["cola"]) / 2)
+    assert e["fresh"].requires_grad and not torch.equal(e["fresh"], e["mnli"])
+    assert model.hyperformer_config.tasks == [*TASKS, "twin", "mean", "fresh"]
+    assert torch.equal(model(**inputs, task="mnli").logits, expected)
+    model(**inputs, task_index=torch.tensor([5, 4, 3, 0])).loss.backward()
+    assert e["fresh"].grad.abs().sum() > 0
+    for name, source, message in [("mnli", None, "there already"), ("x", "rte", "unknown task"), ("a.b", None, "dot")]:
+        with pytest.raises(ValueError, match=message):
+            model.add_task(name, source)
+    assert len(model.hyperformer_config.tasks) == len(e) == 6
+
+
+def test_print_trainable_parameters(capsys):
+    model = tiny_model()
+    model.print_trainable_parameters()
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.t5.parameters())
+    line = capsys.readouterr().out
+    assert line == (
+        f"trainable params: {trained:,} || T5 params: {total:,} || trainable%: {100 * trained / total:.4f} || "
+        f"per task: {100 * trained / total / 3:.4f} % (3 tasks)\n"
+    )
+
+
+def test_what_trainer_asks_of_a_model():
+    import inspect
+
+    model = tiny_model()
+    names = list(inspect.signature(model.forward).parameters)
+    assert {"input_ids", "attention_mask", "decoder_input_ids", "labels", "task", "task_index"} <= set(names)
+    assert HyperFormerModel.accepts_loss_kwargs is False and HyperFormerModel.main_input_name == "input_ids"
+    assert model.config is model.t5.config and model.generation_config is model.t5.generation_config
+    assert model.device.type == "cpu" and model.dtype == torch.float64 and model.can_generate()
+    labels = batch()["labels"]
+    shifted = model.prepare_decoder_input_ids_from_labels(labels)
+    assert torch.equal(shifted[:, 1:], labels[:, :-1]) and not shifted[:, 0].any()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torch_compile_takes_it_in_one_graph():
+    model, inputs = tiny_model(t5=tiny_t5(num_layers=1, num_decoder_layers=1)), batch()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for task in ("mnli", MIXED):
+        expected = model(**inputs, task=task)
+        out = compiled(**inputs, task=task)
+        torch.testing.assert_close(out.logits, expected.logits, rtol=1e-9, atol=1e-9)
+        model.zero_grad()
+        expected.loss.backward()
+        want = {name: p.grad for name, p in model.named_parameters()}
+        model.zero_grad()
+        out.loss.backward()
+        for name, p in model.named_parameters():
+            if want[name] is not None:
+                torch.testing.assert_close(p.grad, want[name], rtol=1e-7, atol=1e-9)
