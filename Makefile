@@ -1,0 +1,59 @@
+# make demo          train on the embedded model and data
+# make test          every test but test-packaging's
+# make test-matrix   the tests on the oldest and the newest transformers
+# make test-packaging  every way to build and install, in virtual environments of their own
+# make lint          ruff
+# make clean         remove what the above left
+# Each sets up what it needs, once: .venv from requirements/lock.txt, with the package built in place.
+
+PYTHON ?= python3
+VENV := .venv
+VENV4 := .venv-transformers4
+# Tensors in tests are tiny: a thread each, and the processes share the machine.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+PYTEST_FLAGS ?= -q -n $(WORKERS)
+TORCH := $(shell grep -i '^torch==' requirements/common.txt)
+BUILD_INPUTS := $(shell find csrc build_tools -type f \( -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \)) \
+  setup.py pyproject.toml hyperformer_fast/_sources.py
+
+# Without it the folder kernels/ at the root passes for Hugging Face's package of that name.
+export PYTHONSAFEPATH := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test test-matrix test-packaging lint setup clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.built
+	$(VENV)/bin/hyperformer-fast train
+
+test: $(VENV)/.built
+	$(PYTEST) $(VENV)/bin/pytest $(PYTEST_FLAGS) -m "not packaging"
+
+test-matrix: $(VENV)/.built $(VENV4)/.built
+	$(PYTEST) $(VENV4)/bin/pytest $(PYTEST_FLAGS) -m "not packaging"
+	$(PYTEST) $(VENV)/bin/pytest $(PYTEST_FLAGS) -m "not packaging"
+
+test-packaging: $(VENV)/.built
+	$(PYTEST) $(VENV)/bin/pytest -v -m packaging tests/packaging
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff check .
+
+setup: $(VENV)/.built
+
+# torch first and by itself: whatever else asks for it then finds the locked version there, and never fetches another.
+$(VENV)/.installed: requirements/lock.txt requirements/common.txt
+$(VENV4)/.installed: requirements/lock-transformers4.txt requirements/common.txt
+%/.installed:
+	test -x $*/bin/python || $(PYTHON) -m venv $*
+	$*/bin/python -m pip install --quiet $(TORCH)
+	$*/bin/python -m pip install --quiet -r $<
+	touch $@
+
+%/.built: %/.installed $(BUILD_INPUTS)
+	$*/bin/python -m pip install --quiet --no-build-isolation --no-deps -e .
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(VENV4) build *.egg-info hyperformer_fast/*.so hyperformer_fast/build_info.json

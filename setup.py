@@ -1,0 +1,17 @@
+"""Compile the C++ (and CUDA) libraries beside the package; everything else is in pyproject.toml.
+
+HYPERFORMER_FAST_BUILD   auto (default) | cpu | cuda | all | none, see build_tools/plan.py
+CXX, CXXFLAGS, LDFLAGS   the C++ compiler, and flags to add
+CUDA_HOME                a CUDA toolkit; TORCH_CUDA_ARCH_LIST the architectures, default 8.0;8.6;8.9;9.0+PTX
+MAX_JOBS                 compilers run at once, default the number of processors
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "build_tools"))
+
+from native_build import COMMANDS, EXTENSION  # noqa: E402
+from setuptools import setup  # noqa: E402
+
+setup(ext_modules=[EXTENSION], cmdclass=COMMANDS)
