@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from importlib import import_module
 
+from . import native
+
 __version__ = "0.1.0"
+
+native.warn_once()
 
 _PUBLIC = {
     "AdapterLayout": "layout",

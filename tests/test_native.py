@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -379,6 +380,20 @@ def test_a_library_that_does_not_load_is_a_reason(elsewhere):
     assert native.cpu_library() is None and "does not load in torch" in native.status()["reason"]
 
 
-def test_importing_native_does_not_import_torch():
+def test_the_first_import_warns_once_and_loads_no_torch(tmp_path):
+    package = native._PACKAGE
+    ignore = shutil.ignore_patterns("*.so", "build_info.json", "__pycache__", "assets", "kernels")
+    shutil.copytree(package, tmp_path / package.name, ignore=ignore)
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import hyperformer_fast, hyperformer_fast.native;"
+        "print(hyperformer_fast.__file__); assert 'torch' not in sys.modules"
+    )
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "HYPERFORMER_FAST_BUILD")}
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path, env=environment)
+    assert str(tmp_path) in done.stdout and done.stderr.count("RuntimeWarning: hyperformer_fast runs without") == 1
+
+
+def test_the_import_does_not_wait_for_torch():
     code = "import sys; from hyperformer_fast import native; native.problem(); raise SystemExit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, env=None, cwd=native._source_tree())
