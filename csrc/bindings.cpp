@@ -6,10 +6,13 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <limits>
+#include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
 #include "adapter.h"
+#include "cpu/adapter.h"
 #include "cpu/fold.h"
 
 namespace hyperformer_fast {
@@ -62,6 +65,10 @@ const char* name(ScalarType dtype) {
   }
 }
 
+Dtype kind_of(ScalarType dtype) {
+  return dtype == ScalarType::Float ? Dtype::f32 : dtype == ScalarType::BFloat16 ? Dtype::bf16 : Dtype::f16;
+}
+
 using Folded = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Folded fold(const Tensor& packed, int64_t d, int64_t b, bool pre_norm, bool post_norm, ScalarType dtype) {
@@ -91,7 +98,7 @@ Folded fold(const Tensor& packed, int64_t d, int64_t b, bool pre_norm, bool post
 
   const Tensor dense = packed.is_contiguous() ? packed : torch::stable::contiguous(packed);
   const auto* from = static_cast<const float*>(dense.const_data_ptr());
-  const Dtype kind = dtype == ScalarType::Float ? Dtype::f32 : dtype == ScalarType::BFloat16 ? Dtype::bf16 : Dtype::f16;
+  const Dtype kind = kind_of(dtype);
   const int64_t bytes = kind == Dtype::f32 ? 4 : 2;
   auto* to_wd = static_cast<char*>(wd.mutable_data_ptr());
   auto* to_wg = static_cast<char*>(wg.mutable_data_ptr());
@@ -117,13 +124,189 @@ Folded fold(const Tensor& packed, int64_t d, int64_t b, bool pre_norm, bool post
   return {wd, wg, vectors, scale, root, mean};
 }
 
+// Rows of a [..., d] tensor whose last dimension is contiguous, read where they lie; any other is copied once.
+struct RowView {
+  Tensor keep;
+  std::vector<int64_t> offset;
+
+  explicit RowView(const Tensor& t)
+      : keep(t.size(t.dim() - 1) > 1 && t.stride(t.dim() - 1) != 1 ? torch::stable::contiguous(t) : t) {
+    const int64_t dims = keep.dim() - 1;
+    int64_t n = 1;
+    for (int64_t i = 0; i < dims; ++i) n *= keep.size(i);
+    offset.resize(n);
+    if (n == 0) return;
+    offset[0] = 0;
+    int64_t filled = 1;
+    for (int64_t i = dims - 1; i >= 0; --i) {
+      const int64_t size = keep.size(i), stride = keep.stride(i);
+      for (int64_t k = 1; k < size; ++k)
+        for (int64_t j = 0; j < filled; ++j) offset[k * filled + j] = offset[j] + k * stride;
+      filled *= size;
+    }
+  }
+
+  Rows rows() const { return {keep.const_data_ptr(), offset.data()}; }
+};
+
+Problem problem_of(const Tensor& x, int64_t T, const std::optional<Tensor>& task_index, int64_t d, int64_t b,
+                   bool pre_norm, bool post_norm, int64_t activation, std::vector<int64_t>& tasks) {
+  const ScalarType dtype = x.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
+                  "x must be float32, bfloat16 or float16, got ", name(dtype));
+  STD_TORCH_CHECK(d >= 1 && b >= 1 && d < (1 << 24) && b < (1 << 24), "d and b must be from 1 to 16777215, got ", d,
+                  " and ", b);
+  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == d, "x must be [..., ", d, "]");
+  STD_TORCH_CHECK(activation >= GELU_NEW && activation <= SILU, "activation must be from 0 to 3, got ", activation);
+  STD_TORCH_CHECK(task_index.has_value() || T == 1, "weights of ", T, " tasks need a task_index");
+  const auto sizes = x.sizes();
+  int64_t n = 1;
+  for (size_t i = 0; i + 1 < sizes.size(); ++i) n *= sizes[i];
+  Problem p{{d, b, pre_norm, post_norm}, int(activation), kind_of(x.scalar_type()), 1, n, T, nullptr};
+  if (!task_index.has_value()) return p;
+  const ScalarType kind = task_index->scalar_type();
+  STD_TORCH_CHECK(kind == ScalarType::Long || kind == ScalarType::Int, "task_index must be int32 or int64");
+  STD_TORCH_CHECK(x.dim() >= 2 && task_index->dim() == 1 && task_index->size(0) == sizes[0],
+                  "task_index must have one entry per sample of x");
+  const Tensor index = task_index->is_contiguous() ? *task_index : torch::stable::contiguous(*task_index);
+  p.B = sizes[0];
+  p.M = p.B == 0 ? 0 : n / p.B;
+  tasks.resize(p.B);
+  const bool wide = kind == ScalarType::Long;
+  for (int64_t i = 0; i < p.B; ++i) {
+    tasks[i] = wide ? static_cast<const int64_t*>(index.const_data_ptr())[i]
+                    : static_cast<const int32_t*>(index.const_data_ptr())[i];
+    STD_TORCH_CHECK(tasks[i] >= -1 && tasks[i] < T, "task_index must be from -1 to ", T - 1, ", got ", tasks[i]);
+  }
+  p.task = tasks.data();
+  return p;
+}
+
+void run_parallel(int64_t count, const std::function<void(int64_t, int64_t)>& body) {
+  if (count <= 1) {
+    if (count == 1) body(0, 1);
+    return;
+  }
+  torch::stable::parallel_for(0, count, 1, body);
+}
+
+FoldedWeights folded_of(const Tensor& wd, const Tensor& wg, const Tensor& vectors, const Tensor& scale,
+                        const Tensor& root, const Tensor& mean) {
+  const auto f = [](const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); };
+  return {wd.const_data_ptr(), wg.const_data_ptr(), f(vectors), f(scale), f(root), f(mean)};
+}
+
+// Kernels trust their arguments; this is the last place where wrong ones become an exception.
+void expect(const char* what, const Tensor& t, ScalarType dtype, const std::vector<int64_t>& shape) {
+  STD_TORCH_CHECK(t.scalar_type() == dtype, what, " must be ", name(dtype), ", got ", name(t.scalar_type()));
+  STD_TORCH_CHECK(t.is_contiguous(), what, " must be contiguous");
+  const auto sizes = t.sizes();
+  bool same = sizes.size() == shape.size();
+  for (size_t i = 0; same && i < shape.size(); ++i) same = sizes[i] == shape[i];
+  STD_TORCH_CHECK(same, what, " has the wrong shape for its adapter");
+}
+
+void expect_folded(const Problem& p, ScalarType dtype, const Tensor& wd, const Tensor& wg, const Tensor& vectors,
+                   const Tensor& scale, const Tensor& root, const Tensor& mean) {
+  const int64_t d = p.layout.d, b = p.layout.b, T = p.T, c = p.layout.post_norm ? b + 1 : 0;
+  expect("wd", wd, dtype, {T, b, d});
+  expect("wg", wg, dtype, {T, d, b});
+  expect("vectors", vectors, ScalarType::Float, {T, p.layout.vectors()});
+  expect("scale", scale, ScalarType::Float, {T, p.layout.post_norm ? b : 0});
+  expect("root", root, ScalarType::Float, {T, c, c});
+  expect("mean", mean, ScalarType::Float, {T, c});
+}
+
+using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Forward adapter_forward_op(const Tensor& x, const Tensor& wd, const Tensor& wg, const Tensor& vectors,
+                           const Tensor& scale, const Tensor& root, const Tensor& mean,
+                           std::optional<Tensor> task_index, int64_t d, int64_t b, bool pre_norm, bool post_norm,
+                           int64_t activation, bool save) {
+  const ScalarType dtype = x.scalar_type();
+  const auto sizes = x.sizes();
+  std::vector<int64_t> lead(sizes.begin(), sizes.end() - 1), none;
+  std::vector<int64_t> tasks;
+  const Problem p = problem_of(x, wd.size(0), task_index, d, b, pre_norm, post_norm, activation, tasks);
+  expect_folded(p, dtype, wd, wg, vectors, scale, root, mean);
+  Tensor out = empty(lead, {d}, dtype), z = save ? empty(lead, {b}, dtype) : empty(none, {0}, dtype);
+  const auto statistic = [&](bool on) {
+    return save && on ? empty(lead, {}, ScalarType::Float) : empty(none, {0}, ScalarType::Float);
+  };
+  Tensor r = statistic(post_norm), pre_mean = statistic(pre_norm), pre_rstd = statistic(pre_norm);
+  if (p.B * p.M == 0) return {out, z, r, pre_mean, pre_rstd};
+  const RowView rows(x);
+  const auto f = [&](Tensor& t, bool on) { return save && on ? static_cast<float*>(t.mutable_data_ptr()) : nullptr; };
+  const SavedRows saved{save ? z.mutable_data_ptr() : nullptr, f(r, post_norm), f(pre_mean, pre_norm),
+                        f(pre_rstd, pre_norm)};
+  adapter_forward(p, rows.rows(), folded_of(wd, wg, vectors, scale, root, mean), out.mutable_data_ptr(), saved,
+                  run_parallel);
+  return {out, z, r, pre_mean, pre_rstd};
+}
+
+std::tuple<Tensor, Tensor> adapter_backward_op(const Tensor& g, const Tensor& x, const Tensor& z, const Tensor& r,
+                                               const Tensor& pre_mean, const Tensor& pre_rstd, const Tensor& packed,
+                                               const Tensor& wd, const Tensor& wg, const Tensor& vectors,
+                                               const Tensor& scale, const Tensor& root, const Tensor& mean,
+                                               std::optional<Tensor> task_index, int64_t d, int64_t b, bool pre_norm,
+                                               bool post_norm, int64_t activation, bool need_dx, bool need_dpacked) {
+  const auto sizes = x.sizes();
+  std::vector<int64_t> lead(sizes.begin(), sizes.end() - 1), none, tasks;
+  const Problem p = problem_of(x, wd.size(0), task_index, d, b, pre_norm, post_norm, activation, tasks);
+  expect_folded(p, x.scalar_type(), wd, wg, vectors, scale, root, mean);
+  expect("packed", packed, ScalarType::Float, {p.T, p.layout.numel()});
+  std::vector<int64_t> z_shape(lead);
+  z_shape.push_back(b);
+  expect("z", z, x.scalar_type(), z_shape);
+  if (post_norm) expect("r", r, ScalarType::Float, lead);
+  if (pre_norm) {
+    expect("pre_mean", pre_mean, ScalarType::Float, lead);
+    expect("pre_rstd", pre_rstd, ScalarType::Float, lead);
+  }
+  STD_TORCH_CHECK(g.scalar_type() == x.scalar_type() && g.dim() == x.dim(), "g must have x's dtype and shape");
+  for (int64_t i = 0; i < x.dim(); ++i) STD_TORCH_CHECK(g.size(i) == x.size(i), "g must have x's dtype and shape");
+  Tensor dx = need_dx ? empty(lead, {d}, x.scalar_type()) : empty(none, {0}, x.scalar_type());
+  Tensor dpacked =
+      need_dpacked ? empty({p.T}, {p.layout.numel()}, ScalarType::Float) : empty(none, {0}, ScalarType::Float);
+  const RowView gr(g), xr(x);
+  const auto f = [&](const Tensor& t) { return static_cast<float*>(const_cast<void*>(t.const_data_ptr())); };
+  const SavedRows saved{const_cast<void*>(z.const_data_ptr()), f(r), f(pre_mean), f(pre_rstd)};
+  adapter_backward(p, gr.rows(), xr.rows(), saved, f(packed), folded_of(wd, wg, vectors, scale, root, mean),
+                   need_dx ? dx.mutable_data_ptr() : nullptr, need_dpacked ? f(dpacked) : nullptr, run_parallel);
+  return {dx, dpacked};
+}
+
+// 0 portable, 1 AVX2, 2 AVX-512.
+int64_t instruction_set_op() {
+  const std::string set = instruction_set();
+  return set == "avx512" ? 2 : set == "avx2" ? 1 : 0;
+}
+
 STABLE_TORCH_LIBRARY(hyperformer_fast_cpu, m) {
+  m.def("instruction_set() -> int");
+  m.def(
+      "adapter_forward(Tensor x, Tensor wd, Tensor wg, Tensor vectors, Tensor scale, Tensor root, Tensor mean, "
+      "Tensor? task_index, int d, int b, bool pre_norm, bool post_norm, int activation, bool save)"
+      " -> (Tensor out, Tensor z, Tensor r, Tensor pre_mean, Tensor pre_rstd)");
+  m.def(
+      "adapter_backward(Tensor g, Tensor x, Tensor z, Tensor r, Tensor pre_mean, Tensor pre_rstd, Tensor packed, "
+      "Tensor wd, Tensor wg, Tensor vectors, Tensor scale, Tensor root, Tensor mean, Tensor? task_index, "
+      "int d, int b, bool pre_norm, bool post_norm, int activation, bool need_dx, bool need_dpacked)"
+      " -> (Tensor dx, Tensor dpacked)");
   m.def(
       "fold(Tensor packed, int d, int b, bool pre_norm, bool post_norm, ScalarType dtype)"
       " -> (Tensor wd, Tensor wg, Tensor vectors, Tensor scale, Tensor root, Tensor mean)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(hyperformer_fast_cpu, CPU, m) { m.impl("fold", TORCH_BOX(&fold)); }
+STABLE_TORCH_LIBRARY_IMPL(hyperformer_fast_cpu, CPU, m) {
+  m.impl("fold", TORCH_BOX(&fold));
+  m.impl("adapter_forward", TORCH_BOX(&adapter_forward_op));
+  m.impl("adapter_backward", TORCH_BOX(&adapter_backward_op));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(hyperformer_fast_cpu, CompositeExplicitAutograd, m) {
+  m.impl("instruction_set", TORCH_BOX(&instruction_set_op));
+}
 
 }  // namespace
 }  // namespace hyperformer_fast

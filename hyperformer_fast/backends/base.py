@@ -22,7 +22,8 @@ class Request(NamedTuple):
 
 
 class Backend(abc.ABC):
-    """A set of kernels. Those that it has, it offers as methods named as in ``OPS`` (signatures: ``ReferenceBackend``)."""
+    """A set of kernels. Those that it has, it offers as methods named as in ``OPS`` (signatures:
+    ``ReferenceBackend``)."""
 
     name: str
 

@@ -90,7 +90,8 @@ class Explanation:
     reasons: dict[str, str]
 
     def __str__(self) -> str:
-        lines = [f"{self.request.op} on {self.request.device}, {self.request.dtype}: {self.chosen or 'none'} (asked for: {self.choice})"]
+        request, chosen = self.request, self.chosen or "none"
+        lines = [f"{request.op} on {request.device}, {request.dtype}: {chosen} (asked for: {self.choice})"]
         return "\n".join(lines + [f"  not {name}: {reason}" for name, reason in self.reasons.items()])
 
 
@@ -158,7 +159,9 @@ def live_check(name: str) -> dict[str, float]:
         x, g = (torch.randn(4, 8, 96, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
         index = torch.tensor([0, 1, -1, 1])
         folded = getattr(served, "fold", truth.fold)(packed, layout, dtype)
-        out, saved = getattr(served, "adapter_forward", truth.adapter_forward)(x, folded, layout, "gelu_new", index, True)
+        out, saved = getattr(served, "adapter_forward", truth.adapter_forward)(
+            x, folded, layout, "gelu_new", index, True
+        )
         backward = getattr(served, "adapter_backward", truth.adapter_backward)
         dx, dpacked = backward(g, x, saved, packed, folded, layout, "gelu_new", index, True, True)
         E, G, g0 = packed[None, :, :5], packed.mT[None, :, :1].repeat(1, 1, 5), packed[:1]

@@ -1,0 +1,103 @@
+// The four activations and their derivatives on vectors. Included once per instruction set, after simd.h.
+
+// e^x to 1 ulp: x = n ln 2 + r, a degree-7 polynomial in r, 2^n by its exponent. Clamped so that 2^n stays normal.
+HF_INLINE vf exp(vf x) {
+  const vf clamped = select(x > splat(88.3f), splat(88.3f), select(x < splat(-87.3f), splat(-87.3f), x));
+  const vf shifted =
+      clamped * splat(1.44269504f) + splat(12582912.0f);  // 1.5 * 2^23: rounds to an integer in the low bits
+  const vf n = shifted - splat(12582912.0f);
+  vf r = clamped - n * splat(0.693145752f);
+  r = r - n * splat(1.42860677e-6f);
+  vf p = splat(1.98412698e-4f);
+  p = p * r + splat(1.38888889e-3f);
+  p = p * r + splat(8.33333377e-3f);
+  p = p * r + splat(4.16666679e-2f);
+  p = p * r + splat(1.66666672e-1f);
+  p = p * r + splat(0.5f);
+  p = p * r + splat(1.0f);
+  p = p * r + splat(1.0f);
+  const vi power = (__builtin_convertvector(n, vi) + 127) << 23;
+  const vf y = p * reinterpret_cast<vf>(power);
+  return select(x == x, y, x);  // NaN through
+}
+
+HF_INLINE vf absolute(vf x) { return reinterpret_cast<vf>(reinterpret_cast<vi>(x) & 0x7fffffff); }
+
+// The normal distribution function, Phi(z) = erfc(-z / sqrt 2) / 2, with the relative error of a few ulp also in its
+// lower tail: erfc(a) = e^(-a^2) p(t), t = 1 / (1 + 0.3275911 a) has only absolute accuracy, so the erf polynomial
+// serves small |z|.
+HF_INLINE vf phi(vf z) {
+  const vf a = z * splat(0.707106781f);
+  const vf t = absolute(a), s = a * a;
+  // erf(a) for |a| < 0.93: a + a q(a^2)
+  vf q = splat(-5.96761703e-4f);
+  q = q * s + splat(4.99119423e-3f);
+  q = q * s + splat(-2.67681349e-2f);
+  q = q * s + splat(1.12819925e-1f);
+  q = q * s + splat(-3.76125336e-1f);
+  q = q * s + splat(1.28379166e-1f);
+  const vf near = q * a + a;
+  // 1 - erf(t) = e^(-poly(t)) beyond
+  vf p = splat(-1.72853470e-5f) * t + splat(3.83197126e-4f);
+  const vf u = splat(-3.88396438e-3f) * t + splat(2.42546219e-2f);
+  p = p * s + u;
+  p = p * t + splat(-1.06777877e-1f);
+  p = p * t + splat(-6.34846687e-1f);
+  p = p * t + splat(-1.28717512e-1f);
+  p = p * t - t;
+  const vf tail = exp(p);  // erfc(t)
+  const vf far = select(a < splat(0.0f), splat(0.5f) * tail, splat(1.0f) - splat(0.5f) * tail);
+  return select(t > splat(0.927734375f), far, splat(0.5f) + splat(0.5f) * near);
+}
+
+struct Activated {
+  vf value, derivative;
+};
+
+// act(z), and act'(z) where D.
+template <int code, bool D>
+HF_INLINE Activated activate(vf z) {
+  if constexpr (code == RELU)
+    return {select(z > splat(0.0f), z, select(z == z, splat(0.0f), z)),
+            select(z > splat(0.0f), splat(1.0f), splat(0.0f))};
+  if constexpr (code == GELU) {
+    const vf p = phi(z);
+    return {z * p, D ? p + z * splat(0.398942280f) * exp(splat(-0.5f) * z * z) : vf{}};
+  }
+  // gelu_new is z sigmoid(2u), u = sqrt(2/pi) (z + 0.044715 z^3); silu is z sigmoid(z): neither cancels for
+  // negative z, nor does e s = 1 - sigmoid in the derivative for large ones.
+  constexpr float c = 1.59576912f, cubic = 0.044715f;
+  const vf z2 = z * z;
+  const vf argument = code == GELU_NEW ? splat(c) * z * (splat(1.0f) + splat(cubic) * z2) : z;
+  const vf e = exp(-argument), s = splat(1.0f) / (splat(1.0f) + e);
+  const vf slope = code == GELU_NEW ? splat(c) * (splat(1.0f) + splat(3 * cubic) * z2) : splat(1.0f);
+  return {z * s, D ? s + z * s * (e * s) * slope : vf{}};
+}
+
+// h = act(z) and dh = act'(z) (may be null) over n numbers, n a multiple of W.
+template <int code>
+void activate_all(const float* z, float* h, float* derivative, int64_t n) {
+  for (int64_t i = 0; i < n; i += W) {
+    const vf v = F32::load(z + i);
+    if (derivative == nullptr) {
+      F32::store(h + i, activate<code, false>(v).value);
+    } else {
+      const Activated a = activate<code, true>(v);
+      F32::store(h + i, a.value);
+      F32::store(derivative + i, a.derivative);
+    }
+  }
+}
+
+inline void activate_buffer(int code, const float* z, float* h, float* derivative, int64_t n) {
+  switch (code) {
+    case GELU_NEW:
+      return activate_all<GELU_NEW>(z, h, derivative, n);
+    case GELU:
+      return activate_all<GELU>(z, h, derivative, n);
+    case RELU:
+      return activate_all<RELU>(z, h, derivative, n);
+    default:
+      return activate_all<SILU>(z, h, derivative, n);
+  }
+}

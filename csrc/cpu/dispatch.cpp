@@ -1,0 +1,68 @@
+// The choice of an instruction set, once, when the library is first used.
+#include <cstdlib>
+#include <cstring>
+
+#include "adapter.h"
+
+namespace hyperformer_fast {
+
+#define HF_DECLARE(set)                                                                                              \
+  namespace set {                                                                                                    \
+  void adapter_forward(const Problem&, const Rows&, const FoldedWeights&, void*, const SavedRows&, const Parallel&); \
+  void adapter_backward(const Problem&, const Rows&, const Rows&, const SavedRows&, const float*,                    \
+                        const FoldedWeights&, void*, float*, const Parallel&);                                       \
+  }
+HF_DECLARE(portable)
+#if defined(__x86_64__)
+HF_DECLARE(avx2)
+HF_DECLARE(avx512)
+#endif
+#undef HF_DECLARE
+
+namespace {
+
+struct Set {
+  const char* name;
+  bool usable;
+  decltype(&portable::adapter_forward) forward;
+  decltype(&portable::adapter_backward) backward;
+};
+
+const Set& chosen() {
+  static const Set set = [] {
+    const Set sets[] = {
+#if defined(__x86_64__)
+        {"avx512",
+         __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"),
+         avx512::adapter_forward, avx512::adapter_backward},
+        {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"),
+         avx2::adapter_forward, avx2::adapter_backward},
+#endif
+        {"portable", true, portable::adapter_forward, portable::adapter_backward},
+    };
+    const char* asked = std::getenv("HYPERFORMER_FAST_CPU_ISA");
+    for (const Set& s : sets)
+      if (s.usable && (asked == nullptr || *asked == 0 || std::strcmp(asked, s.name) == 0)) return s;
+    for (const Set& s : sets)
+      if (s.usable) return s;
+    return sets[0];
+  }();
+  return set;
+}
+
+}  // namespace
+
+void adapter_forward(const Problem& p, const Rows& x, const FoldedWeights& f, void* out, const SavedRows& s,
+                     const Parallel& parallel) {
+  chosen().forward(p, x, f, out, s, parallel);
+}
+
+void adapter_backward(const Problem& p, const Rows& g, const Rows& x, const SavedRows& s, const float* packed,
+                      const FoldedWeights& f, void* dx, float* dpacked, const Parallel& parallel) {
+  chosen().backward(p, g, x, s, packed, f, dx, dpacked, parallel);
+}
+
+const char* instruction_set() { return chosen().name; }
+
+}  // namespace hyperformer_fast

@@ -1,0 +1,115 @@
+// Vectors of W floats for one instruction set, over the compiler's vector extension. No include guard: each instruction
+// set's translation unit includes it once, inside that set's target region and namespace (see instruction_sets.h).
+
+constexpr int W = HF_WIDTH;
+
+typedef float vf __attribute__((vector_size(W * 4)));
+typedef int32_t vi __attribute__((vector_size(W * 4)));
+typedef uint32_t vu __attribute__((vector_size(W * 4)));
+typedef uint16_t vh __attribute__((vector_size(W * 2)));
+typedef float v4 __attribute__((vector_size(16)));
+typedef float vf_any __attribute__((vector_size(W * 4), aligned(4), may_alias));
+typedef uint16_t vh_any __attribute__((vector_size(W * 2), aligned(2), may_alias));
+
+HF_INLINE vf splat(float x) { return vf{} + x; }
+
+// Storage types: arithmetic is float32 throughout, 16-bit numbers are widened in registers.
+struct F32 {
+  using T = float;
+  static HF_INLINE vf load(const T* p) { return *reinterpret_cast<const vf_any*>(p); }
+  static HF_INLINE void store(T* p, vf v) { *reinterpret_cast<vf_any*>(p) = v; }
+  static HF_INLINE float one(T x) { return x; }
+  static HF_INLINE T narrow(float x) { return x; }
+};
+
+struct BF16 {
+  using T = bf16_t;
+  static HF_INLINE vf load(const T* p) {
+    const vh h = *reinterpret_cast<const vh_any*>(p);
+    return reinterpret_cast<vf>(__builtin_convertvector(h, vu) << 16);
+  }
+  static HF_INLINE void store(T* p, vf v) {
+    const vu u = reinterpret_cast<vu>(v);
+    const vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+    const vu nan = reinterpret_cast<vu>(v != v);
+    *reinterpret_cast<vh_any*>(p) = __builtin_convertvector((nan & 0x7fc0) | (~nan & rounded), vh);
+  }
+  static HF_INLINE float one(T x) { return float_of(uint32_t(x.bits) << 16); }
+  static HF_INLINE T narrow(float x) { return T{to_bf16(x)}; }
+};
+
+struct F16 {
+  using T = f16_t;
+#if HF_HAS_F16C && HF_WIDTH == 16
+  static HF_INLINE vf load(const T* p) {
+    return reinterpret_cast<vf>(_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)));
+  }
+  static HF_INLINE void store(T* p, vf v) {
+    _mm256_storeu_si256((__m256i*)p,
+                        _mm512_cvtps_ph(reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+#elif HF_HAS_F16C && HF_WIDTH == 8
+  static HF_INLINE vf load(const T* p) {
+    return reinterpret_cast<vf>(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)));
+  }
+  static HF_INLINE void store(T* p, vf v) {
+    _mm_storeu_si128((__m128i*)p,
+                     _mm256_cvtps_ph(reinterpret_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+#else
+  static HF_INLINE vf load(const T* p) {
+    vf v;
+    for (int i = 0; i < W; ++i) v[i] = one(p[i]);
+    return v;
+  }
+  static HF_INLINE void store(T* p, vf v) {
+    for (int i = 0; i < W; ++i) p[i] = narrow(v[i]);
+  }
+#endif
+  static HF_INLINE float one(T x) { return from_f16(x.bits); }
+  static HF_INLINE T narrow(float x) { return T{to_f16(x)}; }
+};
+
+// n <= W numbers; the rest of the vector is zero.
+template <class S>
+HF_INLINE vf load_part(const typename S::T* p, int n) {
+  vf v = {};
+  for (int i = 0; i < n; ++i) v[i] = S::one(p[i]);
+  return v;
+}
+
+template <class S>
+HF_INLINE void store_part(typename S::T* p, vf v, int n) {
+  for (int i = 0; i < n; ++i) p[i] = S::narrow(v[i]);
+}
+
+// The four quarters of a vector added up.
+HF_INLINE v4 quarter_sum(vf v) {
+#if HF_WIDTH == 16
+  typedef float v8 __attribute__((vector_size(32)));
+  const v8 h = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+               __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+  return __builtin_shufflevector(h, h, 0, 1, 2, 3) + __builtin_shufflevector(h, h, 4, 5, 6, 7);
+#elif HF_WIDTH == 8
+  return __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
+#else
+  return v;
+#endif
+}
+
+HF_INLINE float sum(vf v) {
+  const v4 q = quarter_sum(v);
+  return (q[0] + q[1]) + (q[2] + q[3]);
+}
+
+// Four vectors to their four sums, by a transposition that adds on the way.
+HF_INLINE v4 sum4(vf a, vf b, vf c, vf d) {
+  const v4 p = quarter_sum(a), q = quarter_sum(b), r = quarter_sum(c), s = quarter_sum(d);
+  const v4 pq = __builtin_shufflevector(p, q, 0, 4, 1, 5) + __builtin_shufflevector(p, q, 2, 6, 3, 7);
+  const v4 rs = __builtin_shufflevector(r, s, 0, 4, 1, 5) + __builtin_shufflevector(r, s, 2, 6, 3, 7);
+  return __builtin_shufflevector(pq, rs, 0, 1, 4, 5) + __builtin_shufflevector(pq, rs, 2, 3, 6, 7);
+}
+
+HF_INLINE vf select(vi mask, vf a, vf b) {
+  return reinterpret_cast<vf>((mask & reinterpret_cast<vi>(a)) | (~mask & reinterpret_cast<vi>(b)));
+}

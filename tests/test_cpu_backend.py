@@ -1,0 +1,183 @@
+"""What is the C++ kernels' own: instruction sets, threads, rows read in place, and raw ops that refuse what would crash
+them."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from support.cases import HOSTILE, hostile_packed, random_packed
+from support.tolerance import assert_accurate
+
+from hyperformer_fast import backends, native, ops, reference
+from hyperformer_fast.activations import ACTIVATIONS
+from hyperformer_fast.backends.cpu import INSTRUCTION_SETS, ISA_VARIABLE
+from hyperformer_fast.layout import AdapterLayout
+
+pytestmark = pytest.mark.skipif(
+    native.cpu_library() is None, reason="needs the compiled CPU library, which is not built"
+)
+
+
+def run(x, g, packed, layout, activation, index, backend):
+    x, packed = x.detach().requires_grad_(), packed.detach().requires_grad_()
+    with backends.use_backend(backend):
+        out = ops.adapter(x, packed, layout, activation, task_index=index)
+        return [out.detach(), *torch.autograd.grad(out, (x, packed), g)]
+
+
+def eager(x, g, packed, layout, activation, index):
+    x, packed = x.detach().requires_grad_(), packed.detach().requires_grad_()
+    out = reference.adapter(x, packed, layout, activation, index)
+    return [out.detach(), *torch.autograd.grad(out, (x, packed), g)]
+
+
+# One case of each: tails of vectors (d, b not multiples of 16), several row blocks (64) and parts (128), every
+# activation and norm.
+CASES = [
+    (d, b, rows, activation, pre, post)
+    for (d, b, rows), activation, (pre, post) in zip(
+        [
+            (768, 24, 300),
+            (48, 3, 65),
+            (37, 16, 140),
+            (130, 17, 64),
+            (16, 1, 1),
+            (5, 40, 9),
+            (96, 130, 70),
+            (512, 16, 129),
+        ],
+        itertools.cycle(ACTIVATIONS),
+        itertools.cycle([(False, True), (True, True), (False, False), (True, False), (False, True)]),
+    )
+]
+
+
+def check_cases() -> None:
+    for d, b, rows, activation, pre, post in CASES:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            torch.manual_seed(d)
+            layout = AdapterLayout(d, b, pre, post)
+            packed = random_packed(layout, 3).float()
+            x, g = (torch.randn(4, rows, d).to(dtype) for _ in range(2))
+            index = torch.tensor([2, 0, -1, 2])
+            arguments = (packed, layout, activation, index)
+            mine = run(x, g, *arguments, "cpu")
+            truth = eager(x.double(), g.double(), packed.double(), *arguments[1:])
+            for name, k, e, t in zip(("out", "dx", "dpacked"), mine, eager(x, g, *arguments), truth):
+                if activation == "relu" and name != "out":
+                    continue  # rounding a weight can turn relu's derivative; test_ops' sweep keeps away from the kink
+                assert_accurate(k, e, t, f"{name} at {d, b, rows, activation, pre, post, dtype}", dtype=dtype)
+
+
+def test_shapes_that_meet_every_loop():
+    check_cases()
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_every_instruction_set(isa):
+    code = (
+        f"import sys; sys.path[:0] = {sys.path!r}\n"
+        "import pytest\nfrom hyperformer_fast import backends\n"
+        "report = next(r for r in backends.backend_report() if r['name'] == 'cpu')\n"
+        "print(report['reason']) if not report['available'] else None\n"
+        "if report['available']:\n"
+        "    import importlib.util as u\n"
+        f"    spec = u.spec_from_file_location('t', {__file__!r})\n"
+        "    m = u.module_from_spec(spec)\n    spec.loader.exec_module(m)\n"
+        "    m.check_cases()\n    print('checked')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, ISA_VARIABLE: isa}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    if "checked" not in done.stdout:
+        pytest.skip(f"needs a CPU with {isa}: {done.stdout.strip()}")
+
+
+def test_an_instruction_set_that_is_not_there_is_refused():
+    code = "from hyperformer_fast import backends, explain; print(explain('adapter_forward'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, ISA_VARIABLE: "avx9"}, capture_output=True, text=True
+    )
+    assert "reference (asked for: auto)" in done.stdout and "avx9 is not one of portable, avx2, avx512" in done.stdout
+
+
+def test_the_number_of_threads_changes_no_bit():
+    layout = AdapterLayout(64, 8, pre_norm=True)
+    x, g, packed = torch.randn(8, 200, 64), torch.randn(8, 200, 64), random_packed(layout, 3).float()
+    index = torch.tensor([0, 1, 2, -1, 2, 1, 0, 0])
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(run(x, g, packed, layout, "gelu", index, "cpu"))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(results[0], other))
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_weights(kind):
+    layout = AdapterLayout(96, 12)
+    packed = hostile_packed(kind, layout).float()
+    x = torch.randn(64, 96)
+    truth = reference.adapter(x.double(), packed.double(), layout, "gelu_new")
+    plain = reference.adapter(x, packed, layout, "gelu_new")
+    with backends.use_backend("cpu"):
+        out = ops.adapter(x, packed, layout, "gelu_new")
+    if kind in (
+        "cancelling columns",
+        "rank one",
+    ):  # the norm amplifies what any sum lost: within 8x of eager's own error
+        worst = max((plain.double() - truth).abs().max(), torch.finfo(x.dtype).eps * truth.abs().max())
+        assert (out.double() - truth).abs().max() <= 8 * worst
+    else:
+        assert_accurate(out, plain, truth, kind)
+
+
+def test_infinities_and_nan_stay_in_their_rows():
+    layout = AdapterLayout(40, 5)
+    packed = random_packed(layout).float()
+    x = torch.randn(70, 40)
+    x[3, 7], x[66, 0] = float("nan"), float("inf")
+    out, *_ = run(x, torch.randn_like(x), packed, layout, "gelu_new", None, "cpu")
+    bad = (~out.isfinite()).any(1).nonzero().flatten().tolist()
+    assert bad == [3, 66]
+
+
+def test_raw_ops_refuse_what_would_crash_them():
+    library = native.cpu_library()
+    layout = AdapterLayout(8, 2)
+    packed = random_packed(layout, 2).float()
+    folded = reference.fold(packed, layout, torch.float32)
+    x, index = torch.randn(3, 8), torch.tensor([0, 1, -1])
+    static = (8, 2, False, True, 0)
+    out, *saved = library.adapter_forward(x, *folded, index, *static, True)
+    wrong_folded = [(*folded[:i], part[:1] if part.dim() else part, *folded[i + 1 :]) for i, part in enumerate(folded)]
+    calls = [
+        *[lambda f=f: library.adapter_forward(x, *f, index, *static, True) for f in wrong_folded[1:]],
+        lambda: library.adapter_forward(x[:, :7], *folded, index, *static, True),
+        lambda: library.adapter_forward(x.double(), *folded, index, *static, True),
+        lambda: library.adapter_forward(x, *folded, None, *static, True),
+        lambda: library.adapter_forward(x, *folded, torch.tensor([0, 1, 2]), *static, True),
+        lambda: library.adapter_forward(x, *folded, index[:2], *static, True),
+        lambda: library.adapter_forward(x, *folded, index.float(), *static, True),
+        lambda: library.adapter_forward(x, *folded, index, 8, 2, False, True, 4, True),
+        lambda: library.adapter_forward(x, *folded, index, 8, 0, False, True, 0, True),
+        lambda: library.adapter_backward(out[:2], x, *saved, packed, *folded, index, *static, True, True),
+        lambda: library.adapter_backward(out, x, saved[0][:2], *saved[1:], packed, *folded, index, *static, True, True),
+        lambda: library.adapter_backward(
+            out, x, saved[0], saved[1][:1], *saved[2:], packed, *folded, index, *static, True, True
+        ),
+        lambda: library.adapter_backward(out, x, *saved, packed[:, :-1], *folded, index, *static, True, True),
+    ]
+    for call in calls:
+        with pytest.raises(RuntimeError):
+            call()
