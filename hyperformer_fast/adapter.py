@@ -11,10 +11,11 @@ from .layout import AdapterLayout
 
 
 class FusedHyperAdapter(nn.Module):
-    """A bottleneck adapter whose weights, and whose layer norms, are generated from an embedding (paper sections 2 and 3).
+    """A bottleneck adapter whose weights, and whose layer norms, are generated from an embedding (paper sections 2 and
+    3).
 
-    Stands where an ``AdapterController`` of the authors' code or any ``adapter(x)`` stood: behind a sublayer, before its
-    residual add. The adapter's own skip is included.
+    Stands where an ``AdapterController`` of the authors' code or any ``adapter(x)`` stood: behind a sublayer, before
+    its residual add. The adapter's own skip is included.
 
     Args:
         input_dim: d, width of x.
@@ -39,11 +40,17 @@ class FusedHyperAdapter(nn.Module):
         conditional_layer_norm: bool = True,
     ):
         super().__init__()
-        for name, value in (("input_dim", input_dim), ("down_sample_size", down_sample_size), ("embedding_dim", embedding_dim)):
+        for name, value in (
+            ("input_dim", input_dim),
+            ("down_sample_size", down_sample_size),
+            ("embedding_dim", embedding_dim),
+        ):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
         self.activation = canonical_activation(non_linearity, field="non_linearity")
-        self.layout = AdapterLayout(input_dim, down_sample_size, add_layer_norm_before_adapter, add_layer_norm_after_adapter)
+        self.layout = AdapterLayout(
+            input_dim, down_sample_size, add_layer_norm_before_adapter, add_layer_norm_after_adapter
+        )
         self.embedding_dim = embedding_dim
         self.generator = Generator(1, self.layout, embedding_dim, conditional_layer_norm)
 

@@ -39,9 +39,7 @@ def check_generate(E: Tensor, G: Tensor, g0: Tensor) -> None:
         E.shape[0] == G.shape[0] and E.shape[2] == G.shape[2],
         lambda: f"E [Q, n, k] and G [Q, P, k] must agree in Q and k, got {list(E.shape)} and {list(G.shape)}",
     )
-    _require(
-        g0.shape == G.shape[:2], lambda: f"g0 must be [Q, P] = {list(G.shape[:2])} like G, got {list(g0.shape)}"
-    )
+    _require(g0.shape == G.shape[:2], lambda: f"g0 must be [Q, P] = {list(G.shape[:2])} like G, got {list(g0.shape)}")
 
 
 def check_fold(packed: Tensor, layout: AdapterLayout, dtype: torch.dtype) -> None:
@@ -71,7 +69,9 @@ def check_adapter(
     check_fold(packed, layout, x.dtype)
     _same_device(x=x, packed=packed, wd=folded.wd)
     T = packed.shape[0]
-    _require(folded.wd.dtype == x.dtype, lambda: f"the folded weights must have x's dtype {x.dtype}, got {folded.wd.dtype}")
+    _require(
+        folded.wd.dtype == x.dtype, lambda: f"the folded weights must have x's dtype {x.dtype}, got {folded.wd.dtype}"
+    )
     _require(
         tuple(folded.wd.shape) == (T, b, d),
         lambda: f"the folded down-projection must be [T, b, d] = {[T, b, d]}, got {list(folded.wd.shape)}",
@@ -112,9 +112,7 @@ def _check_tasks(x: Tensor, T: int, task_index: Tensor | None) -> None:
     if task_index is None:
         _require(T == 1, lambda: f"there are weights of T = {T} tasks: task_index must say which one each sample takes")
         return
-    _require(
-        task_index.dtype in _INDEX_DTYPES, lambda: f"task_index must be int32 or int64, got {task_index.dtype}"
-    )
+    _require(task_index.dtype in _INDEX_DTYPES, lambda: f"task_index must be int32 or int64, got {task_index.dtype}")
     _require(x.dim() >= 2, lambda: f"x must be [B, ..., d] with task_index, got {list(x.shape)}")
     _require(task_index.dim() == 1, lambda: f"task_index must be [B], got {list(task_index.shape)}")
     _require(

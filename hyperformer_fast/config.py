@@ -14,7 +14,8 @@ from .activations import canonical_activation
 
 VARIANTS = ("hyperformer++", "hyperformer-shared", "hyperformer")
 
-#: (unique_hyper_net, efficient_unique_hyper_net) of each variant; the efficient flag wins over the other in the authors' code.
+#: (unique_hyper_net, efficient_unique_hyper_net) of each variant; the efficient flag wins over the other in the
+#: authors' code.
 _FLAGS = {"hyperformer++": (False, True), "hyperformer-shared": (True, False), "hyperformer": (False, False)}
 
 #: Defaults of the authors' MetaAdapterConfig and ModelArguments where they are not ours.
@@ -33,26 +34,28 @@ _OFFICIAL_DEFAULTS = {
 class HyperFormerConfig:
     """Configuration of the hypernetworks and adapters of one model.
 
-    The defaults are those of the authors' ``hyperformer++.json``, not of their ``MetaAdapterConfig`` class (swish, 16, 512).
+    The defaults are those of the authors' ``hyperformer++.json``, not of their ``MetaAdapterConfig`` class (swish, 16,
+    512).
 
     Args:
         tasks: names of the tasks, in the order of their indices. Required, not empty, unique.
         variant: what the adapters of a stack share: ``"hyperformer++"`` one set of generators for all of them,
             ``"hyperformer-shared"`` one for the feed-forward and one for the self-attention adapters,
-            ``"hyperformer"`` none (a set per block and position; the paper's HyperFormer). None: from the two flags below.
-        task_embedding_dim: width of a task's own embedding (and of the layer and position embeddings).
+            ``"hyperformer"`` none (a set per block and position; the paper's HyperFormer). None: from the two flags
+        below. task_embedding_dim: width of a task's own embedding (and of the layer and position embeddings).
         projected_task_embedding_dim: width k of the embedding that the generators read (64 in the paper).
-        task_hidden_dim: hidden width of the network between the two (128 in the paper).
-        reduction_factor: an adapter's bottleneck is ``b = d // reduction_factor``.
-        non_linearity: ``gelu_new`` (tanh form), ``gelu`` (erf), ``relu``, ``silu`` (also under its official name ``swish``).
-        add_layer_norm_before_adapter: normalise the adapter's input.
-        add_layer_norm_after_adapter: normalise the adapter's output, before the skip is added.
-        conditional_layer_norm: generate the norms' parameters. Read by variant ``"hyperformer"`` only: the two shared
+        task_hidden_dim: hidden width of the network between the two (128 in the paper). reduction_factor: an adapter's
+        bottleneck is ``b = d // reduction_factor``. non_linearity: ``gelu_new`` (tanh form), ``gelu`` (erf), ``relu``,
+        ``silu`` (also under its official name ``swish``). add_layer_norm_before_adapter: normalise the adapter's input.
+        add_layer_norm_after_adapter: normalise the adapter's output, before the skip is added. conditional_layer_norm:
+        generate the norms' parameters. Read by variant ``"hyperformer"`` only: the two shared
             variants always generate them, as in the authors' code.
         unique_hyper_net: the authors' flag for ``"hyperformer-shared"``.
         efficient_unique_hyper_net: the authors' flag for ``"hyperformer++"``; wins over ``unique_hyper_net``.
-        unique_hyper_net_layer_norm: layer norm (eps 1e-6) on the joint embedding. Not read by variant ``"hyperformer"``.
-        train_task_embeddings: project the task embeddings through a network of their own before anything else reads them.
+        unique_hyper_net_layer_norm: layer norm (eps 1e-6) on the joint embedding. Not read by variant
+            ``"hyperformer"``.
+        train_task_embeddings: project the task embeddings through a network of their own before anything else reads
+            them.
         task_to_embeddings: task -> name of the embedding it uses; tasks may share one. None: each task its own.
         unfreeze_layer_norms: train T5's own layer norms.
         unfreeze_lm_head: train T5's output head.
@@ -109,13 +112,16 @@ class HyperFormerConfig:
         if self.task_to_embeddings is None:
             return
         if not isinstance(self.task_to_embeddings, Mapping):
-            raise TypeError(f"task_to_embeddings must map task names to embedding names, got {self.task_to_embeddings!r}")
+            raise TypeError(
+                f"task_to_embeddings must map task names to embedding names, got {self.task_to_embeddings!r}"
+            )
         self.task_to_embeddings = dict(self.task_to_embeddings)
         missing = [task for task in self.tasks if task not in self.task_to_embeddings]
         unknown = [task for task in self.task_to_embeddings if task not in self.tasks]
         if missing or unknown:
             raise ValueError(
-                f"task_to_embeddings must have exactly the tasks {self.tasks} as keys; missing {missing}, unknown {unknown}"
+                f"task_to_embeddings must have exactly the tasks {self.tasks} as keys; "
+                f"missing {missing}, unknown {unknown}"
             )
         for name in self.task_to_embeddings.values():
             _check_name("task_to_embeddings", name)
@@ -176,7 +182,9 @@ class HyperFormerConfig:
         """Bottleneck b of an adapter of width d. ValueError where nothing would be left of it."""
         b = d // self.reduction_factor
         if b < 1:
-            raise ValueError(f"reduction_factor={self.reduction_factor} leaves no bottleneck at width d={d}: at most {d} is allowed")
+            raise ValueError(
+                f"reduction_factor={self.reduction_factor} leaves no bottleneck at width d={d}: at most {d} is allowed"
+            )
         return b
 
     def replace(self, **changes: Any) -> HyperFormerConfig:
@@ -207,7 +215,8 @@ class HyperFormerConfig:
 
     @classmethod
     def from_official(cls, fields: Mapping[str, Any], **changes: Any) -> HyperFormerConfig:
-        """From a configuration of the authors' code, which holds much else (training arguments): only known fields are read.
+        """From a configuration of the authors' code, which holds much else (training arguments): only known fields are
+        read.
 
         Absent fields have the authors' defaults, not ours; a dict with neither flag is variant ``"hyperformer"``.
         """
@@ -230,7 +239,9 @@ class HyperFormerConfig:
 
 def variant_of_flags(unique_hyper_net: bool, efficient_unique_hyper_net: bool) -> str:
     """The variant that the authors' two flags select (``efficient_unique_hyper_net`` wins)."""
-    return "hyperformer++" if efficient_unique_hyper_net else "hyperformer-shared" if unique_hyper_net else "hyperformer"
+    return (
+        "hyperformer++" if efficient_unique_hyper_net else "hyperformer-shared" if unique_hyper_net else "hyperformer"
+    )
 
 
 def _check_name(field: str, name: Any) -> None:
@@ -239,4 +250,6 @@ def _check_name(field: str, name: Any) -> None:
     if "." in name:
         raise ValueError(f"{field}: {name!r} holds a dot, which parameter names cannot")
     if hasattr(nn.ParameterDict, name):
-        raise ValueError(f"{field}: {name!r} is the name of a method of ParameterDict, where embeddings are kept; choose another")
+        raise ValueError(
+            f"{field}: {name!r} is the name of a method of ParameterDict, where embeddings are kept; choose another"
+        )

@@ -45,7 +45,9 @@ class TaskEmbeddings(nn.Module):
     @property
     def out_dim(self) -> int:
         """Width of what :meth:`forward` returns."""
-        return self.config.projected_task_embedding_dim if self.projector is not None else self.config.task_embedding_dim
+        return (
+            self.config.projected_task_embedding_dim if self.projector is not None else self.config.task_embedding_dim
+        )
 
     def forward(self) -> torch.Tensor:
         """The embeddings [T, out_dim] of all tasks of ``config.tasks``, in that order."""
@@ -58,7 +60,8 @@ class TaskEmbeddings(nn.Module):
 
         Args:
             name: the new task.
-            init_from: a task whose embedding is copied, a list of tasks whose mean is taken, or None for a standard normal draw.
+            init_from: a task whose embedding is copied, a list of tasks whose mean is taken, or None for a standard
+                normal draw.
 
         Raises:
             ValueError: the name is taken, or ``init_from`` names an unknown task or none.
@@ -117,8 +120,8 @@ class Generator(nn.Module):
 class HyperNetwork(nn.Module):
     """All hypernetworks of one stack (encoder or decoder), in any of the three variants.
 
-    Sites are position-major, ``site = position_id * num_layers + layer``: that order is contiguous for one generator per
-    stack, per position, and per site alike.
+    Sites are position-major, ``site = position_id * num_layers + layer``: that order is contiguous for one generator
+    per stack, per position, and per site alike.
 
     Args:
         config: the HyperFormer.
@@ -144,7 +147,9 @@ class HyperNetwork(nn.Module):
             self.embedding_norm = (
                 nn.LayerNorm(k, eps=_EMBEDDING_NORM_EPS) if config.unique_hyper_net_layer_norm else None
             )
-        count = {"hyperformer++": 1, "hyperformer-shared": len(POSITIONS), "hyperformer": self.num_sites}[config.variant]
+        count = {"hyperformer++": 1, "hyperformer-shared": len(POSITIONS), "hyperformer": self.num_sites}[
+            config.variant
+        ]
         self.generator = Generator(count, self.layout, k, config.generates_norms)
 
     @property
@@ -161,7 +166,8 @@ class HyperNetwork(nn.Module):
         return POSITIONS.index(position) * self.num_layers + layer
 
     def embeddings(self, task_embeddings: torch.Tensor) -> torch.Tensor:
-        """What the generators read: [T, k_task] -> [sites, T, k] (paper section 3.3; per block, the task embedding itself)."""
+        """What the generators read: [T, k_task] -> [sites, T, k] (paper section 3.3; per block, the task embedding
+        itself)."""
         T = task_embeddings.shape[0]
         task = task_embeddings.expand(self.num_sites, -1, -1)
         if self.config.variant == "hyperformer":

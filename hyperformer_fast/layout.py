@@ -38,7 +38,12 @@ class AdapterLayout:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of each part, in order."""
         d, b = self.d, self.b
-        shapes: dict[str, tuple[int, ...]] = {"down_weight": (b, d), "down_bias": (b,), "up_weight": (d, b), "up_bias": (d,)}
+        shapes: dict[str, tuple[int, ...]] = {
+            "down_weight": (b, d),
+            "down_bias": (b,),
+            "up_weight": (d, b),
+            "up_bias": (d,),
+        }
         if self.post_norm:
             shapes |= {"post_gamma": (d,), "post_beta": (d,)}
         if self.pre_norm:

@@ -1,7 +1,8 @@
 """The authors' checkpoints, in and out.
 
-Their code (github.com/rabeehk/hyperformer) holds one ``nn.Linear`` per generated tensor; ours packs all rows of a generator into one
-tensor. One table of correspondences (:func:`_stack_entries`) serves loading, exporting and the gradients.
+Their code (github.com/rabeehk/hyperformer) holds one ``nn.Linear`` per generated tensor; ours packs all rows of a
+generator into one tensor. One table of correspondences (:func:`_stack_entries`) serves loading, exporting and the
+gradients.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 _TASKS = "task_embedding_controller."
 _NET = "adapter_layers_hyper_net."
 
-#: Module of each generated part in a shared stack, and in the per-block variant; and whether it makes a weight or a bias.
+#: Module of each generated part in a shared stack, and in the per-block variant; and whether it makes a weight or a
+#: bias.
 _SHARED = {"down": "down_sampler_hyper_net", "up": "up_sampler_hyper_net"}
 _PER_BLOCK = {"down": "meta_down_sampler", "up": "meta_up_sampler"}
 _KIND = {"weight": "weight", "gamma": "weight", "bias": "bias", "beta": "bias"}
@@ -73,7 +75,9 @@ def _stack_entries(net: HyperNetwork, block_name: Callable[[int, str], str]) -> 
         yield from _generator_entries(net, index, _NET, _SHARED, "" if variant == "hyperformer++" else f"{position}_")
 
 
-def _generator_entries(net: HyperNetwork, index: int, prefix: str, modules: dict[str, str], position: str) -> Iterator[_Entry]:
+def _generator_entries(
+    net: HyperNetwork, index: int, prefix: str, modules: dict[str, str], position: str
+) -> Iterator[_Entry]:
     first_norm_row = net.layout.numel - net.layout.norm_numel
     for part, rows in net.layout.slices.items():
         side, what = part.split("_")
@@ -109,11 +113,15 @@ def _load(parts: list[_Part], state: Mapping[str, Tensor]) -> None:
             if name not in state:
                 missing.append(name)
             elif state[name].shape != target.shape:
-                raise ValueError(f"{name} is {list(state[name].shape)} in the checkpoint, {list(target.shape)} in this model")
+                raise ValueError(
+                    f"{name} is {list(state[name].shape)} in the checkpoint, {list(target.shape)} in this model"
+                )
             else:
                 copies.append((target, state[name]))
     if missing:
-        raise ValueError(f"the checkpoint lacks {len(missing)} tensors that this configuration has, the first of them {missing[0]}")
+        raise ValueError(
+            f"the checkpoint lacks {len(missing)} tensors that this configuration has, the first of them {missing[0]}"
+        )
     for target, value in copies:
         target.copy_(value)
 
@@ -130,7 +138,9 @@ def _export(parts: list[_Part], read: Callable[[Tensor], Tensor]) -> dict[str, T
 def _refuse_unknown(state: Mapping[str, Tensor], known: set[str], where: str) -> None:
     unknown = sorted(set(state) - known)
     if unknown:
-        raise ValueError(f"the checkpoint has {len(unknown)} tensors unknown to {where}, the first of them {unknown[0]}")
+        raise ValueError(
+            f"the checkpoint has {len(unknown)} tensors unknown to {where}, the first of them {unknown[0]}"
+        )
 
 
 class OfficialStack(nn.Module):
@@ -205,10 +215,10 @@ def load_state_dict(model: HyperFormerModel, state_dict: Mapping[str, Tensor], l
 
     Args:
         model: a :class:`HyperFormerModel`.
-        state_dict: as ``torch.load(..., weights_only=True)`` or safetensors give it. The adapters and every T5 weight that the
-            configuration trains are taken from it.
-        load_frozen: also overwrite the frozen T5 weights. Otherwise they must equal the model's own, bit for bit: another
-            T5 below the adapters would be silently wrong.
+        state_dict: as ``torch.load(..., weights_only=True)`` or safetensors give it. The adapters and every T5 weight
+            that the configuration trains are taken from it.
+        load_frozen: also overwrite the frozen T5 weights. Otherwise they must equal the model's own, bit for bit:
+            another T5 below the adapters would be silently wrong.
 
     Raises:
         ValueError: naming the first tensor that is missing, unknown, of another shape, or (frozen) of other values.
@@ -233,8 +243,8 @@ def load_state_dict(model: HyperFormerModel, state_dict: Mapping[str, Tensor], l
             copies.append((tensor, value))
         elif not torch.equal(value.to(tensor.device, tensor.dtype), tensor):
             raise ValueError(
-                f"{name} is frozen, but differs between the checkpoint and this model's T5: start from the T5 that the checkpoint "
-                "was trained on, or pass load_frozen=True"
+                f"{name} is frozen, but differs between the checkpoint and this model's T5: start from the T5 that the "
+                "checkpoint was trained on, or pass load_frozen=True"
             )
     _load(parts, state_dict)
     for target, value in copies:

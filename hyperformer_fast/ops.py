@@ -1,8 +1,8 @@
 """The ops: schemas, fake kernels and autograd, in this one file; and the functions through which they are called.
 
-A call goes one of two ways to the same kernel. In eager mode a ``torch.autograd.Function`` calls the backend directly (a
-registered op with Python autograd costs 33 to 54 us a call, the Function 6 to 11). Under ``torch.compile`` and ``torch.export`` the
-registered op ``hyperformer_fast::*`` is traced instead, and picks the backend when it runs.
+A call goes one of two ways to the same kernel. In eager mode a ``torch.autograd.Function`` calls the backend directly
+(a registered op with Python autograd costs 33 to 54 us a call, the Function 6 to 11). Under ``torch.compile`` and
+``torch.export`` the registered op ``hyperformer_fast::*`` is traced instead, and picks the backend when it runs.
 
 Letters: N rows, d width, b bottleneck, T tasks, P packed numbers per adapter, k embedding width, Q generators.
 """
@@ -32,8 +32,8 @@ SCHEMAS = {
     f" -> (Tensor out, {_SAVED})",
     "adapter_backward": f"(Tensor g, Tensor x, {_SAVED}, Tensor packed, {_FOLDED}, Tensor? task_index, {_LAYOUT},"
     " int activation, bool need_dx, bool need_dpacked) -> (Tensor dx, Tensor dpacked)",
-    "hyper_adapter": f"(Tensor x, Tensor E, Tensor G, Tensor g0, Tensor? task_index, {_LAYOUT}, int activation, bool save)"
-    f" -> (Tensor out, {_SAVED}, Tensor packed, {_FOLDED})",
+    "hyper_adapter": f"(Tensor x, Tensor E, Tensor G, Tensor g0, Tensor? task_index, {_LAYOUT}, int activation,"
+    f" bool save) -> (Tensor out, {_SAVED}, Tensor packed, {_FOLDED})",
 }
 for _name, _schema in SCHEMAS.items():
     torch.library.define(f"hyperformer_fast::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag)
@@ -88,7 +88,9 @@ def _forward_kernel(
     layout, folded = _layout(d, b, pre_norm, post_norm), Folded(wd, wg, vectors, scale, root, mean)
     check_adapter(x, packed, folded, layout, task_index)
     check_task_range(task_index, packed.shape[0])
-    out, saved = _kernel("adapter_forward", x, x.dtype, layout)(x, folded, layout, ACTIVATIONS[activation], task_index, save)
+    out, saved = _kernel("adapter_forward", x, x.dtype, layout)(
+        x, folded, layout, ACTIVATIONS[activation], task_index, save
+    )
     return out, *saved
 
 
@@ -101,7 +103,8 @@ def _forward_fake(
     rows = x.shape[:-1]
     z = x.new_empty(*rows, b) if save else x.new_empty(0)
     statistics = [
-        x.new_empty(rows if save and on else (0,), dtype=_accumulator(x.dtype)) for on in (post_norm, pre_norm, pre_norm)
+        x.new_empty(rows if save and on else (0,), dtype=_accumulator(x.dtype))
+        for on in (post_norm, pre_norm, pre_norm)
     ]
     return x.new_empty(x.shape), z, *statistics
 
@@ -277,7 +280,8 @@ class _HyperAdapter(torch.autograd.Function):
 
 
 def _traced(*tensors: Tensor) -> bool:
-    """Whether the registered ops must be called: under a compiler, or with tensor subclasses (fake, distributed, ...)."""
+    """Whether the registered ops must be called: under a compiler, or with tensor subclasses (fake, distributed,
+    ...)."""
     return torch.compiler.is_compiling() or any(type(t) not in (Tensor, torch.nn.Parameter) for t in tensors)
 
 
@@ -302,7 +306,8 @@ def generate_weights(E: Tensor, G: Tensor, g0: Tensor) -> Tensor:
 
 
 def fold(packed: Tensor, layout: AdapterLayout, dtype: torch.dtype) -> Folded:
-    """Fold the norms of many adapters into their projections, once per step (docs/design.md). No gradient flows through it.
+    """Fold the norms of many adapters into their projections, once per step (docs/design.md). No gradient flows through
+    it.
 
     Args:
         packed: [..., P].
@@ -333,10 +338,12 @@ def adapter(
         layout: how ``packed`` lies.
         activation: ``gelu_new``, ``gelu``, ``relu`` or ``silu``.
         folded: ``fold(packed, layout, x.dtype)``, where the caller has it already; made here otherwise.
-        task_index: [B] int32 or int64 on x's device: the task of each sample; -1 for no adapter (out is x, bit for bit).
+        task_index: [B] int32 or int64 on x's device: the task of each sample; -1 for no adapter (out is x, bit for
+            bit).
 
     Returns:
-        A new tensor of x's shape and dtype. A task_index outside -1 .. T-1 is an error on the CPU; on a device those samples are NaN.
+        A new tensor of x's shape and dtype. A task_index outside -1 .. T-1 is an error on the CPU; on a device those
+        samples are NaN.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, naming both.

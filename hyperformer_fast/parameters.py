@@ -56,7 +56,9 @@ def count(config: HyperFormerConfig, t5_config: T5Config) -> ParameterCount:
     numel = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
     with torch.device("meta"):
         t5 = T5ForConditionalGeneration(t5_config)
-        stacks = [HyperNetwork(config, t5_config.d_model, n) for n in (t5_config.num_layers, t5_config.num_decoder_layers)]
+        stacks = [
+            HyperNetwork(config, t5_config.d_model, n) for n in (t5_config.num_layers, t5_config.num_decoder_layers)
+        ]
         embeddings = TaskEmbeddings(config)
     trained = {}
     if config.unfreeze_layer_norms:
@@ -71,8 +73,8 @@ def count(config: HyperFormerConfig, t5_config: T5Config) -> ParameterCount:
 def published_config(variant: str) -> HyperFormerConfig:
     """The paper's setting of a variant: reduction 32, eight GLUE tasks.
 
-    Its per-block HyperFormer kept the authors' default of 512-d task embeddings, projected to 64; the shared variants have
-    64-d ones.
+    Its per-block HyperFormer kept the authors' default of 512-d task embeddings, projected to 64; the shared variants
+    have 64-d ones.
     """
     per_block = {"task_embedding_dim": 512, "train_task_embeddings": True} if variant == "hyperformer" else {}
     return HyperFormerConfig(tasks=list(GLUE), variant=variant, reduction_factor=32, **per_block)

@@ -1,8 +1,8 @@
 """The truth: every op in plain PyTorch, for any floating dtype, on any device.
 
-:func:`adapter` is the method as the paper writes it, differentiable by autograd. :func:`fold`, :func:`adapter_forward` and
-:func:`adapter_backward` are the same adapter with its layer norm solved in the bottleneck (docs/design.md), which is the
-contract that the fused backends implement. The tests hold one against the other in float64.
+:func:`adapter` is the method as the paper writes it, differentiable by autograd. :func:`fold`, :func:`adapter_forward`
+and :func:`adapter_backward` are the same adapter with its layer norm solved in the bottleneck (docs/design.md), which
+is the contract that the fused backends implement. The tests hold one against the other in float64.
 
 Letters: N rows, d width, b bottleneck, T tasks, P packed numbers per adapter, k embedding width.
 """
@@ -24,14 +24,18 @@ EPS = 1e-5
 
 
 class Folded(NamedTuple):
-    """What a forward reads of an adapter's weights, made once by :func:`fold`. Leading dimensions are those of ``packed``.
+    """What a forward reads of an adapter's weights, made once by :func:`fold`. Leading dimensions are those of
+    ``packed``.
 
-    ``wd``, ``wg`` have the compute dtype; the others are float32 (float64 in float64). V = b + 2d, or b + d without post-norm.
+    ``wd``, ``wg`` have the compute dtype; the others are float32 (float64 in float64). V = b + 2d, or b + d without
+    post-norm.
     """
 
     wd: Tensor  #: [..., b, d] down-projection, times the pre-norm's gamma
     wg: Tensor  #: [..., d, b] up-projection; with a post-norm centred, times gamma, divided by ``scale``
-    vectors: Tensor  #: [..., V] down bias (with the pre-norm's beta) [b], gamma * (up bias - mean) or up bias [d], beta [d]
+    vectors: (
+        Tensor  #: [..., V] down bias (with the pre-norm's beta) [b], gamma * (up bias - mean) or up bias [d], beta [d]
+    )
     scale: Tensor  #: [..., b] powers of two, one per column of ``wg``; empty without post-norm
     root: Tensor  #: [..., b+1, b+1] R, upper triangular, R^T R = Wa^T Wa / d; empty without post-norm
     mean: Tensor  #: [..., b+1] column means of [W_u | b_u]; empty without post-norm
@@ -51,7 +55,9 @@ def generate_weights(E: Tensor, G: Tensor, g0: Tensor) -> Tensor:
     return torch.baddbmm(g0.unsqueeze(1), E, G.transpose(1, 2))
 
 
-def adapter(x: Tensor, packed: Tensor, layout: AdapterLayout, activation: str, task_index: Tensor | None = None) -> Tensor:
+def adapter(
+    x: Tensor, packed: Tensor, layout: AdapterLayout, activation: str, task_index: Tensor | None = None
+) -> Tensor:
     """The adapter of the paper (section 2), differentiable, all of it in x's dtype.
 
     Args:
@@ -120,7 +126,8 @@ def _fresh(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def square_root(gram: Tensor) -> Tensor:
-    """Upper-triangular R with R^T R = ``gram`` [..., n, n], positive SEMI-definite: a pivot lost to rounding leaves an empty row.
+    """Upper-triangular R with R^T R = ``gram`` [..., n, n], positive SEMI-definite: a pivot lost to rounding leaves an
+    empty row.
 
     Zero, duplicate and rank-one columns are legal weights, on which a library's Cholesky factorisation fails.
     """
@@ -185,9 +192,15 @@ class _Rows:
 
 
 def adapter_forward(
-    x: Tensor, folded: Folded, layout: AdapterLayout, activation: str, task_index: Tensor | None = None, save: bool = True
+    x: Tensor,
+    folded: Folded,
+    layout: AdapterLayout,
+    activation: str,
+    task_index: Tensor | None = None,
+    save: bool = True,
 ) -> tuple[Tensor, Saved]:
-    """The adapter through its folded weights: out [..., d] in x's dtype, and what the backward needs (empty without ``save``).
+    """The adapter through its folded weights: out [..., d] in x's dtype, and what the backward needs (empty without
+    ``save``).
 
     Arithmetic is float32 (float64 in float64); only z is rounded to x's dtype on the way, as the backward will see it.
     """
@@ -280,7 +293,15 @@ def adapter_backward(
 
 
 def _weight_gradients(
-    rows: _Rows, g: Tensor, source: Tensor, dz: Tensor, rh: Tensor, m2: Tensor | None, packed: Tensor, folded: Folded, layout: AdapterLayout
+    rows: _Rows,
+    g: Tensor,
+    source: Tensor,
+    dz: Tensor,
+    rh: Tensor,
+    m2: Tensor | None,
+    packed: Tensor,
+    folded: Folded,
+    layout: AdapterLayout,
 ) -> dict[str, Tensor]:
     """Per-sample gradients [B, ...] of every part of the packed adapter."""
     w = {name: rows.weights(part) for name, part in layout.unpack(packed).items()}

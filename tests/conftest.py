@@ -20,7 +20,8 @@ def _seeded():
 
 @pytest.fixture(scope="session")
 def shared():
-    """A function from a relative path to real data or a model beside the repository; skips, by name, where it is absent."""
+    """A function from a relative path to real data or a model beside the repository; skips, by name, where it is
+    absent."""
     root = Path(os.environ.get("HYPERFORMER_FAST_SHARED", Path(__file__).parents[2] / "shared"))
 
     def find(relative: str) -> Path:

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hyperformer_fast import FusedHyperAdapter, reference
 from torch import nn
+
+from hyperformer_fast import FusedHyperAdapter, reference
 
 
 def test_equals_the_reference_with_its_gradients():
@@ -17,7 +18,9 @@ def test_equals_the_reference_with_its_gradients():
     out = module(x, e, index)
     g = torch.randn_like(out)
     leaves = (x, e, weight, bias)
-    for mine, theirs in zip([out, *torch.autograd.grad(out, leaves, g)], [expected, *torch.autograd.grad(expected, leaves, g)]):
+    for mine, theirs in zip(
+        [out, *torch.autograd.grad(out, leaves, g)], [expected, *torch.autograd.grad(expected, leaves, g)]
+    ):
         assert torch.allclose(mine, theirs, rtol=1e-11, atol=1e-13)
     assert torch.allclose(module(x, e[1]), reference.adapter(x, packed[1:2], module.layout, "gelu_new"))
 
@@ -45,7 +48,11 @@ def test_drops_into_any_model(conditional):
 
 
 def test_bad_arguments_are_named():
-    for arguments, message in (((0, 1, 1), "input_dim"), ((8, 2.0, 1), "down_sample_size.*2.0"), ((8, 2, -1), "embedding_dim.*-1")):
+    for arguments, message in (
+        ((0, 1, 1), "input_dim"),
+        ((8, 2.0, 1), "down_sample_size.*2.0"),
+        ((8, 2, -1), "embedding_dim.*-1"),
+    ):
         with pytest.raises(ValueError, match=message):
             FusedHyperAdapter(*arguments)
     with pytest.raises(ValueError, match="non_linearity.*'elu'"):

@@ -6,9 +6,10 @@ import sys
 
 import pytest
 import torch
+from support.cases import random_packed
+
 from hyperformer_fast import backends, ops
 from hyperformer_fast.layout import AdapterLayout
-from support.cases import random_packed
 
 LAYOUT = AdapterLayout(8, 2)
 
@@ -38,7 +39,10 @@ def test_use_backend_nests_and_unwinds():
 
 
 def test_an_explicit_choice_that_cannot_serve_raises():
-    with backends.use_backend("triton"), pytest.raises(RuntimeError, match="'triton' cannot serve .*use backend 'auto'"):
+    with (
+        backends.use_backend("triton"),
+        pytest.raises(RuntimeError, match="'triton' cannot serve .*use backend 'auto'"),
+    ):
         apply()
     with backends.use_backend("cpu"):
         explanation = backends.explain("fold", device="cpu", dtype=torch.float64)
@@ -62,7 +66,9 @@ def test_explanation_gives_a_reason_for_every_other_backend():
     assert explanation.request.dtype == torch.bfloat16 and explanation.request.d == 8
 
 
-@pytest.mark.parametrize(("value", "expected"), [("reference", "reference"), ("nonsense", "got 'nonsense'"), ("", "auto")])
+@pytest.mark.parametrize(
+    ("value", "expected"), [("reference", "reference"), ("nonsense", "got 'nonsense'"), ("", "auto")]
+)
 def test_the_environment_chooses(value, expected):
     code = "from hyperformer_fast import backends; print(backends.current_backend())"
     ran = subprocess.run(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+
 from hyperformer_fast.config import VARIANTS, HyperFormerConfig
 
 TASKS = ["cola", "mnli"]
@@ -48,7 +49,9 @@ def test_variant_and_flags_that_disagree_are_an_error(variant, flags):
 
 
 def test_efficient_flag_wins_over_the_other():
-    config = HyperFormerConfig(tasks=TASKS, variant="hyperformer++", unique_hyper_net=True, efficient_unique_hyper_net=True)
+    config = HyperFormerConfig(
+        tasks=TASKS, variant="hyperformer++", unique_hyper_net=True, efficient_unique_hyper_net=True
+    )
     assert config.variant == "hyperformer++"
 
 
@@ -90,7 +93,9 @@ def test_no_bottleneck_left_is_an_error():
 
 
 def test_json_round_trip(tmp_path):
-    config = HyperFormerConfig(tasks=TASKS, variant="hyperformer", task_to_embeddings={"cola": "e", "mnli": "e"}, non_linearity="swish")
+    config = HyperFormerConfig(
+        tasks=TASKS, variant="hyperformer", task_to_embeddings={"cola": "e", "mnli": "e"}, non_linearity="swish"
+    )
     config.save(tmp_path / "config.json")
     assert HyperFormerConfig.load(tmp_path / "config.json") == config
     assert config.non_linearity == "silu" and config.embedding_names == ["e"]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from hyperformer_fast.config import VARIANTS, HyperFormerConfig
 from hyperformer_fast.hypernetwork import POSITIONS, HyperNetwork, TaskEmbeddings
 
@@ -30,7 +31,13 @@ def test_shapes_and_gradients(variant, pre, conditional):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_initialised_as_the_original(variant):
     torch.manual_seed(1)
-    config = small(variant, conditional_layer_norm=False, task_embedding_dim=64, projected_task_embedding_dim=64, task_hidden_dim=128)
+    config = small(
+        variant,
+        conditional_layer_norm=False,
+        task_embedding_dim=64,
+        projected_task_embedding_dim=64,
+        task_hidden_dim=128,
+    )
     embeddings, net = TaskEmbeddings(config), HyperNetwork(config, d=96, num_layers=3)
     drawn = torch.stack(list(embeddings.task_to_embeddings.values()))
     assert abs(drawn.std() - 1) < 0.15 and abs(drawn.mean()) < 0.2
@@ -84,7 +91,10 @@ def test_layers_and_positions_are_told_apart():
         net.position_embeddings.weight[1] += 1  # self-attention
     changed = (net.embeddings(torch.zeros(1, 6)) != base).flatten(1).any(1).tolist()
     assert changed == [False, False, True, True]
-    for bad, message in (((2, "feed_forward"), "from 0 to 1, got 2"), ((0, "cross_attention"), "feed_forward, self_attention")):
+    for bad, message in (
+        ((2, "feed_forward"), "from 0 to 1, got 2"),
+        ((0, "cross_attention"), "feed_forward, self_attention"),
+    ):
         with pytest.raises(ValueError, match=message):
             net.site(*bad)
 
@@ -116,7 +126,11 @@ def test_add_task():
     assert config.tasks == TASKS and embeddings.config.tasks == [*TASKS, "twin", "mean", "fresh"]
     assert embeddings().shape == (6, 6)
     assert torch.equal(embeddings()[3], a) and torch.allclose(embeddings()[4], (a + b) / 2)
-    for name, init, message in (("cola", None, "there already"), ("x", "nope", "unknown task 'nope'"), ("x", [], "at least one")):
+    for name, init, message in (
+        ("cola", None, "there already"),
+        ("x", "nope", "unknown task 'nope'"),
+        ("x", [], "at least one"),
+    ):
         with pytest.raises(ValueError, match=message):
             embeddings.add_task(name, init)
     assert embeddings.config.tasks == [*TASKS, "twin", "mean", "fresh"]

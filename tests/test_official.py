@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from hyperformer_fast import official
 from safetensors.torch import load_file
+
+from hyperformer_fast import official
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = json.loads((GOLDEN / "cases.json").read_text())
@@ -73,7 +74,8 @@ def official_config(variant: str, **fields) -> dict:
 
 
 class Recorder(dict):
-    """A state dict that draws each tensor when it is first asked for, so that the statement below also says what exists."""
+    """A state dict that draws each tensor when it is first asked for, so that the statement below also says what
+    exists."""
 
     def __call__(self, name: str, *shape: int) -> torch.Tensor:
         if name not in self:
@@ -87,7 +89,10 @@ class Recorder(dict):
 def naive_site(p: Recorder, config: dict, x: torch.Tensor, task: str, layer: int, position: str) -> torch.Tensor:
     """The output of one adapter as the authors' modules compute it."""
     e = p(f"task_embedding_controller.task_to_embeddings.{task}", K)
-    net, per_block = "adapter_layers_hyper_net.", not (config["unique_hyper_net"] or config["efficient_unique_hyper_net"])
+    net, per_block = (
+        "adapter_layers_hyper_net.",
+        not (config["unique_hyper_net"] or config["efficient_unique_hyper_net"]),
+    )
     if per_block:
         prefix, down, up = f"{net}{layer}_{position}.", "meta_down_sampler", "meta_up_sampler"
     else:
@@ -95,16 +100,24 @@ def naive_site(p: Recorder, config: dict, x: torch.Tensor, task: str, layer: int
         down, up = "down_sampler_hyper_net", "up_sampler_hyper_net"
         parts = [e, p(f"{net}layer_id_embeddings.weight", LAYERS, K)[layer]]
         if config["efficient_unique_hyper_net"]:
-            parts.append(p(f"{net}adapters_block_type.weight", 2, K)[["feed_forward", "self_attention"].index(position)])
+            parts.append(
+                p(f"{net}adapters_block_type.weight", 2, K)[["feed_forward", "self_attention"].index(position)]
+            )
         hidden = torch.relu(p.linear(f"{net}task_hypernet.task_embeding_generator.0", torch.cat(parts), HIDDEN))
         e = p.linear(f"{net}task_hypernet.task_embeding_generator.2", hidden, PROJECTED)
         if config["unique_hyper_net_layer_norm"]:
-            e = F.layer_norm(e, (PROJECTED,), p(f"{net}LayerNorm.weight", PROJECTED), p(f"{net}LayerNorm.bias", PROJECTED), 1e-6)
+            e = F.layer_norm(
+                e, (PROJECTED,), p(f"{net}LayerNorm.weight", PROJECTED), p(f"{net}LayerNorm.bias", PROJECTED), 1e-6
+            )
 
     def norm(which: str, y: torch.Tensor) -> torch.Tensor:
         if per_block and not config["conditional_layer_norm"]:
-            return F.layer_norm(y, (D,), p(f"{prefix}{which}_layer_norm.weight", D), p(f"{prefix}{which}_layer_norm.bias", D))
-        generated = (p.linear(f"{prefix}{which}_layernorm_hypernet.{kind}_generator", e, D) for kind in ("weight", "bias"))
+            return F.layer_norm(
+                y, (D,), p(f"{prefix}{which}_layer_norm.weight", D), p(f"{prefix}{which}_layer_norm.bias", D)
+            )
+        generated = (
+            p.linear(f"{prefix}{which}_layernorm_hypernet.{kind}_generator", e, D) for kind in ("weight", "bias")
+        )
         return F.layer_norm(y, (D,), *generated)
 
     def project(module: str, y: torch.Tensor, out: int) -> torch.Tensor:
@@ -117,12 +130,31 @@ def naive_site(p: Recorder, config: dict, x: torch.Tensor, task: str, layer: int
 
 
 COMBINATIONS = [
-    (variant, dict(zip(("add_layer_norm_before_adapter", "add_layer_norm_after_adapter", "conditional_layer_norm", "unique_hyper_net_layer_norm"), flags)))
-    for variant, flags in itertools.product(("plus_plus", "shared", "per_block"), itertools.product([False, True], repeat=4))
+    (
+        variant,
+        dict(
+            zip(
+                (
+                    "add_layer_norm_before_adapter",
+                    "add_layer_norm_after_adapter",
+                    "conditional_layer_norm",
+                    "unique_hyper_net_layer_norm",
+                ),
+                flags,
+            )
+        ),
+    )
+    for variant, flags in itertools.product(
+        ("plus_plus", "shared", "per_block"), itertools.product([False, True], repeat=4)
+    )
 ]
 
 
-@pytest.mark.parametrize(("variant", "flags"), COMBINATIONS, ids=lambda v: v if isinstance(v, str) else "".join(str(int(f)) for f in v.values()))
+@pytest.mark.parametrize(
+    ("variant", "flags"),
+    COMBINATIONS,
+    ids=lambda v: v if isinstance(v, str) else "".join(str(int(f)) for f in v.values()),
+)
 def test_every_combination_of_fields(variant, flags):
     activation = sorted(ACTIVATIONS)[COMBINATIONS.index((variant, flags)) % 4]
     config = official_config(variant, non_linearity=activation, **flags)

@@ -6,13 +6,14 @@ import itertools
 
 import pytest
 import torch
-from hyperformer_fast import backends, ops, reference
-from hyperformer_fast.activations import ACTIVATIONS
-from hyperformer_fast.layout import AdapterLayout
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from support.cases import random_packed
 from support.tolerance import assert_accurate
+
+from hyperformer_fast import backends, ops, reference
+from hyperformer_fast.activations import ACTIVATIONS
+from hyperformer_fast.layout import AdapterLayout
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NORMS = list(itertools.product([False, True], repeat=2))
@@ -51,7 +52,11 @@ def test_opcheck_adapter(pre, post, mixed):
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 def test_opcheck_fold(pre, post, dtype):
     layout = AdapterLayout(13, 4, pre, post)
-    for packed in (random_packed(layout, 3).float(), random_packed(layout, 6).view(2, 3, -1), random_packed(layout)[:0].float()):
+    for packed in (
+        random_packed(layout, 3).float(),
+        random_packed(layout, 6).view(2, 3, -1),
+        random_packed(layout)[:0].float(),
+    ):
         torch.library.opcheck(torch.ops.hyperformer_fast.fold.default, (packed, *static(layout)[:4], dtype))
 
 
@@ -84,7 +89,9 @@ def test_hyper_adapter_is_its_parts(pre, post, mixed):
             assert torch.allclose(mine, theirs, atol=1e-6, rtol=1e-5)
     assert torch.equal(at_once(*(t.detach() for t in leaves)), expected[0])
     x = leaves[0]
-    (dx,) = torch.autograd.grad(ops.hyper_adapter(x, *(t.detach() for t in leaves[1:]), layout, "gelu_new", index), x, g)
+    (dx,) = torch.autograd.grad(
+        ops.hyper_adapter(x, *(t.detach() for t in leaves[1:]), layout, "gelu_new", index), x, g
+    )
     assert torch.allclose(dx, expected[1], atol=1e-6)
 
 
@@ -120,7 +127,9 @@ def check_against_truth(x, g, packed, layout, activation, index, backend="auto")
 
     eager_form = lambda x, p: reference.adapter(x, p, layout, activation, index)  # noqa: E731
     with backends.use_backend(backend):
-        mine, again = (run(x, g, packed, lambda x, p: ops.adapter(x, p, layout, activation, task_index=index)) for _ in range(2))
+        mine, again = (
+            run(x, g, packed, lambda x, p: ops.adapter(x, p, layout, activation, task_index=index)) for _ in range(2)
+        )
     truth = run(x.double(), g.double(), packed.double(), eager_form)
     eager = run(x, g, packed, eager_form)
     fp32 = run(x.float(), g.float(), packed.float(), eager_form)
@@ -221,7 +230,12 @@ def test_sweep(data):
     draw = data.draw
     torch.manual_seed(draw(st.integers(0, 2**31), label="seed"))
     # A layer norm over one or two numbers loses everything to cancellation in any arithmetic.
-    layout = AdapterLayout(draw(st.integers(4, 40), label="d"), draw(st.integers(1, 12), label="b"), draw(st.booleans()), draw(st.booleans()))
+    layout = AdapterLayout(
+        draw(st.integers(4, 40), label="d"),
+        draw(st.integers(1, 12), label="b"),
+        draw(st.booleans()),
+        draw(st.booleans()),
+    )
     dtype = draw(st.sampled_from(DTYPES), label="dtype")
     shape = (draw(st.integers(1, 4), label="B"), draw(st.integers(1, 6), label="L"), layout.d)
     T = draw(st.integers(1, 3), label="T")
@@ -230,7 +244,19 @@ def test_sweep(data):
     x = LAYOUTS[draw(st.sampled_from(sorted(LAYOUTS)), label="layout of x")](shape, dtype)
     g = LAYOUTS[draw(st.sampled_from(sorted(LAYOUTS)), label="layout of g")](shape, dtype)
     packed = random_packed(layout, T).float()
-    check_against_truth(x, g, packed, layout, draw(st.sampled_from(ACTIVATIONS), label="activation"), index)
+    activation = draw(st.sampled_from(ACTIVATIONS), label="activation")
+    if activation == "relu":
+        assume(away_from_the_kink(x, packed, layout, index))
+    check_against_truth(x, g, packed, layout, activation, index)
+
+
+def away_from_the_kink(x, packed, layout, index) -> bool:
+    """No bottleneck value so near 0 that rounding a weight to x's dtype can turn its sign, and with it relu's
+    derivative."""
+    folded = reference.fold(packed.double(), layout, torch.float64)
+    _, saved = reference.adapter_forward(x.double(), folded, layout, "relu", index)
+    z = saved.z if index is None else saved.z[index >= 0]
+    return not z.numel() or bool(z.abs().min() > 16 * torch.finfo(x.dtype).eps * z.abs().max())
 
 
 def test_float64_and_mixed_precision_masters():
@@ -266,7 +292,9 @@ def test_inference_saves_nothing():
     layout = AdapterLayout(16, 4, pre_norm=True)
     packed = random_packed(layout).float()
     x = torch.randn(5, 16)
-    out, *saved = torch.ops.hyperformer_fast.adapter_forward(x, packed, *ops.fold(packed, layout, x.dtype), None, *static(layout), False)
+    out, *saved = torch.ops.hyperformer_fast.adapter_forward(
+        x, packed, *ops.fold(packed, layout, x.dtype), None, *static(layout), False
+    )
     assert [t.numel() for t in saved] == [0] * 4
     assert torch.equal(out, ops.adapter(x, packed, layout, "gelu_new"))
 
@@ -323,7 +351,10 @@ BAD = {
         lambda a: a | {"folded": ops.fold(a["packed"], a["layout"], torch.float16)},
         "float32, got torch.float16",
     ),
-    "folded of another site": (lambda a: a | {"folded": ops.fold(a["packed"][:1], a["layout"], torch.float32)}, r"\[2, 2, 8\]"),
+    "folded of another site": (
+        lambda a: a | {"folded": ops.fold(a["packed"][:1], a["layout"], torch.float32)},
+        r"\[2, 2, 8\]",
+    ),
 }
 
 

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 import pytest
+from transformers import T5Config
+
 from hyperformer_fast import parameters
 from hyperformer_fast.parameters import T5_SHAPES, count, published_config
-from transformers import T5Config
 
 
 def test_the_papers_table_is_reproduced():
@@ -14,8 +15,9 @@ def test_the_papers_table_is_reproduced():
 
 
 def test_counts_are_those_of_a_real_model():
-    from hyperformer_fast import get_hyperformer_model
     from transformers import T5ForConditionalGeneration
+
+    from hyperformer_fast import get_hyperformer_model
 
     t5_config = T5Config(d_model=32, d_kv=8, d_ff=16, num_layers=2, num_decoder_layers=1, num_heads=2, vocab_size=40)
     for variant in ("hyperformer++", "hyperformer-shared", "hyperformer"):
@@ -28,5 +30,8 @@ def test_counts_are_those_of_a_real_model():
 
 @pytest.mark.parametrize("name", T5_SHAPES)
 def test_lm_head_counts_only_when_trained(name):
-    base, head = (count(published_config("hyperformer++").replace(unfreeze_lm_head=on), T5Config(**T5_SHAPES[name])) for on in (False, True))
+    base, head = (
+        count(published_config("hyperformer++").replace(unfreeze_lm_head=on), T5Config(**T5_SHAPES[name]))
+        for on in (False, True)
+    )
     assert head.t5_trained - base.t5_trained == 32128 * T5_SHAPES[name]["d_model"]

@@ -6,11 +6,12 @@ import itertools
 
 import pytest
 import torch
+from support.cases import HOSTILE, hostile_packed, random_packed
+from support.tolerance import assert_accurate
+
 from hyperformer_fast import ops, reference
 from hyperformer_fast.activations import ACTIVATIONS, activate, activate_grad
 from hyperformer_fast.layout import AdapterLayout
-from support.cases import HOSTILE, hostile_packed, random_packed
-from support.tolerance import assert_accurate
 
 NORMS = list(itertools.product([False, True], repeat=2))
 
@@ -107,7 +108,8 @@ def test_fold_keeps_nan_visible():
 @pytest.mark.parametrize("kind", HOSTILE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_hostile_weights(kind, dtype):
-    """Within 8x of eager's own error for columns that cancel (the layer norm amplifies what was lost); the rule elsewhere."""
+    """Within 8x of eager's own error for columns that cancel (the layer norm amplifies what was lost); the rule
+    elsewhere."""
     layout = AdapterLayout(96, 12)
     packed = hostile_packed(kind, layout).float()
     x = torch.randn(64, 96, dtype=torch.float64).to(dtype)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from hyperformer_fast.layout import AdapterLayout
 from torch import Tensor
+
+from hyperformer_fast.layout import AdapterLayout
 
 HOSTILE = ("cancelling columns", "large mean", "rank one", "zero column", "duplicate columns", "tiny up")
 
@@ -23,7 +24,8 @@ def random_packed(layout: AdapterLayout, T: int = 1, std: float = 0.3) -> Tensor
 
 
 def hostile_packed(kind: str, layout: AdapterLayout, activation: str = "gelu_new") -> Tensor:
-    """[1, P] in float64 whose up-projection is hard for a layer norm solved through its Gram matrix (docs/design.md)."""
+    """[1, P] in float64 whose up-projection is hard for a layer norm solved through its Gram matrix
+    (docs/design.md)."""
     packed = random_packed(layout)
     w = {name: part[0] for name, part in layout.unpack(packed).items()}
     up, bias = w["up_weight"], w["up_bias"]

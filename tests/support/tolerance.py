@@ -6,19 +6,26 @@ import torch
 from torch import Tensor
 
 
-def assert_accurate(kernel: Tensor, eager: Tensor, truth: Tensor, name: str = "result", eager_fp32: Tensor | None = None, dtype: torch.dtype | None = None) -> None:
+def assert_accurate(
+    kernel: Tensor,
+    eager: Tensor,
+    truth: Tensor,
+    name: str = "result",
+    eager_fp32: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
     """Hold ``kernel`` to the error that eager PyTorch makes in the same dtype.
 
-    ``||k - t|| <= 2 ||e - t|| + 4 eps ||t||`` over the tensor, and ``max|k - t| <= 4 max|e - t| + 8 eps max|t|`` row by row, so
-    that one wrong row cannot hide.
+    ``||k - t|| <= 2 ||e - t|| + 4 eps ||t||`` over the tensor, and ``max|k - t| <= 4 max|e - t| + 8 eps max|t|`` row by
+    row, so that one wrong row cannot hide.
 
     Args:
         kernel: k, the result under test.
         eager: e, plain PyTorch in the same dtype with the weights cast to it.
         truth: t, the float64 reference of the very tensors passed.
         eager_fp32: stands for e, rounded once, where e is not finite but t fits the dtype.
-        dtype: of the op's ``out``, whose eps counts; by default k's own. A float32 weight gradient of a bfloat16 adapter rests on the
-            bfloat16 z that the forward rounded and kept.
+        dtype: of the op's ``out``, whose eps counts; by default k's own. A float32 weight gradient of a bfloat16
+            adapter rests on the bfloat16 z that the forward rounded and kept.
     """
     assert kernel.shape == truth.shape, f"{name}: shape {list(kernel.shape)}, expected {list(truth.shape)}"
     if kernel.numel() == 0:
@@ -26,7 +33,10 @@ def assert_accurate(kernel: Tensor, eager: Tensor, truth: Tensor, name: str = "r
     eps = torch.finfo(dtype or kernel.dtype).eps
     if eager_fp32 is not None and not eager.isfinite().all() and truth.abs().max() <= torch.finfo(kernel.dtype).max:
         eager = eager_fp32.to(kernel.dtype)
-    k, e, t = (tensor.detach().double().reshape(-1, tensor.shape[-1] if tensor.dim() else 1) for tensor in (kernel, eager, truth))
+    k, e, t = (
+        tensor.detach().double().reshape(-1, tensor.shape[-1] if tensor.dim() else 1)
+        for tensor in (kernel, eager, truth)
+    )
     assert k.isfinite().all(), f"{name}: not finite"
     got, allowed = (k - t).norm(), 2 * (e - t).norm() + 4 * eps * t.norm()
     assert got <= allowed, f"{name}: error {got:.3e} over the tensor, {allowed:.3e} allowed"
