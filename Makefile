@@ -25,7 +25,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.built
-	$(VENV)/bin/hyperformer-fast train
+	$(VENV)/bin/hyperformer-fast train --overwrite
 
 test: $(VENV)/.built
 	$(PYTEST) $(VENV)/bin/pytest $(PYTEST_FLAGS) -m "not packaging"
