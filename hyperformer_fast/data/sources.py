@@ -1,0 +1,149 @@
+"""Where rows come from: folders of JSON lines, the built-in tasks, or GLUE from the Hub."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .jsonl import read_jsonl
+from .tasks import GLUE, KNOWN, DataError, TaskSpec, builtin_spec, infer_spec
+
+SPLITS = ("train", "validation", "test")
+
+#: The only data set that is fetched, and only when asked for by this name.
+HUB_GLUE = "hub:glue"
+
+
+class UnknownTask(ValueError):
+    """A task that the data does not have; the message lists those it has."""
+
+
+class Example(NamedTuple):
+    """One row, as text."""
+
+    task: str
+    source: str
+    target: str
+    label: int | float
+
+
+@dataclasses.dataclass
+class TaskData:
+    """One task: its spec, and the examples of each split that it has."""
+
+    spec: TaskSpec
+    splits: dict[str, list[Example]]
+
+    @property
+    def report_split(self) -> str:
+        """The split that results are reported on: ``test`` where there is one with labels, else ``validation``."""
+        return "test" if "test" in self.splits else "validation"
+
+    def fingerprint(self) -> dict[str, dict[str, Any]]:
+        """Rows and SHA-256 of each split, to tell later whether the data is the same."""
+        prints = {}
+        for split, examples in self.splits.items():
+            digest = hashlib.sha256(repr([tuple(example) for example in examples]).encode("utf-8", "surrogatepass"))
+            prints[split] = {"rows": len(examples), "sha256": digest.hexdigest()}
+        return prints
+
+
+def available_tasks(data_dir: str | None) -> list[str]:
+    """The names of the tasks that a data directory (None: the built-in data) has.
+
+    Raises:
+        DataError: it is no directory, or no task is in it.
+    """
+    if data_dir is None:
+        from .builtin import BUILTIN_TASKS
+
+        return list(BUILTIN_TASKS)
+    if data_dir == HUB_GLUE:
+        return list(GLUE)
+    if data_dir.startswith("hub:"):
+        raise DataError(f"data_dir={data_dir!r}: the only data set taken from the Hub is {HUB_GLUE!r}")
+    root = Path(data_dir)
+    if not root.is_dir():
+        raise DataError(f"data_dir={data_dir!r} is not a directory")
+    found = sorted(path.parent.name for path in root.glob("*/train.jsonl"))
+    if not found:
+        raise DataError(f"data_dir={data_dir!r} holds no <task>/train.jsonl")
+    return found
+
+
+def load_tasks(
+    data_dir: str | None,
+    tasks: Sequence[str] | None = None,
+    splits: Sequence[str] = SPLITS,
+    specs: dict[str, TaskSpec] | None = None,
+) -> dict[str, TaskData]:
+    """Read and check tasks.
+
+    Args:
+        data_dir: a directory of ``<task>/<split>.jsonl``, ``"hub:glue"``, or None for the built-in tasks.
+        tasks: names; None for all there are.
+        splits: train and validation must be there, test may be absent.
+        specs: of tasks already known (a saved run's), which win over this module's knowledge.
+
+    Raises:
+        UnknownTask: naming it, and those that there are.
+        DataError: naming file and line.
+    """
+    there = available_tasks(data_dir)
+    wanted = there if tasks is None else list(tasks)
+    unknown = [task for task in wanted if task not in there]
+    if unknown:
+        where = "the built-in data" if data_dir is None else data_dir
+        raise UnknownTask(f"unknown task {', '.join(map(repr, unknown))}; {where} has {', '.join(there)}")
+    return {task: _load(data_dir, task, splits, (specs or {}).get(task)) for task in wanted}
+
+
+def _load(data_dir: str | None, task: str, splits: Sequence[str], spec: TaskSpec | None) -> TaskData:
+    rows = {split: found for split in splits if (found := _rows(data_dir, task, split))}
+    if spec is None:
+        spec = builtin_spec(task) if data_dir is None else KNOWN.get(task)
+    if spec is None:
+        train = rows.get("train") or _rows(data_dir, task, "train")
+        spec = infer_spec(task, [row for _, row in train], f"{data_dir}/{task}")
+    return TaskData(spec, {split: examples(spec, found) for split, found in rows.items()})
+
+
+def examples(spec: TaskSpec, rows: list[tuple[str, dict[str, Any]]]) -> list[Example]:
+    """Rows, each with its place, as text. DataError for the first that does not fit."""
+    found = []
+    for where, row in rows:
+        label = spec.label(row, where)
+        found.append(Example(spec.name, spec.source(row, where), spec.target(label), label))
+    return found
+
+
+def _rows(data_dir: str | None, task: str, split: str) -> list[tuple[str, dict[str, Any]]]:
+    if data_dir is None:
+        from .builtin import load_builtin
+
+        return [(f"built-in {task} {split}:{i}", row) for i, row in enumerate(load_builtin(task, split), 1)]
+    if data_dir == HUB_GLUE:
+        return _hub_rows(task, split)
+    path = Path(data_dir) / task / f"{split}.jsonl"
+    if split == "test" and not path.exists():
+        return []
+    if not path.is_file():
+        raise DataError(f"{path} is absent")
+    return read_jsonl(path)
+
+
+def _hub_rows(task: str, split: str) -> list[tuple[str, dict[str, Any]]]:
+    """GLUE as ``nyu-mll/glue``. Its test splits are without labels, so there is none."""
+    if split == "test":
+        return []
+    from datasets import load_dataset
+
+    name = "validation_matched" if (task, split) == ("mnli", "validation") else split
+    try:
+        rows = load_dataset("nyu-mll/glue", task, split=name)
+    except Exception as error:  # whatever the network or the library says
+        raise DataError(f"GLUE's {task} ({name}) could not be fetched from the Hub: {error}") from error
+    return [(f"{HUB_GLUE} {task} {name}:{i}", dict(row)) for i, row in enumerate(rows, 1)]

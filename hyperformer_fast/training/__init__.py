@@ -1,0 +1,18 @@
+"""Training, evaluation and prediction of whole runs, on Hugging Face's Trainer."""
+
+from .arguments import RunConfig
+from .evaluate import evaluate_run
+from .folder import RunError
+from .predict import predict_run
+from .run import train_run
+from .trainer import HyperFormerTrainer, TrainingDiverged
+
+__all__ = [
+    "HyperFormerTrainer",
+    "RunConfig",
+    "RunError",
+    "TrainingDiverged",
+    "evaluate_run",
+    "predict_run",
+    "train_run",
+]

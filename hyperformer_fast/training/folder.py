@@ -1,0 +1,154 @@
+"""The folder of a run: what lies in it, who may write to it, and which of its checkpoints are whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..checkpoint import CONFIG_NAME, WEIGHTS_NAME, write_file
+from ..data import TaskData, TaskSpec
+from .arguments import MAY_CHANGE, RunConfig
+
+RUN_NAME = "run.json"
+HISTORY_NAME = "history.json"
+METRICS_NAME = "metrics.json"
+CURVES_NAME = "curves.png"
+EVALUATION_NAME = "evaluation.json"
+BEST = "best"
+
+FORMAT_VERSION = 1
+
+#: A checkpoint without one of these would resume as something else, silently.
+NEEDED = ("trainer_state.json", "optimizer.pt", "scheduler.pt", WEIGHTS_NAME)
+
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+class RunError(ValueError):
+    """A run that cannot be started, resumed or read; the message says what to do."""
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """As a whole file, or not at all."""
+    with write_file(path) as partial:
+        Path(partial).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def checkpoints(folder: str | Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first. One that is being written has another name."""
+    found = []
+    for path in Path(folder).glob("checkpoint-*"):
+        match = _CHECKPOINT.fullmatch(path.name)
+        if match and all((path / name).is_file() for name in NEEDED):
+            found.append((int(match[1]), path))
+    return [path for _, path in sorted(found)]
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Delete a checkpoint; a kill leaves nothing half-deleted under the name of a whole one."""
+    doomed = path.with_name(f".{path.name}.old")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.rename(path, doomed)
+    shutil.rmtree(doomed)
+
+
+def check_free(folder: Path) -> None:
+    """RunError where the folder holds a run."""
+    if holds_run(folder):
+        raise RunError(
+            f"{folder} holds another run: go on with it (--resume), replace it (--overwrite), or choose another "
+            "--output-dir"
+        )
+
+
+def check_writable(folder: Path) -> None:
+    """Make the folder; RunError where it, or a file in it, cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise RunError(f"cannot write to the output directory {folder}: {error.strerror}") from error
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a run, finished or not, lies there."""
+    return any((folder / name).exists() for name in (RUN_NAME, WEIGHTS_NAME)) or any(folder.glob("checkpoint-*"))
+
+
+def clear(folder: Path) -> None:
+    """Remove a run, lest a part of it be taken for one of the next; files that are not a run's stay."""
+    for name in (RUN_NAME, WEIGHTS_NAME, CONFIG_NAME, METRICS_NAME, HISTORY_NAME, CURVES_NAME, EVALUATION_NAME):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / BEST, ignore_errors=True)
+    for path in folder.glob("checkpoint-*"):
+        if path.is_dir() and _CHECKPOINT.fullmatch(path.name):
+            remove_checkpoint(path)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed run left half-written or half-deleted."""
+    for path in [folder / ".saving", *folder.glob(".checkpoint-*.old")]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def write_run(folder: Path, run: RunConfig, data: dict[str, TaskData]) -> None:
+    """Write ``run.json``: the arguments, the tasks' specs, rows and hashes of the data, versions."""
+    content = {
+        "format_version": FORMAT_VERSION,
+        "arguments": {**run.to_dict(), "tasks": list(data)},
+        "tasks": {name: task.spec.to_dict() for name, task in data.items()},
+        "data": {name: task.fingerprint() for name, task in data.items()},
+        "versions": {"hyperformer_fast": __version__, **_versions("torch", "transformers")},
+    }
+    write_json(folder / RUN_NAME, content)
+
+
+def read_run(folder: str | Path) -> tuple[RunConfig, dict[str, TaskSpec], dict[str, Any]]:
+    """(arguments, specs, data fingerprints) of ``run.json``. RunError where it is absent or not a run's."""
+    path = Path(folder) / RUN_NAME
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunError(f"{folder} is not the folder of a run: it has no {RUN_NAME}") from None
+    except (OSError, ValueError) as error:
+        raise RunError(f"cannot read {path}: {error}") from error
+    try:
+        if content["format_version"] != FORMAT_VERSION:
+            raise RunError(
+                f"{path} has format version {content['format_version']}; this library reads {FORMAT_VERSION}"
+            )
+        specs = {name: TaskSpec.from_dict(fields) for name, fields in content["tasks"].items()}
+        return RunConfig.from_dict(content["arguments"]), specs, content["data"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{path} is not a run's: {error!r}") from error
+
+
+def check_same(folder: Path, run: RunConfig, data: dict[str, TaskData]) -> None:
+    """RunError where ``run`` on ``data`` would train something else than the run in ``folder`` does."""
+    before, _, prints = read_run(folder)
+    theirs, ours = before.to_dict(), {**run.to_dict(), "tasks": list(data)}
+    for name in ours:
+        if name not in MAY_CHANGE and theirs[name] != ours[name]:
+            raise RunError(f"cannot resume {folder}: {name} was {theirs[name]!r}, and is {ours[name]!r} now")
+    for name, task in data.items():
+        train = task.fingerprint()["train"]
+        if prints.get(name, {}).get("train") != train:
+            raise RunError(f"cannot resume {folder}: the training rows of {name!r} are not those it started with")
+
+
+def _versions(*names: str) -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found

@@ -1,0 +1,68 @@
+"""Greedy decoding of whole splits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+
+from ..data import Collator, Example, TaskSpec
+from ..data.collate import encode
+from .metrics import score
+
+
+def max_new_tokens(spec: TaskSpec, tokenizer) -> int:
+    """Tokens of the longest text that the task may want, its end token included."""
+    return max(len(encode(tokenizer, text)) for text in spec.targets())
+
+
+@torch.no_grad()
+def generate_texts(
+    model,
+    tokenizer,
+    spec: TaskSpec,
+    sources: Sequence[str],
+    batch_size: int,
+    max_source_length: int,
+    advance: Callable[[int], None] | None = None,
+) -> list[str]:
+    """The text that the model writes for each source, in order. Ranks of a process group share the work.
+
+    Args:
+        model: a HyperFormerModel (not wrapped for training) that knows the task. Its mode is given back as it was.
+        advance: called with the number of sources done since, for a progress bar.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    ids = [encode(tokenizer, source, max_source_length) for source in sources]
+    # Longest first: batches of like lengths pad little, and memory peaks at once.
+    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+    collate, limit, texts = Collator(tokenizer.pad_token_id), max_new_tokens(spec, tokenizer), {}
+    was_training = model.training
+    model.eval()
+    try:
+        for start in range(rank * batch_size, len(order), world * batch_size):
+            chosen = order[start : start + batch_size]
+            batch = collate([{"task": spec.name, "input_ids": ids[i]} for i in chosen])
+            tensors = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
+            out = model.generate(**tensors, task=spec.name, max_new_tokens=limit, num_beams=1, do_sample=False)
+            texts |= zip(chosen, tokenizer.batch_decode(out, skip_special_tokens=True), strict=True)
+            if advance is not None:
+                advance(min(len(order) - start, world * batch_size))
+    finally:
+        model.train(was_training)
+    if world > 1:
+        parts: list[dict[int, str]] = [{} for _ in range(world)]
+        dist.all_gather_object(parts, texts)
+        texts = {i: text for part in parts for i, text in part.items()}
+    return [texts[i] for i in range(len(sources))]
+
+
+def evaluate_examples(
+    model, tokenizer, spec: TaskSpec, examples: Sequence[Example], batch_size: int, max_source_length: int, advance=None
+) -> tuple[dict[str, float], int]:
+    """(metrics as :func:`score` gives them, number of generated texts that are no label)."""
+    sources = [example.source for example in examples]
+    texts = generate_texts(model, tokenizer, spec, sources, batch_size, max_source_length, advance)
+    predictions = [spec.parse(text) for text in texts]
+    return score(spec, predictions, [example.label for example in examples]), predictions.count(None)

@@ -1,0 +1,126 @@
+"""What a run leaves for people: a table, and a picture of its curves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from ..checkpoint import write_file
+
+TITLES = {"hyperformer++": "HyperFormer++", "hyperformer": "HyperFormer", "hyperformer-shared": "HyperFormer (shared)"}
+
+
+def results_table(results: Mapping[str, Any]) -> Table:
+    """task, metric, majority class, and the model; a line for every metric, and the average.
+
+    ``results`` as metrics.json.
+    """
+    splits = sorted({task["split"] for task in results["tasks"].values()})
+    table = Table("task", "metric", title=f"Results on {' / '.join(splits)}, in percent")
+    for heading in ("majority class", TITLES[results["variant"]]):
+        table.add_column(heading, justify="right")
+    for name, task in results["tasks"].items():
+        for metric, value in task["metrics"].items():
+            if metric != "score":
+                table.add_row(name, metric, f"{task['majority'][metric]:.1f}", f"{value:.1f}")
+    table.add_section()
+    table.add_row("average", "", f"{results['majority_average']:.1f}", f"{results['average']:.1f}", style="bold")
+    return table
+
+
+def notes(results: Mapping[str, Any]) -> list[str]:
+    """What a reader of the table should know besides."""
+    lines = []
+    validation = [name for name, task in results["tasks"].items() if task["split"] == "validation"]
+    if validation:
+        lines.append(
+            f"{', '.join(validation)}: reported on validation; there is no test split, or validation was asked for"
+        )
+    for name, task in results["tasks"].items():
+        if task["unparsed"]:
+            lines.append(
+                f"{name}: {task['unparsed']} of {task['rows']} generated texts are no label, and count as wrong"
+            )
+    return lines
+
+
+def plot_curves(
+    history: Sequence[Mapping[str, Any]], majority: Mapping[str, float], path: str | Path, title: str = "HyperFormer++"
+) -> None:
+    """Training loss, and each task's validation score over steps beside its majority class, as a PNG.
+
+    Args:
+        history: the Trainer's log: entries with ``step`` and ``loss``, or ``eval_<task>``.
+        majority: score of the majority class on the same rows, by task.
+        path: of the PNG; replaced whole.
+        title: of the model.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
+
+    with plt.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(11.5, 4.4), width_ratios=(1, 1.25), layout="constrained")
+        _plot_loss(left, [(entry["step"], entry["loss"]) for entry in history if "loss" in entry])
+        _plot_scores(right, history, majority, title)
+        for axis in (left, right):
+            axis.set_xlabel("optimizer step")
+            axis.set_xlim(left=0)
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axis.grid(alpha=0.25)
+        with write_file(path) as partial:
+            figure.savefig(partial, dpi=130, format="png")
+        plt.close(figure)
+
+
+def smoothed(values: Sequence[float], window: int) -> list[float]:
+    """The mean of each value and the ``window - 1`` before it."""
+    return [sum(values[max(0, i + 1 - window) : i + 1]) / min(i + 1, window) for i in range(len(values))]
+
+
+def _plot_loss(axis, points: list[tuple[int, float]]) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_title("Training loss", loc="left")
+    axis.set_ylabel("cross-entropy per token")
+    if not points:
+        return
+    steps, values = zip(*points, strict=True)
+    window = max(1, len(values) // 15)
+    axis.plot(steps, values, color="0.8", linewidth=1, label="as logged")
+    axis.plot(steps, smoothed(values, window), color="C0", linewidth=2, label=f"mean of {window}")
+    axis.set_yscale("log")
+    # within a decade, plain numbers read better than powers of ten
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.legend(frameon=False)
+
+
+def _plot_scores(axis, history: Sequence[Mapping[str, Any]], majority: Mapping[str, float], title: str) -> None:
+    axis.set_title(f"{title}: validation score (dotted: majority class)", loc="left")
+    axis.set_ylabel("mean of the task's metrics, percent")
+    for i, task in enumerate([*majority, "average"]):
+        points = [(entry["step"], entry[f"eval_{task}"]) for entry in history if f"eval_{task}" in entry]
+        if not points:
+            continue
+        is_average = task == "average"
+        color = "black" if is_average else f"C{i % 10}"
+        axis.plot(
+            *zip(*points, strict=True),
+            color=color,
+            marker="o",
+            markersize=4,
+            linewidth=2.5 if is_average else 1.5,
+            label=task,
+        )
+        if not is_average:
+            axis.axhline(majority[task], color=color, linestyle=":", linewidth=1.2)
+    if axis.lines:
+        axis.set_ylim(top=102)
+        axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))

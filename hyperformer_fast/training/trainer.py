@@ -1,0 +1,215 @@
+"""Hugging Face's Trainer, told about tasks, our weights, and checkpoints that a kill cannot break."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from ..checkpoint import CheckpointError, write_directory
+from ..data import Collator, EncodedExamples, TaskBatchSampler, TaskData
+from .arguments import SCHEDULES, RunConfig
+from .folder import BEST, checkpoints, remove_checkpoint
+from .generation import evaluate_examples
+from .metrics import average
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss or a weight is not a finite number any more. Checkpoints from before are intact."""
+
+
+def training_arguments(run: RunConfig, **changes: Any) -> TrainingArguments:
+    """The Trainer's own arguments of a run, by names that transformers 4.57 and 5 share."""
+    fields = {
+        "output_dir": run.output_dir,
+        "max_steps": run.steps,
+        "per_device_train_batch_size": run.batch_size,
+        "per_device_eval_batch_size": run.eval_batch_size,
+        "gradient_accumulation_steps": run.gradient_accumulation,
+        "learning_rate": run.learning_rate,
+        "warmup_steps": run.warmup_steps,
+        "lr_scheduler_type": SCHEDULES[run.schedule],
+        "weight_decay": run.weight_decay,
+        "max_grad_norm": run.max_grad_norm,
+        "label_smoothing_factor": run.label_smoothing,
+        "logging_steps": run.logging_steps,
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,
+        "eval_strategy": "steps" if run.eval_steps else "no",
+        "eval_steps": run.eval_steps or None,
+        "save_strategy": "steps" if run.save_steps else "no",
+        "save_steps": run.save_steps or 500,
+        "seed": run.seed,
+        "bf16": run.bf16,
+        "report_to": [],
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "ddp_find_unused_parameters": False,
+    }
+    if run.gradient_checkpointing:
+        # its name since transformers 5.23
+        new = "activation_checkpointing" in {field.name for field in dataclasses.fields(TrainingArguments)}
+        fields["activation_checkpointing" if new else "gradient_checkpointing"] = True
+    arguments = TrainingArguments(**{**fields, **changes})
+    if arguments.n_gpu > 1:
+        # DataParallel would scatter a batch but not its task; several GPUs are torchrun's.
+        arguments._n_gpu = 1
+    return arguments
+
+
+class _ArgumentsHold(TrainerCallback):
+    """A resumed Trainer logs, evaluates and saves as often as the checkpoint's did, whatever its arguments say."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        state.logging_steps, state.eval_steps, state.save_steps = args.logging_steps, args.eval_steps, args.save_steps
+
+
+class HyperFormerTrainer(Trainer):
+    """Trains a :class:`HyperFormerModel` on temperature-sampled tasks, one per optimizer step.
+
+    Args:
+        model: the model; only what its configuration trains is saved.
+        run: the run.
+        data: its tasks.
+        tokenizer: the T5's.
+        args: by default :func:`training_arguments` of the run.
+    """
+
+    def __init__(self, model, run: RunConfig, data: dict[str, TaskData], tokenizer, args=None, callbacks=None):
+        self.run, self.data, self.text_tokenizer = run, data, tokenizer
+        self._staging: Path | None = None
+        self._not_finite: torch.Tensor | None = None
+        train = [example for task in data.values() for example in task.splits["train"]]
+        super().__init__(
+            model=model,
+            args=args or training_arguments(run),
+            train_dataset=EncodedExamples(train, tokenizer, run.max_source_length),
+            eval_dataset=[],
+            data_collator=Collator(tokenizer.pad_token_id),
+            callbacks=[_ArgumentsHold(), *(callbacks or ())],
+        )
+
+    def get_train_dataloader(self) -> DataLoader:
+        """One pass is the whole run, so that resuming is skipping. Each rank draws its own share, so accelerate has
+        nothing to add."""
+        sampler = TaskBatchSampler(
+            [len(task.splits["train"]) for task in self.data.values()],
+            self.args.per_device_train_batch_size,
+            self.args.max_steps,
+            temperature=self.run.temperature,
+            seed=self.args.seed,
+            accumulation=self.args.gradient_accumulation_steps,
+            rank=self.args.process_index,
+            world_size=self.args.world_size,
+        )
+        pin = self.args.device.type == "cuda"
+        return DataLoader(self.train_dataset, batch_sampler=sampler, collate_fn=self.data_collator, pin_memory=pin)
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if self.label_smoother is not None:
+            # The smoother takes the labels away, and T5 makes the decoder's input of them.
+            inner = self.accelerator.unwrap_model(model)
+            inputs["decoder_input_ids"] = inner.prepare_decoder_input_ids_from_labels(inputs["labels"])
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        task = inputs["task"]
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if loss.device.type == "cpu":
+            if not torch.isfinite(loss):
+                raise TrainingDiverged(
+                    self._advice(f"the loss is {loss.item()} at step {self.state.global_step + 1}, on {task!r}")
+                )
+        else:
+            # On a device each look at a value would wait for it: noted there, and looked at before logging and saving.
+            bad = ~torch.isfinite(loss)
+            self._not_finite = bad if self._not_finite is None else self._not_finite | bad
+        return loss
+
+    def _check_finite(self, weights: bool) -> None:
+        if self._not_finite is not None and self._not_finite.item():
+            raise TrainingDiverged(self._advice(f"the loss was not finite at or before step {self.state.global_step}"))
+        if weights and not all(bool(p.isfinite().all()) for p in self.model.parameters() if p.requires_grad):
+            raise TrainingDiverged(self._advice(f"weights are not finite at step {self.state.global_step}"))
+
+    def _advice(self, what: str) -> str:
+        return (
+            f"{what}: training stopped, checkpoints from before are intact. Lower learning_rate (now "
+            f"{self.run.learning_rate}), or look for what is odd in the rows"
+        )
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Scores of all tasks on the first ``eval_rows`` rows of validation, and their average."""
+        model = self.accelerator.unwrap_model(self.model)
+        scores = {}
+        for name, task in self.data.items():
+            rows = task.splits["validation"][: self.run.eval_rows]
+            scores[name], _ = evaluate_examples(
+                model, self.text_tokenizer, task.spec, rows, self.run.eval_batch_size, self.run.max_source_length
+            )
+        results = {f"{metric_key_prefix}_{name}": values["score"] for name, values in scores.items()}
+        results[f"{metric_key_prefix}_average"] = average(scores)
+        if self.run.keep_best and self.args.should_save:
+            self._keep_best(model, results[f"{metric_key_prefix}_average"], f"{metric_key_prefix}_average")
+        self.log(results)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, results)
+        return results
+
+    def _keep_best(self, model, value: float, name: str) -> None:
+        if all(value > entry[name] for entry in self.state.log_history if name in entry):
+            self._check_finite(weights=True)
+            model.save_pretrained(Path(self.args.output_dir) / BEST)
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        self._check_finite(weights=False)
+        super().log(logs, *args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        if self.args.should_save:
+            self.accelerator.unwrap_model(self.model).save_pretrained(output_dir or self.args.output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        self.accelerator.unwrap_model(model or self.model).load_weights(resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+            raise CheckpointError(
+                f"{checkpoint}: the optimizer's or scheduler's state cannot be read: {error}"
+            ) from error
+
+    def _get_output_dir(self, trial) -> str:
+        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model, trial, *args, **kwargs) -> None:
+        """Trainer's own files and ours, collected in a folder of another name, which takes the checkpoint's when it is
+        whole."""
+        self._check_finite(weights=True)
+        name = f"checkpoint-{self.state.global_step}"
+        folder = Path(self.args.output_dir)
+        staging = folder / ".saving"
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+            (staging / name).mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        self._staging = staging
+        try:
+            super()._save_checkpoint(model, trial, *args, **kwargs)
+        finally:
+            self._staging = None
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            with write_directory(folder / name) as whole:
+                for path in sorted((staging / name).iterdir()):
+                    os.rename(path, Path(whole) / path.name)
+            shutil.rmtree(staging)
+            for old in checkpoints(folder)[: -self.run.save_total_limit]:
+                remove_checkpoint(old)
