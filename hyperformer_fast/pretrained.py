@@ -71,7 +71,8 @@ class Checkpoint:
             raise CheckpointError(f"{self.directory} lacks {_SAMPLE}, which tells its T5 from others")
         if theirs.shape != ours.shape:
             raise CheckpointError(
-                f"{self.directory} was trained on another T5: it had {len(theirs)} frozen parameters, this one has {len(ours)}"
+                f"{self.directory} was trained on another T5: it had {len(theirs)} frozen parameters, "
+                f"this one has {len(ours)}"
             )
         differs = ~torch.isclose(ours, theirs, rtol=_RTOL, atol=_ATOL, equal_nan=True)
         if differs.any():

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from hyperformer_fast import HyperFormerModel, checkpoint
-from hyperformer_fast.checkpoint import CheckpointError, recover_directory, write_directory, write_file
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.t5s import TASKS, VARIANTS, batch, bits, tiny_config, tiny_model, tiny_t5, train
+
+from hyperformer_fast import HyperFormerModel, checkpoint
+from hyperformer_fast.checkpoint import CheckpointError, recover_directory, write_directory, write_file
 
 
 def trained_model(**changes):
@@ -232,8 +233,8 @@ from hyperformer_fast.checkpoint import save_checkpoint, write_directory
 import torch
 if os.getuid() == 0:
     os.setuid(65534)  # root may write anywhere
-for attempt in (lambda: save_checkpoint(sys.argv[1], {"a": torch.ones(2)}, {}), write_directory(sys.argv[1] + "/below").__enter__):
-    try:
+for attempt in (lambda: save_checkpoint(sys.argv[1], {"a": torch.ones(2)}, {}), write_directory(sys.argv[1] +
+    "/below").__enter__): try:
         attempt()
     except PermissionError as error:
         print(error)

@@ -7,9 +7,10 @@ import threading
 
 import pytest
 import torch
-from hyperformer_fast import HyperFormerModel, get_hyperformer_model
 from support.t5s import TASKS, VARIANTS, bare_copy, batch, bits, stated_logits, tiny_config, tiny_model, tiny_t5, train
 from transformers import MT5Config, MT5ForConditionalGeneration, T5Config, T5EncoderModel, T5Model
+
+from hyperformer_fast import HyperFormerModel, get_hyperformer_model
 
 MIXED = ["cola", "mnli", "mnli", "stsb"]
 

@@ -1,4 +1,5 @@
-"""Gradient checkpointing: gradients equal to the run without it, each recomputed block with the weights of its own forward."""
+"""Gradient checkpointing: gradients equal to the run without it, each recomputed block with the weights of its own
+forward."""
 
 from __future__ import annotations
 

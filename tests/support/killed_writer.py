@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 
 import torch
+
 from hyperformer_fast import checkpoint
 
 ROUNDS = 10

@@ -1,4 +1,5 @@
-"""Tiny random T5s, models around them whose adapters matter, and the method stated once more, without the library's model."""
+"""Tiny random T5s, models around them whose adapters matter, and the method stated once more, without the library's
+model."""
 
 from __future__ import annotations
 
@@ -6,12 +7,14 @@ import copy
 
 import torch
 import torch.nn.functional as F
-from hyperformer_fast import HyperFormerConfig, get_hyperformer_model
 from transformers import T5Config, T5ForConditionalGeneration
+
+from hyperformer_fast import HyperFormerConfig, get_hyperformer_model
 
 TASKS = ["mnli", "stsb", "cola"]
 VARIANTS = ("hyperformer++", "hyperformer-shared", "hyperformer")
-# Not equal, so that the two cannot be taken for each other unseen (a deeper decoder breaks the cache of transformers 4.57).
+# Not equal, so that the two cannot be taken for each other unseen (a deeper decoder breaks the cache of transformers
+# 4.57).
 LAYERS = {"encoder": 3, "decoder": 2}
 
 
@@ -67,7 +70,8 @@ def batch(B=4, L=7, M=5, seed=2):
 
 
 def stated_logits(model, t5, task, inputs):
-    """Logits of ``t5`` with the adapters of ``model`` for one task, as the paper states them (section 2), differentiable.
+    """Logits of ``t5`` with the adapters of ``model`` for one task, as the paper states them (section 2),
+    differentiable.
 
     ``t5`` is bare: the adapters are put in by replacing methods of its modules, and computed part by part.
     """
