@@ -191,7 +191,7 @@ class _Hook:
         if context is None or context.owner is not self.owner:
             raise RuntimeError(
                 "this T5 has HyperFormer adapters, but was called by itself, so they have no weights: call the "
-                "HyperFormerModel (its forward or generate, with a task), or unload() it first. In a backward pass this "
+                "HyperFormerModel (its forward or generate, with a task), or unload() it first. In a backward pass it "
                 "means that gradient checkpointing was switched on at the T5: use "
                 "HyperFormerModel.gradient_checkpointing_enable()"
             )

@@ -6,6 +6,10 @@ import abc
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+
+from ..layout import AdapterLayout
+from ..reference import Folded, Saved
 
 #: The kernels a full backend has.
 OPS = ("generate_weights", "fold", "adapter_forward", "adapter_backward", "hyper_adapter")
@@ -39,6 +43,27 @@ class Backend(abc.ABC):
     def serves(self) -> list[str]:
         """The ops this backend has kernels for."""
         return [op for op in OPS if hasattr(self, op)]
+
+
+class FullBackend(Backend):
+    """One that has every kernel but ``hyper_adapter``, which is then the others in turn."""
+
+    @torch.no_grad()
+    def hyper_adapter(
+        self,
+        x: Tensor,
+        E: Tensor,
+        G: Tensor,
+        g0: Tensor,
+        layout: AdapterLayout,
+        activation: str,
+        task_index: Tensor | None,
+        save: bool,
+    ) -> tuple[Tensor, Saved, Tensor, Folded]:
+        packed = self.generate_weights(E.unsqueeze(0), G.unsqueeze(0), g0.unsqueeze(0)).squeeze(0)
+        folded = self.fold(packed, layout, x.dtype)
+        out, saved = self.adapter_forward(x, folded, layout, activation, task_index, save)
+        return out, saved, packed, folded
 
 
 class AbsentBackend(Backend):

@@ -12,7 +12,7 @@ from .. import reference as truth
 from ..activations import ACTIVATIONS
 from ..layout import AdapterLayout
 from ..reference import Folded, Saved
-from .base import Backend, Request
+from .base import FullBackend, Request
 
 #: Forces an instruction set, for comparisons and tests; by default the widest that the CPU has.
 ISA_VARIABLE = "HYPERFORMER_FAST_CPU_ISA"
@@ -23,7 +23,7 @@ def _static(layout: AdapterLayout, activation: str) -> tuple[int, int, bool, boo
     return layout.d, layout.b, layout.pre_norm, layout.post_norm, ACTIVATIONS.index(activation)
 
 
-class CpuBackend(Backend):
+class CpuBackend(FullBackend):
     """The compiled library ``_hf_cpu``; float64 is left to the reference.
 
     Rows whose last dimension is contiguous are read where they lie; others are copied once. Weight gradients are summed
@@ -89,19 +89,3 @@ class CpuBackend(Backend):
             g, x, *parts, task_index, *_static(layout, activation), need_dx, need_dpacked
         )
         return dx, dpacked.to(packed.dtype)
-
-    def hyper_adapter(
-        self,
-        x: Tensor,
-        E: Tensor,
-        G: Tensor,
-        g0: Tensor,
-        layout: AdapterLayout,
-        activation: str,
-        task_index: Tensor | None,
-        save: bool,
-    ) -> tuple[Tensor, Saved, Tensor, Folded]:
-        packed = self.generate_weights(E.unsqueeze(0), G.unsqueeze(0), g0.unsqueeze(0)).squeeze(0)
-        folded = self.fold(packed, layout, x.dtype)
-        out, saved = self.adapter_forward(x, folded, layout, activation, task_index, save)
-        return out, saved, packed, folded

@@ -8,10 +8,10 @@ from torch import Tensor
 from .. import reference as truth
 from ..layout import AdapterLayout
 from ..reference import Folded, Saved
-from .base import Backend, Request
+from .base import FullBackend, Request
 
 
-class ReferenceBackend(Backend):
+class ReferenceBackend(FullBackend):
     """The truth and the last resort. Autocast is switched off: the ops say themselves what each sum is computed in."""
 
     name = "reference"
@@ -55,20 +55,3 @@ class ReferenceBackend(Backend):
             return truth.adapter_backward(
                 g, x, saved, packed, folded, layout, activation, task_index, need_dx, need_dpacked
             )
-
-    @torch.no_grad()
-    def hyper_adapter(
-        self,
-        x: Tensor,
-        E: Tensor,
-        G: Tensor,
-        g0: Tensor,
-        layout: AdapterLayout,
-        activation: str,
-        task_index: Tensor | None,
-        save: bool,
-    ) -> tuple[Tensor, Saved, Tensor, Folded]:
-        packed = self.generate_weights(E.unsqueeze(0), G.unsqueeze(0), g0.unsqueeze(0)).squeeze(0)
-        folded = self.fold(packed, layout, x.dtype)
-        out, saved = self.adapter_forward(x, folded, layout, activation, task_index, save)
-        return out, saved, packed, folded
