@@ -90,7 +90,7 @@ Folded fold(const Tensor& packed, int64_t d, int64_t b, bool pre_norm, bool post
   int64_t M = 1;
   for (const int64_t size : lead) M *= size;
   const int64_t V = layout.vectors(), n = post_norm ? b + 1 : 0, s = post_norm ? b : 0;
-  Tensor wd = empty(lead, {b, d}, dtype), wg = empty(lead, {d, b}, dtype),
+  Tensor wd = empty(lead, {b, d}, dtype), wg = empty(lead, {b, d}, dtype),
          vectors = empty(lead, {V}, ScalarType::Float);
   Tensor scale = empty(lead, {s}, ScalarType::Float), root = empty(lead, {n, n}, ScalarType::Float);
   Tensor mean = empty(lead, {n}, ScalarType::Float);
@@ -210,7 +210,7 @@ void expect_folded(const Problem& p, ScalarType dtype, const Tensor& wd, const T
                    const Tensor& scale, const Tensor& root, const Tensor& mean) {
   const int64_t d = p.layout.d, b = p.layout.b, T = p.T, c = p.layout.post_norm ? b + 1 : 0;
   expect("wd", wd, dtype, {T, b, d});
-  expect("wg", wg, dtype, {T, d, b});
+  expect("wg", wg, dtype, {T, b, d});
   expect("vectors", vectors, ScalarType::Float, {T, p.layout.vectors()});
   expect("scale", scale, ScalarType::Float, {T, p.layout.post_norm ? b : 0});
   expect("root", root, ScalarType::Float, {T, c, c});

@@ -76,7 +76,7 @@ def _fold_fake(packed: Tensor, d: int, b: int, pre_norm: bool, post_norm: bool, 
     check_fold(packed, _layout(d, b, pre_norm, post_norm), dtype)
     exact = _accumulator(torch.float64 if torch.float64 in (dtype, packed.dtype) else dtype)
     c, v = (b + 1, b + 2 * d) if post_norm else (0, b + d)
-    tails = ((b, d), (d, b), (v,), (b if post_norm else 0,), (c, c), (c,))
+    tails = ((b, d), (b, d), (v,), (b if post_norm else 0,), (c, c), (c,))
     dtypes = (dtype, dtype, exact, exact, exact, exact)
     return Folded(*(packed.new_empty(*packed.shape[:-1], *tail, dtype=t) for tail, t in zip(tails, dtypes)))
 

@@ -32,11 +32,11 @@ class Folded(NamedTuple):
     """
 
     wd: Tensor  #: [..., b, d] down-projection, times the pre-norm's gamma
-    wg: Tensor  #: [..., d, b] up-projection; with a post-norm centred, times gamma, divided by ``scale``
+    wg: Tensor  #: [..., b, d] up-projection transposed; with a post-norm centred, times gamma, divided by ``scale``
     vectors: (
         Tensor  #: [..., V] down bias (with the pre-norm's beta) [b], gamma * (up bias - mean) or up bias [d], beta [d]
     )
-    scale: Tensor  #: [..., b] powers of two, one per column of ``wg``; empty without post-norm
+    scale: Tensor  #: [..., b] powers of two, one per row of ``wg``; empty without post-norm
     root: Tensor  #: [..., b+1, b+1] R, upper triangular, R^T R = Wa^T Wa / d; empty without post-norm
     mean: Tensor  #: [..., b+1] column means of [W_u | b_u]; empty without post-norm
 
@@ -108,7 +108,7 @@ def fold(packed: Tensor, layout: AdapterLayout, dtype: torch.dtype) -> Folded:
         vectors = torch.cat([down_bias, w["up_bias"]], -1)
         lead = packed.shape[:-1]
         empty = [packed.new_empty(*lead, *tail, dtype=exact) for tail in ((0,), (0, 0), (0,))]
-        return Folded(_fresh(wd, dtype), _fresh(w["up_weight"], dtype), _fresh(vectors, exact), *empty)
+        return Folded(_fresh(wd, dtype), _fresh(w["up_weight"].mT, dtype), _fresh(vectors, exact), *empty)
     wa = torch.cat([w["up_weight"], w["up_bias"].unsqueeze(-1)], -1)
     mean = wa.mean(-2)
     wa = wa - mean.unsqueeze(-2)
@@ -117,7 +117,7 @@ def fold(packed: Tensor, layout: AdapterLayout, dtype: torch.dtype) -> Folded:
     scale = _power_of_two(wg[..., :-1].abs().amax(-2))
     vectors = torch.cat([down_bias, wg[..., -1], w["post_beta"]], -1)
     wg = wg[..., :-1] / scale.unsqueeze(-2)
-    return Folded(_fresh(wd, dtype), _fresh(wg, dtype), *(_fresh(t, exact) for t in (vectors, scale, root, mean)))
+    return Folded(_fresh(wd, dtype), _fresh(wg.mT, dtype), *(_fresh(t, exact) for t in (vectors, scale, root, mean)))
 
 
 def _fresh(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -219,7 +219,7 @@ def adapter_forward(
         pre_mean, pre_rstd = rows.select(pre_mean, 0.0), rows.select(pre_rstd, 0.0)
     z = (source @ rows.weights(folded.wd).mT + vectors[..., :b]).to(x.dtype)
     h = activate(z.to(rows.acc), activation)
-    y = (h * rows.weights(folded.scale).unsqueeze(1) if layout.post_norm else h) @ rows.weights(folded.wg).mT
+    y = (h * rows.weights(folded.scale).unsqueeze(1) if layout.post_norm else h) @ rows.weights(folded.wg)
     y = y + vectors[..., b : b + d]
     r = empty
     if layout.post_norm:
@@ -267,13 +267,13 @@ def adapter_backward(
         r = rows.group(saved.r).unsqueeze(-1)
         bg = rows.weights(folded.vectors)[..., b : b + d]
         root = rows.weights(folded.root)
-        t = torch.cat([g3 @ wg * rows.weights(folded.scale).unsqueeze(1), (g3 @ bg.unsqueeze(-1))], -1)
+        t = torch.cat([g3 @ wg.mT * rows.weights(folded.scale).unsqueeze(1), (g3 @ bg.unsqueeze(-1))], -1)
         rh = r * _with_one(h)
         m2 = (t * rh).sum(-1, keepdim=True) / d
         dh = (r * (t - m2 * d * r * (_root_rows(h, root) @ root)))[..., :b]
     else:
         rh, m2 = _with_one(h), None
-        dh = g3 @ wg
+        dh = g3 @ wg.mT
     dz = dh * activate_grad(z, activation)
     source, pre_rstd = rows.group(x), None
     if layout.pre_norm:

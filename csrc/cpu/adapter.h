@@ -28,7 +28,7 @@ struct Rows {
 
 struct FoldedWeights {
   const void* wd;        // [T, b, d]
-  const void* wg;        // [T, d, b]
+  const void* wg;        // [T, b, d]
   const float* vectors;  // [T, V]
   const float* scale;    // [T, b]
   const float* root;     // [T, b+1, b+1]

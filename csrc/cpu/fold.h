@@ -13,7 +13,7 @@ enum class Dtype { f32, bf16, f16 };
 // Where the results of one adapter go. Sizes are in elements; V = layout.vectors().
 struct FoldedAdapter {
   void* wd;        // [b, d] compute dtype
-  void* wg;        // [d, b] compute dtype
+  void* wg;        // [b, d] compute dtype
   float* vectors;  // [V]
   float* scale;    // [b], with post_norm
   float* root;     // [b+1, b+1], with post_norm

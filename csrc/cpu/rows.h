@@ -26,7 +26,7 @@ struct Scratch {
     }
     if (l.pre_norm) {
       source.resize(BLOCK * l.d);
-      source_rows = Weights::rows_of(source, BLOCK, l.d);
+      source_rows = Weights::rows_of(source.data(), BLOCK, l.d);
       if (backward) out.resize(BLOCK * l.d);
     }
   }
@@ -105,9 +105,9 @@ void forward_block(const Problem& p, const Weights& w, const Block<S>& block, co
   const int64_t d = p.layout.d, b = p.layout.b, n = block.n;
   if (p.layout.pre_norm) {
     normalise<S>(block, d, saved, false, s);
-    dot<F32>(s.source_rows.data(), n, w.down.data(), b, d, d, s.z.data(), s.bp);
+    dot<F32>(s.source_rows.data(), n, w.down, b, d, d, s.z.data(), s.bp);
   } else {
-    dot<S>(block.x, n, w.down.data(), b, d, d, s.z.data(), s.bp);
+    dot<S>(block.x, n, w.down, b, d, d, s.z.data(), s.bp);
   }
   for (int64_t i = 0; i < n; ++i) {
     float* z = s.z.data() + i * s.bp;
@@ -124,7 +124,7 @@ void forward_block(const Problem& p, const Weights& w, const Block<S>& block, co
     const float r = p.layout.post_norm ? 1.0f / __builtin_sqrtf(norm_of(s.q.data() + i * s.cp, b + 1) + EPS) : 1.0f;
     if (saved.r != nullptr && p.layout.post_norm) saved.r[block.index[i]] = r;
     float* hr = s.hr.data() + i * s.cp;
-    for (int64_t j = 0; j < b; ++j) hr[j] = r * s.h[i * s.bp + j];
+    for (int64_t j = 0; j < b; ++j) hr[j] = w.scaled(r * s.h[i * s.bp + j], j);
     hr[b] = r;
   }
   const Coefficients a{s.hr.data(), s.cp, 1};
@@ -167,7 +167,8 @@ void backward_block(const Problem& p, const Weights& w, const Block<S>& block, b
     for (int64_t j = 0; j < s.bp; ++j) s.z[i * s.bp + j] = j < b ? S::one(z[j]) : 0.0f;
   }
   activate_buffer(p.activation, s.z.data(), s.h.data(), s.slope.data(), n * s.bp);
-  dot<S>(block.g, n, w.up.data(), post ? c : b, d, d, s.t.data(), s.cp);
+  dot<S>(block.g, n, w.up, b, d, d, s.t.data(), s.cp);
+  if (post) dot<S>(block.g, n, w.up_bias, 1, d, d, s.t.data() + b, s.cp);
   if (post) {
     root_rows(w, b, n, s);
     weighted_sums<F32>(Coefficients{s.q.data(), s.cp, 1}, n, c, w.root_rows.data(), padded(c),
@@ -175,8 +176,9 @@ void backward_block(const Problem& p, const Weights& w, const Block<S>& block, b
   }
   for (int64_t i = 0; i < n; ++i) {
     const float r = post ? saved.r[block.index[i]] : 1.0f;
-    const float *h = s.h.data() + i * s.bp, *t = s.t.data() + i * s.cp, *slope = s.slope.data() + i * s.bp;
-    float *hr = s.hr.data() + i * s.cp, *dz = s.dh.data() + i * s.cp;
+    const float *h = s.h.data() + i * s.bp, *slope = s.slope.data() + i * s.bp;
+    float *t = s.t.data() + i * s.cp, *hr = s.hr.data() + i * s.cp, *dz = s.dh.data() + i * s.cp;
+    for (int64_t j = 0; j < b; ++j) t[j] = w.scaled(t[j], j);
     for (int64_t j = 0; j < b; ++j) hr[j] = r * h[j];
     hr[b] = r;
     hr[c] = 1.0f;  // its sum over g is beta's gradient

@@ -5,45 +5,61 @@ constexpr int64_t BLOCK = 64;  // rows at a time: with d = 768 in float32, 192 K
 inline int64_t padded(int64_t n) { return (n + W - 1) / W * W; }
 
 struct Weights {
-  Buffer down;        // [b, d]
-  Buffer up;          // [b + 1, d]: the columns of Wg times their scale (exact: powers of two), then bg
-  Buffer root;        // [b + 1, padded]: R
-  Buffer root_t;      // [b + 1, padded]: R transposed
-  const float* bias;  // [b]
-  const float* beta;  // [d], or null
-  std::vector<const float*> down_rows, up_rows, root_rows, root_t_rows;
+  const float* down;     // [b, d]: the folded tensor itself where it is float32
+  const float* up;       // [b, d]: the same
+  const float* bias;     // [b] of the down-projection
+  const float* up_bias;  // [d]
+  const float* beta;     // [d], or null
+  const float* scale;    // [b], or null
+  Buffer widened;        // down and up, where they are of 16 bits
+  Buffer root;           // [b + 1, padded]: R
+  Buffer root_t;         // [b + 1, padded]: R transposed
+  std::vector<const float*> down_rows, up_rows, root_rows, root_t_rows;  // up_rows: up, then up_bias
 
   template <class S>
   Weights(const Problem& p, const FoldedWeights& f, int64_t task, S) {
     const int64_t d = p.layout.d, b = p.layout.b, c = b + 1, cp = padded(c);
     const auto* wd = static_cast<const typename S::T*>(f.wd) + task * b * d;
     const auto* wg = static_cast<const typename S::T*>(f.wg) + task * b * d;
-    const float* vectors = f.vectors + task * p.layout.vectors();
-    bias = vectors;
-    beta = p.layout.post_norm ? vectors + b + d : nullptr;
-    down.resize(b * d);
-    for (int64_t i = 0; i < b * d; ++i) down[i] = S::one(wd[i]);
-    up.resize(c * d);
-    for (int64_t j = 0; j < b; ++j) {
-      const float scale = p.layout.post_norm ? f.scale[task * b + j] : 1.0f;
-      for (int64_t i = 0; i < d; ++i) up[j * d + i] = S::one(wg[i * b + j]) * scale;
+    bias = f.vectors + task * p.layout.vectors();
+    up_bias = bias + b;
+    beta = p.layout.post_norm ? up_bias + d : nullptr;
+    scale = p.layout.post_norm ? f.scale + task * b : nullptr;
+    if constexpr (sizeof(typename S::T) == sizeof(float)) {
+      down = wd;
+      up = wg;
+    } else {
+      widened.resize(2 * b * d);
+      widen<S>(wd, b * d, widened.data());
+      widen<S>(wg, b * d, widened.data() + b * d);
+      down = widened.data();
+      up = down + b * d;
     }
-    for (int64_t i = 0; i < d; ++i) up[b * d + i] = vectors[b + i];
     down_rows = rows_of(down, b, d);
-    up_rows = rows_of(up, c, d);
+    up_rows = rows_of(up, b, d);
+    up_rows.push_back(up_bias);
     if (!p.layout.post_norm) return;
     root.assign(c * cp, 0.0f);
     root_t.assign(c * cp, 0.0f);
     const float* R = f.root + task * c * c;
     for (int64_t i = 0; i < c; ++i)
       for (int64_t j = 0; j < c; ++j) root[i * cp + j] = root_t[j * cp + i] = R[i * c + j];
-    root_rows = rows_of(root, c, cp);
-    root_t_rows = rows_of(root_t, c, cp);
+    root_rows = rows_of(root.data(), c, cp);
+    root_t_rows = rows_of(root_t.data(), c, cp);
   }
 
-  static std::vector<const float*> rows_of(const Buffer& m, int64_t n, int64_t ld) {
+  float scaled(float x, int64_t j) const { return scale == nullptr ? x : x * scale[j]; }
+
+  template <class S>
+  static void widen(const typename S::T* from, int64_t n, float* to) {
+    int64_t i = 0;
+    for (; i + W <= n; i += W) F32::store(to + i, S::load(from + i));
+    for (; i < n; ++i) to[i] = S::one(from[i]);
+  }
+
+  static std::vector<const float*> rows_of(const float* m, int64_t n, int64_t ld) {
     std::vector<const float*> rows(n);
-    for (int64_t i = 0; i < n; ++i) rows[i] = m.data() + i * ld;
+    for (int64_t i = 0; i < n; ++i) rows[i] = m + i * ld;
     return rows;
   }
 };
