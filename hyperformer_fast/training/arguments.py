@@ -23,7 +23,7 @@ TINY_ADAPTERS = {
 }
 
 #: What takes the place of the class's defaults, which suit the embedded model, where another T5 is named.
-OTHER_MODEL = {"hyperformer": {}, "learning_rate": 1e-3, "steps": 2000, "warmup_steps": 100, "eval_batch_size": 64}
+OTHER_MODEL = {"hyperformer": {}, "steps": 2000, "warmup_steps": 100, "eval_batch_size": 64}
 
 #: Fields that a resumed run may change: none of them changes what is trained.
 MAY_CHANGE = frozenset(
@@ -71,10 +71,10 @@ class RunConfig:
     tasks: list[str] | None = None
     output_dir: str = "hyperformer-output"
     hyperformer: dict[str, Any] = dataclasses.field(default_factory=lambda: dict(TINY_ADAPTERS))
-    steps: int = 800
+    steps: int = 1200
     batch_size: int = 32
     gradient_accumulation: int = 1
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-3
     warmup_steps: int = 50
     schedule: str = "linear"
     weight_decay: float = 0.0
@@ -85,11 +85,11 @@ class RunConfig:
     max_train_rows: int | None = None
     max_eval_rows: int | None = None
     eval_batch_size: int = 128
-    eval_steps: int = 200
+    eval_steps: int = 300
     eval_rows: int = 100
     keep_best: bool = False
     logging_steps: int = 10
-    save_steps: int = 200
+    save_steps: int = 300
     save_total_limit: int = 2
     seed: int = 42
     gradient_checkpointing: bool = False
