@@ -233,8 +233,9 @@ from hyperformer_fast.checkpoint import save_checkpoint, write_directory
 import torch
 if os.getuid() == 0:
     os.setuid(65534)  # root may write anywhere
-for attempt in (lambda: save_checkpoint(sys.argv[1], {"a": torch.ones(2)}, {}), write_directory(sys.argv[1] +
-    "/below").__enter__): try:
+save = lambda: save_checkpoint(sys.argv[1], {"a": torch.ones(2)}, {})
+for attempt in (save, write_directory(sys.argv[1] + "/below").__enter__):
+    try:
         attempt()
     except PermissionError as error:
         print(error)
