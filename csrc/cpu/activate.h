@@ -74,30 +74,32 @@ HF_INLINE Activated activate(vf z) {
   return {z * s, D ? s + z * s * (e * s) * slope : vf{}};
 }
 
-// h = act(z) and dh = act'(z) (may be null) over n numbers, n a multiple of W.
+// h = act(z) and act'(z) (may be null) of `rows` rows of n numbers, BLOCK apart; n a multiple of W.
 template <int code>
-void activate_all(const float* z, float* h, float* derivative, int64_t n) {
-  for (int64_t i = 0; i < n; i += W) {
-    const vf v = F32::load(z + i);
-    if (derivative == nullptr) {
-      F32::store(h + i, activate<code, false>(v).value);
-    } else {
-      const Activated a = activate<code, true>(v);
-      F32::store(h + i, a.value);
-      F32::store(derivative + i, a.derivative);
+void activate_all(int64_t rows, int64_t n, const float* z, float* h, float* derivative) {
+  for (int64_t at = 0; at < rows * BLOCK; at += BLOCK) {
+    for (int64_t i = at; i < at + n; i += W) {
+      const vf v = F32::load(z + i);
+      if (derivative == nullptr) {
+        F32::store(h + i, activate<code, false>(v).value);
+      } else {
+        const Activated a = activate<code, true>(v);
+        F32::store(h + i, a.value);
+        F32::store(derivative + i, a.derivative);
+      }
     }
   }
 }
 
-inline void activate_buffer(int code, const float* z, float* h, float* derivative, int64_t n) {
+inline void activate_rows(int code, int64_t rows, int64_t n, const float* z, float* h, float* derivative) {
   switch (code) {
     case GELU_NEW:
-      return activate_all<GELU_NEW>(z, h, derivative, n);
+      return activate_all<GELU_NEW>(rows, n, z, h, derivative);
     case GELU:
-      return activate_all<GELU>(z, h, derivative, n);
+      return activate_all<GELU>(rows, n, z, h, derivative);
     case RELU:
-      return activate_all<RELU>(z, h, derivative, n);
+      return activate_all<RELU>(rows, n, z, h, derivative);
     default:
-      return activate_all<SILU>(z, h, derivative, n);
+      return activate_all<SILU>(rows, n, z, h, derivative);
   }
 }

@@ -52,7 +52,7 @@ void adapter_forward(const Problem&, const Rows& x, const FoldedWeights&, void* 
 void adapter_backward(const Problem&, const Rows& g, const Rows& x, const SavedRows&, const float* packed,
                       const FoldedWeights&, void* dx, float* dpacked, const Parallel&);
 
-// The instruction set in use: "avx512", "avx2" or "portable".
+// The instruction set in use: "avx512_bf16", "avx512", "avx2" or "portable".
 const char* instruction_set();
 
 }  // namespace hyperformer_fast

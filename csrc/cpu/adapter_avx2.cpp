@@ -3,6 +3,7 @@
 #include "kernels_prelude.h"
 #define HF_NAMESPACE avx2
 #define HF_WIDTH 8
+#define HF_HAS_DPBF16 0
 #define HF_HAS_F16C 1
 // A region, not a compiler flag: inline functions of the standard headers stay fit for every CPU, whichever copy the
 // linker keeps.

@@ -5,6 +5,7 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #define HF_NAMESPACE avx512
 #define HF_WIDTH 16
+#define HF_HAS_DPBF16 0
 #define HF_HAS_F16C 1
 // A region, not a compiler flag: inline functions of the standard headers stay fit for every CPU, whichever copy the
 // linker keeps.

@@ -2,5 +2,6 @@
 #include "kernels_prelude.h"
 #define HF_NAMESPACE portable
 #define HF_WIDTH 4
+#define HF_HAS_DPBF16 0
 #define HF_HAS_F16C 0
 #include "instruction_set.h"

@@ -16,6 +16,7 @@ HF_DECLARE(portable)
 #if defined(__x86_64__)
 HF_DECLARE(avx2)
 HF_DECLARE(avx512)
+HF_DECLARE(avx512_bf16)
 #endif
 #undef HF_DECLARE
 
@@ -30,12 +31,15 @@ struct Set {
 
 const Set& chosen() {
   static const Set set = [] {
+#if defined(__x86_64__)
+    const bool avx512_usable = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
     const Set sets[] = {
 #if defined(__x86_64__)
-        {"avx512",
-         __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"),
-         avx512::adapter_forward, avx512::adapter_backward},
+        {"avx512_bf16", avx512_usable && __builtin_cpu_supports("avx512bf16"), avx512_bf16::adapter_forward,
+         avx512_bf16::adapter_backward},
+        {"avx512", avx512_usable, avx512::adapter_forward, avx512::adapter_backward},
         {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"),
          avx2::adapter_forward, avx2::adapter_backward},
 #endif

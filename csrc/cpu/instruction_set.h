@@ -1,17 +1,23 @@
-// The body of one instruction set's translation unit. The includer defines HF_NAMESPACE, HF_WIDTH, HF_HAS_F16C, has
-// included kernels_prelude.h, and has opened the target region: only what is below is compiled for it, never a standard
-// header's code.
+// The body of one instruction set's translation unit. The includer defines HF_NAMESPACE, HF_WIDTH, HF_HAS_F16C,
+// HF_HAS_DPBF16, has included kernels_prelude.h, and has opened the target region: only what is below is compiled for
+// it, never a standard header's code.
 
 namespace hyperformer_fast {
 namespace HF_NAMESPACE {
 
 // clang-format off: each needs those before it
 #include "simd.h"
+#include "paired.h"
 #include "micro.h"
-#include "activate.h"
+#include "results.h"
 #include "weights.h"
+#include "activate.h"
 #include "rows.h"
+#include "pre_norm.h"
 #include "drive.h"
+#include "forward.h"
+#include "finish.h"
+#include "backward.h"
 // clang-format on
 
 void adapter_forward(const Problem& p, const Rows& x, const FoldedWeights& folded, void* out, const SavedRows& saved,

@@ -1,126 +1,185 @@
 // The two products that a forward and a backward consist of, register-blocked for few columns (b of 1 to some
-// hundreds). Included once per instruction set, after simd.h.
+// hundreds). Included once per instruction set, after simd.h and paired.h.
 
-// Registers: MR x NR accumulators, NR weights, one row vector. 32 registers with AVX-512, 16 otherwise.
-constexpr int DOT_MR = HF_WIDTH == 16 ? 8 : 4;
+// Registers: DOT_MR x DOT_NR accumulators, DOT_NR weights, one row vector; 32 registers with AVX-512, 16 otherwise.
 constexpr int DOT_NR = 3;
-constexpr int SUM_MR = HF_WIDTH == 16 ? 6 : 4;
-constexpr int SUM_NV = HF_WIDTH == 16 ? 4 : 3;
+constexpr int SUM_MR = HF_WIDTH == 16 ? 8 : 4;
+constexpr int SUM_NV = 3;
 
-// out[i][j] = <x_i, w_j> for MR rows and NR weight rows of d numbers.
-template <class S, int MR, int NR>
-HF_INLINE void dot_tile(const typename S::T* const* x, const float* w, int64_t ldw, int64_t d, float* out,
+// One step along a dot product: W numbers of a row in storage, widened, by W float32 numbers of a weight.
+template <class S>
+struct Widened {
+  using X = typename S::T;
+  using Y = float;
+  static constexpr int STEP = W;
+  struct Operand {
+    vf v;
+  };
+  static HF_INLINE Operand x(const X* p) { return {S::load(p)}; }
+  static HF_INLINE Operand y(const Y* p) { return {F32::load(p)}; }
+  static HF_INLINE Operand x_part(const X* p, int n) { return {load_part<S>(p, n)}; }
+  static HF_INLINE Operand y_part(const Y* p, int n) { return {load_part<F32>(p, n)}; }
+  static HF_INLINE vf add(vf sum, Operand a, Operand b) { return sum + a.v * b.v; }
+};
+
+// out[j * ldo + i] = <x_i, y_j> for MR rows and NR weight rows of d numbers.
+template <class P, int MR, int NR>
+HF_INLINE void dot_tile(const typename P::X* const* x, const typename P::Y* const* y, int64_t d, float* out,
                         int64_t ldo) {
-  vf acc[MR][NR] = {};
+  vf acc[NR][MR];
+#pragma GCC unroll 8
+  for (int j = 0; j < NR; ++j)
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i) acc[j][i] = vf{};
   int64_t c = 0;
-  for (; c + W <= d; c += W) {
-    vf wv[NR];
-    for (int j = 0; j < NR; ++j) wv[j] = F32::load(w + j * ldw + c);
+  for (; c + P::STEP <= d; c += P::STEP) {
+    typename P::Operand yv[NR];
+#pragma GCC unroll 8
+    for (int j = 0; j < NR; ++j) yv[j] = P::y(y[j] + c);
+#pragma GCC unroll 8
     for (int i = 0; i < MR; ++i) {
-      const vf xv = S::load(x[i] + c);
-      for (int j = 0; j < NR; ++j) acc[i][j] += xv * wv[j];
+      typename P::Operand xv = P::x(x[i] + c);
+      HF_IN_REGISTER(xv.v);
+#pragma GCC unroll 8
+      for (int j = 0; j < NR; ++j) acc[j][i] = P::add(acc[j][i], xv, yv[j]);
     }
   }
   if (c < d) {
+#pragma GCC unroll 8
     for (int i = 0; i < MR; ++i) {
-      const vf xv = load_part<S>(x[i] + c, int(d - c));
-      for (int j = 0; j < NR; ++j) acc[i][j] += xv * load_part<F32>(w + j * ldw + c, int(d - c));
+      const typename P::Operand xv = P::x_part(x[i] + c, int(d - c));
+#pragma GCC unroll 8
+      for (int j = 0; j < NR; ++j) acc[j][i] = P::add(acc[j][i], xv, P::y_part(y[j] + c, int(d - c)));
     }
   }
-  if constexpr (MR % 4 == 0) {
-    for (int j = 0; j < NR; ++j) {
-      for (int i = 0; i < MR; i += 4) {
-        const v4 s = sum4(acc[i][j], acc[i + 1][j], acc[i + 2][j], acc[i + 3][j]);
-        for (int k = 0; k < 4; ++k) out[(i + k) * ldo + j] = s[k];
-      }
+#pragma GCC unroll 8
+  for (int j = 0; j < NR; ++j) {
+    if constexpr (MR == DOT_MR) {
+      sums_of(acc[j], out + j * ldo);
+    } else {
+#pragma GCC unroll 8
+      for (int i = 0; i < MR; ++i) out[j * ldo + i] = sum(acc[j][i]);
     }
-  } else {
-    for (int i = 0; i < MR; ++i)
-      for (int j = 0; j < NR; ++j) out[i * ldo + j] = sum(acc[i][j]);
   }
 }
 
-template <class S, int MR>
-HF_INLINE void dot_rows(const typename S::T* const* x, const float* w, int64_t n, int64_t ldw, int64_t d, float* out,
+template <class P, int MR>
+HF_INLINE void dot_rows(const typename P::X* const* x, const typename P::Y* const* y, int64_t n, int64_t d, float* out,
                         int64_t ldo) {
   int64_t j = 0;
-  for (; j + DOT_NR <= n; j += DOT_NR) dot_tile<S, MR, DOT_NR>(x, w + j * ldw, ldw, d, out + j, ldo);
-  for (; j < n; ++j) dot_tile<S, MR, 1>(x, w + j * ldw, ldw, d, out + j, ldo);
+  // Four left are two and two: a tile of one column loads almost as often as it multiplies.
+  for (; n - j == 3 || n - j > 4; j += 3) dot_tile<P, MR, 3>(x, y + j, d, out + j * ldo, ldo);
+  for (; n - j >= 2; j += 2) dot_tile<P, MR, 2>(x, y + j, d, out + j * ldo, ldo);
+  for (; j < n; ++j) dot_tile<P, MR, 1>(x, y + j, d, out + j * ldo, ldo);
 }
 
-// out [rows, n] = x [rows, d] w^T, w [n, d] float32.
-template <class S>
-void dot(const typename S::T* const* x, int64_t rows, const float* w, int64_t n, int64_t ldw, int64_t d, float* out,
+// out^T [n, rows] = (x [rows, d] y^T)^T, y [n, d].
+template <class P>
+void dot(const typename P::X* const* x, int64_t rows, const typename P::Y* const* y, int64_t n, int64_t d, float* out,
          int64_t ldo) {
   int64_t i = 0;
-  for (; i + DOT_MR <= rows; i += DOT_MR) dot_rows<S, DOT_MR>(x + i, w, n, ldw, d, out + i * ldo, ldo);
-  for (; i < rows; ++i) dot_rows<S, 1>(x + i, w, n, ldw, d, out + i * ldo, ldo);
+  for (; i + DOT_MR <= rows; i += DOT_MR) dot_rows<P, DOT_MR>(x + i, y, n, d, out + i, ldo);
+  for (; i < rows; ++i) dot_rows<P, 1>(x + i, y, n, d, out + i, ldo);
 }
 
 // Coefficients a(i, k) = p[i * row + k * step] of a weighted sum of K source rows.
+template <class C>
 struct Coefficients {
-  const float* p;
+  const C* p;
   int64_t row, step;
+
+  HF_INLINE C at(int64_t i, int64_t k) const { return p[i * row + k * step]; }
+  HF_INLINE Coefficients from(int64_t i) const { return {p + i * row, row, step}; }
+};
+
+// One term of a weighted sum: a float32 coefficient times a vector in storage, widened.
+template <class S>
+struct Scaled {
+  using Source = typename S::T;
+  using Coefficient = float;
+  using Vector = vf;
+  static HF_INLINE vf load(const Source* p) { return S::load(p); }
+  static HF_INLINE vf load_part(const Source* p, int n) { return hyperformer_fast::HF_NAMESPACE::load_part<S>(p, n); }
+  static HF_INLINE vf add(vf sum, float a, vf v) { return sum + splat(a) * v; }
 };
 
 // One tile of a weighted sum: first(i, c) + sum_k a(i, k) source_k[c], for MR results and NV vectors from column c.
-template <class S, int MR, int NV, class First, class Store>
-HF_INLINE void sum_tile(Coefficients a, int64_t K, const typename S::T* const* source, int64_t c, First first,
-                        Store store) {
+template <class P, int MR, int NV, class Io>
+HF_INLINE void sum_tile(Coefficients<typename P::Coefficient> a, int64_t K, const typename P::Source* const* source,
+                        int64_t c, int64_t result, const Io& io) {
   vf acc[MR][NV];
-  for (int i = 0; i < MR; ++i)
-    for (int v = 0; v < NV; ++v) acc[i][v] = first(i, c + v * W);
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; ++i) {
+    const auto row = io.row(result + i);
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) acc[i][v] = row.first(c + v * W);
+    row.template prefetch<NV>(c);
+  }
   for (int64_t k = 0; k < K; ++k) {
-    vf s[NV];
-    for (int v = 0; v < NV; ++v) s[v] = S::load(source[k] + c + v * W);
+    typename P::Vector s[NV];
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) s[v] = P::load(source[k] + c + v * W);
+#pragma GCC unroll 8
     for (int i = 0; i < MR; ++i) {
-      const vf coefficient = splat(a.p[i * a.row + k * a.step]);
-      for (int v = 0; v < NV; ++v) acc[i][v] += coefficient * s[v];
+      const auto coefficient = a.at(i, k);
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) acc[i][v] = P::add(acc[i][v], coefficient, s[v]);
     }
   }
-  for (int i = 0; i < MR; ++i)
-    for (int v = 0; v < NV; ++v) store(i, c + v * W, acc[i][v]);
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; ++i) {
+    const auto row = io.row(result + i);
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) row.store(c + v * W, acc[i][v]);
+  }
 }
 
-// The columns beyond the last whole vector, fewer than W of them.
-template <class S, class First, class Store>
-HF_INLINE void sum_part(Coefficients a, int64_t K, const typename S::T* const* source, int64_t c, int n, First first,
-                        Store store) {
-  vf acc = first(0, c);
-  for (int64_t k = 0; k < K; ++k) acc += splat(a.p[k * a.step]) * load_part<S>(source[k] + c, n);
-  store(0, c, acc);
+// The columns beyond the last whole vector, n < W of them, of one result.
+template <class P, class Io>
+HF_INLINE void sum_part(Coefficients<typename P::Coefficient> a, int64_t K, const typename P::Source* const* source,
+                        int64_t c, int n, int64_t result, const Io& io) {
+  const auto row = io.row(result);
+  vf acc = row.first_part(c, n);
+  for (int64_t k = 0; k < K; ++k) acc = P::add(acc, a.at(0, k), P::load_part(source[k] + c, n));
+  row.store_part(c, acc, n);
 }
 
-// results[i][:] = First_i + sum_k a(i, k) source_k[:], for `count` results of width d. First and Store give and take
-// vectors of a result (row, column); First_part and Store_part the n < W numbers at its end.
-template <class S, class Io>
-void weighted_sums(Coefficients a, int64_t count, int64_t K, const typename S::T* const* source, int64_t d,
-                   const Io& io) {
+template <class P, int NV, class Io>
+HF_INLINE void sum_column(Coefficients<typename P::Coefficient> a, int64_t count, int64_t K,
+                          const typename P::Source* const* source, int64_t c, const Io& io) {
+  int64_t i = 0;
+  for (; i + SUM_MR <= count; i += SUM_MR) sum_tile<P, SUM_MR, NV>(a.from(i), K, source, c, i, io);
+  for (; i + 2 <= count; i += 2) sum_tile<P, 2, NV>(a.from(i), K, source, c, i, io);
+  for (; i < count; ++i) sum_tile<P, 1, NV>(a.from(i), K, source, c, i, io);
+}
+
+// results[i][:] = first_i + sum_k a(i, k) source_k[:], for `count` results of width d. Column by column, for few
+// results of many sources: a source's piece is used by all of them while it is in the first cache.
+template <class P, class Io>
+void sums_by_column(Coefficients<typename P::Coefficient> a, int64_t count, int64_t K,
+                    const typename P::Source* const* source, int64_t d, const Io& io) {
   int64_t c = 0;
-  const auto columns = [&](auto width) HF_LAMBDA_INLINE {
-    constexpr int NV = decltype(width)::value;
-    int64_t i = 0;
-    for (; i + SUM_MR <= count; i += SUM_MR) {
-      sum_tile<S, SUM_MR, NV>(
-          Coefficients{a.p + i * a.row, a.row, a.step}, K, source, c,
-          [&](int r, int64_t cc) HF_LAMBDA_INLINE { return io.first(i + r, cc); },
-          [&](int r, int64_t cc, vf v) HF_LAMBDA_INLINE { io.store(i + r, cc, v); });
-    }
-    for (; i < count; ++i) {
-      sum_tile<S, 1, NV>(
-          Coefficients{a.p + i * a.row, a.row, a.step}, K, source, c,
-          [&](int, int64_t cc) HF_LAMBDA_INLINE { return io.first(i, cc); },
-          [&](int, int64_t cc, vf v) HF_LAMBDA_INLINE { io.store(i, cc, v); });
-    }
-  };
-  for (; c + SUM_NV * W <= d; c += SUM_NV * W) columns(Width<SUM_NV>{});
-  for (; c + W <= d; c += W) columns(Width<1>{});
+  for (; c + SUM_NV * W <= d; c += SUM_NV * W) sum_column<P, SUM_NV>(a, count, K, source, c, io);
+  for (; c + W <= d; c += W) sum_column<P, 1>(a, count, K, source, c, io);
   if (c == d) return;
-  const int n = int(d - c);
-  for (int64_t i = 0; i < count; ++i) {
-    sum_part<S>(
-        Coefficients{a.p + i * a.row, a.row, a.step}, K, source, c, n,
-        [&](int, int64_t cc) HF_LAMBDA_INLINE { return io.first_part(i, cc, n); },
-        [&](int, int64_t cc, vf v) HF_LAMBDA_INLINE { io.store_part(i, cc, v, n); });
-  }
+  for (int64_t i = 0; i < count; ++i) sum_part<P>(a.from(i), K, source, c, int(d - c), i, io);
+}
+
+template <class P, int MR, class Io>
+HF_INLINE void sum_row(Coefficients<typename P::Coefficient> a, int64_t K, const typename P::Source* const* source,
+                       int64_t d, int64_t i, const Io& io) {
+  int64_t c = 0;
+  for (; c + SUM_NV * W <= d; c += SUM_NV * W) sum_tile<P, MR, SUM_NV>(a.from(i), K, source, c, i, io);
+  for (; c + W <= d; c += W) sum_tile<P, MR, 1>(a.from(i), K, source, c, i, io);
+  for (int m = 0; c < d && m < MR; ++m) sum_part<P>(a.from(i + m), K, source, c, int(d - c), i + m, io);
+}
+
+// The same, row by row, for many results of few sources: each result is written from its beginning to its end, so
+// that few pages are open at a time.
+template <class P, class Io>
+void sums_by_row(Coefficients<typename P::Coefficient> a, int64_t count, int64_t K,
+                 const typename P::Source* const* source, int64_t d, const Io& io) {
+  int64_t i = 0;
+  for (; i + SUM_MR <= count; i += SUM_MR) sum_row<P, SUM_MR>(a, K, source, d, i, io);
+  for (; i < count; ++i) sum_row<P, 1>(a, K, source, d, i, io);
 }

@@ -11,7 +11,21 @@ typedef float v4 __attribute__((vector_size(16)));
 typedef float vf_any __attribute__((vector_size(W * 4), aligned(4), may_alias));
 typedef uint16_t vh_any __attribute__((vector_size(W * 2), aligned(2), may_alias));
 
-HF_INLINE vf splat(float x) { return vf{} + x; }
+// Written out: `vf{} + x` must add, since x may be -0, and would cost an addition per broadcast.
+#if HF_WIDTH == 16
+HF_INLINE vf splat(float x) { return vf{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+#elif HF_WIDTH == 8
+HF_INLINE vf splat(float x) { return vf{x, x, x, x, x, x, x, x}; }
+#else
+HF_INLINE vf splat(float x) { return vf{x, x, x, x}; }
+#endif
+
+// Keeps a value in a register: compilers fold a load into each instruction that uses it, and the load ports are busy.
+#if defined(__x86_64__)
+#define HF_IN_REGISTER(v) asm("" : "+v"(v))
+#else
+#define HF_IN_REGISTER(v) (void)0
+#endif
 
 // Storage types: arithmetic is float32 throughout, 16-bit numbers are widened in registers.
 struct F32 {
@@ -28,12 +42,19 @@ struct BF16 {
     const vh h = *reinterpret_cast<const vh_any*>(p);
     return reinterpret_cast<vf>(__builtin_convertvector(h, vu) << 16);
   }
+#if HF_HAS_DPBF16
+  // The instruction takes subnormal numbers for zero, as the products do.
+  static HF_INLINE void store(T* p, vf v) {
+    _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(reinterpret_cast<__m512>(v)));
+  }
+#else
   static HF_INLINE void store(T* p, vf v) {
     const vu u = reinterpret_cast<vu>(v);
     const vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
     const vu nan = reinterpret_cast<vu>(v != v);
     *reinterpret_cast<vh_any*>(p) = __builtin_convertvector((nan & 0x7fc0) | (~nan & rounded), vh);
   }
+#endif
   static HF_INLINE float one(T x) { return float_of(uint32_t(x.bits) << 16); }
   static HF_INLINE T narrow(float x) { return T{to_bf16(x)}; }
 };
@@ -70,7 +91,7 @@ struct F16 {
   static HF_INLINE T narrow(float x) { return T{to_f16(x)}; }
 };
 
-// n <= W numbers; the rest of the vector is zero.
+// n <= W numbers; the rest of the vector is zero. Never reads or writes beyond them.
 template <class S>
 HF_INLINE vf load_part(const typename S::T* p, int n) {
   vf v = {};
@@ -81,6 +102,10 @@ HF_INLINE vf load_part(const typename S::T* p, int n) {
 template <class S>
 HF_INLINE void store_part(typename S::T* p, vf v, int n) {
   for (int i = 0; i < n; ++i) p[i] = S::narrow(v[i]);
+}
+
+HF_INLINE vf select(vi mask, vf a, vf b) {
+  return reinterpret_cast<vf>((mask & reinterpret_cast<vi>(a)) | (~mask & reinterpret_cast<vi>(b)));
 }
 
 // The four quarters of a vector added up.
@@ -102,14 +127,37 @@ HF_INLINE float sum(vf v) {
   return (q[0] + q[1]) + (q[2] + q[3]);
 }
 
-// Four vectors to their four sums, by a transposition that adds on the way.
-HF_INLINE v4 sum4(vf a, vf b, vf c, vf d) {
-  const v4 p = quarter_sum(a), q = quarter_sum(b), r = quarter_sum(c), s = quarter_sum(d);
+// The sums of DOT_MR vectors, side by side: a transposition that adds on the way.
+#if HF_WIDTH == 16
+constexpr int DOT_MR = 8;
+
+HF_INLINE void sums_of(const vf* a, float* out) {
+  typedef float v8 __attribute__((vector_size(32)));
+  typedef float v8_any __attribute__((vector_size(32), aligned(4), may_alias));
+  vf t[4], u[2];
+  for (int i = 0; i < 4; ++i)
+    t[i] =
+        __builtin_shufflevector(a[2 * i], a[2 * i + 1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+        __builtin_shufflevector(a[2 * i], a[2 * i + 1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  for (int i = 0; i < 2; ++i)
+    u[i] = __builtin_shufflevector(t[2 * i], t[2 * i + 1], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+           __builtin_shufflevector(t[2 * i], t[2 * i + 1], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+  // lanes of 128 bits: two parts each of sums i and i + 4
+  const vf v = __builtin_shufflevector(u[0], u[1], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+               __builtin_shufflevector(u[0], u[1], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  const v8 s = __builtin_shufflevector(v, v, 0, 4, 8, 12, 2, 6, 10, 14) +
+               __builtin_shufflevector(v, v, 1, 5, 9, 13, 3, 7, 11, 15);
+  *reinterpret_cast<v8_any*>(out) = s;
+}
+#else
+constexpr int DOT_MR = 4;
+
+HF_INLINE void sums_of(const vf* a, float* out) {
+  typedef float v4_any __attribute__((vector_size(16), aligned(4), may_alias));
+  const v4 p = quarter_sum(a[0]), q = quarter_sum(a[1]), r = quarter_sum(a[2]), s = quarter_sum(a[3]);
   const v4 pq = __builtin_shufflevector(p, q, 0, 4, 1, 5) + __builtin_shufflevector(p, q, 2, 6, 3, 7);
   const v4 rs = __builtin_shufflevector(r, s, 0, 4, 1, 5) + __builtin_shufflevector(r, s, 2, 6, 3, 7);
-  return __builtin_shufflevector(pq, rs, 0, 1, 4, 5) + __builtin_shufflevector(pq, rs, 2, 3, 6, 7);
+  *reinterpret_cast<v4_any*>(out) =
+      __builtin_shufflevector(pq, rs, 0, 1, 4, 5) + __builtin_shufflevector(pq, rs, 2, 3, 6, 7);
 }
-
-HF_INLINE vf select(vi mask, vf a, vf b) {
-  return reinterpret_cast<vf>((mask & reinterpret_cast<vi>(a)) | (~mask & reinterpret_cast<vi>(b)));
-}
+#endif

@@ -1,101 +1,124 @@
-// One task's folded weights as the micro-kernels read them: float32, rows over d. Included once per instruction set.
+// One task's folded weights as the micro-kernels read them. Included once per instruction
+// set.
 
 constexpr int64_t BLOCK = 64;  // rows at a time: with d = 768 in float32, 192 KiB, which a second-level cache holds
 
 inline int64_t padded(int64_t n) { return (n + W - 1) / W * W; }
 
-struct Weights {
-  const float* down;     // [b, d]: the folded tensor itself where it is float32
-  const float* up;       // [b, d]: the same
+template <class T>
+std::vector<const T*> rows_of(const T* m, int64_t n, int64_t ld) {
+  std::vector<const T*> rows(n);
+  for (int64_t i = 0; i < n; ++i) rows[i] = m + i * ld;
+  return rows;
+}
+
+// What every storage type's weights have.
+struct FoldedVectors {
   const float* bias;     // [b] of the down-projection
   const float* up_bias;  // [d]
   const float* beta;     // [d], or null
   const float* scale;    // [b], or null
-  Buffer widened;        // down and up, where they are of 16 bits
-  Buffer root;           // [b + 1, padded]: R
-  Buffer root_t;         // [b + 1, padded]: R transposed
-  std::vector<const float*> down_rows, up_rows, root_rows, root_t_rows;  // up_rows: up, then up_bias
+  const float* root;     // [b + 1, b + 1], or null
 
-  template <class S>
-  Weights(const Problem& p, const FoldedWeights& f, int64_t task, S) {
-    const int64_t d = p.layout.d, b = p.layout.b, c = b + 1, cp = padded(c);
-    const auto* wd = static_cast<const typename S::T*>(f.wd) + task * b * d;
-    const auto* wg = static_cast<const typename S::T*>(f.wg) + task * b * d;
+  FoldedVectors(const Problem& p, const FoldedWeights& f, int64_t task) {
+    const int64_t b = p.layout.b, c = b + 1;
+    const bool post = p.layout.post_norm;
     bias = f.vectors + task * p.layout.vectors();
     up_bias = bias + b;
-    beta = p.layout.post_norm ? up_bias + d : nullptr;
-    scale = p.layout.post_norm ? f.scale + task * b : nullptr;
-    if constexpr (sizeof(typename S::T) == sizeof(float)) {
-      down = wd;
-      up = wg;
-    } else {
-      widened.resize(2 * b * d);
-      widen<S>(wd, b * d, widened.data());
-      widen<S>(wg, b * d, widened.data() + b * d);
-      down = widened.data();
-      up = down + b * d;
-    }
-    down_rows = rows_of(down, b, d);
-    up_rows = rows_of(up, b, d);
-    up_rows.push_back(up_bias);
-    if (!p.layout.post_norm) return;
-    root.assign(c * cp, 0.0f);
-    root_t.assign(c * cp, 0.0f);
-    const float* R = f.root + task * c * c;
-    for (int64_t i = 0; i < c; ++i)
-      for (int64_t j = 0; j < c; ++j) root[i * cp + j] = root_t[j * cp + i] = R[i * c + j];
-    root_rows = rows_of(root.data(), c, cp);
-    root_t_rows = rows_of(root_t.data(), c, cp);
+    beta = post ? up_bias + p.layout.d : nullptr;
+    scale = post ? f.scale + task * b : nullptr;
+    root = post ? f.root + task * c * c : nullptr;
   }
 
-  float scaled(float x, int64_t j) const { return scale == nullptr ? x : x * scale[j]; }
+  float scale_of(int64_t j) const { return scale == nullptr ? 1.0f : scale[j]; }
+};
 
-  template <class S>
+// Rows a multiple of 2 KiB apart share a few sets of the first cache, which then holds only some of them.
+inline int64_t spread(int64_t d) { return padded(d) * sizeof(float) % 2048 == 0 ? padded(d) + W : padded(d); }
+// Copying the weights to spread their rows pays from here on.
+constexpr int64_t SPREAD_ROWS = 512;
+
+// In float32: the folded tensors themselves where they are, else widened once.
+template <class S>
+struct Weights : FoldedVectors {
+  using Dot = Widened<S>;
+  using Sum = Scaled<F32>;
+  static constexpr bool paired = false;
+  Buffer widened;
+  std::vector<const float*> down_dot, up_dot;         // [b], and [b + 1] with the bias
+  const std::vector<const float*>&down_sum, &up_sum;  // the same
+
+  Weights(const Problem& p, const FoldedWeights& f, int64_t task, int64_t rows)
+      : FoldedVectors(p, f, task), down_sum(down_dot), up_sum(up_dot) {
+    const int64_t d = p.layout.d, b = p.layout.b;
+    const auto* wd = static_cast<const typename S::T*>(f.wd) + task * b * d;
+    const auto* wg = static_cast<const typename S::T*>(f.wg) + task * b * d;
+    constexpr bool in_place = sizeof(typename S::T) == sizeof(float);
+    if (in_place && (rows < SPREAD_ROWS || spread(d) == padded(d))) {
+      down_dot = rows_of(reinterpret_cast<const float*>(wd), b, d);
+      up_dot = rows_of(reinterpret_cast<const float*>(wg), b, d);
+    } else {
+      const int64_t ld = spread(d);
+      widened.resize(2 * b * ld);
+      for (int64_t j = 0; j < b; ++j) {
+        widen(wd + j * d, d, widened.data() + j * ld);
+        widen(wg + j * d, d, widened.data() + (b + j) * ld);
+      }
+      down_dot = rows_of<float>(widened.data(), b, ld);
+      up_dot = rows_of<float>(widened.data() + b * ld, b, ld);
+    }
+    up_dot.push_back(up_bias);
+  }
+
   static void widen(const typename S::T* from, int64_t n, float* to) {
     int64_t i = 0;
     for (; i + W <= n; i += W) F32::store(to + i, S::load(from + i));
     for (; i < n; ++i) to[i] = S::one(from[i]);
   }
 
-  static std::vector<const float*> rows_of(const float* m, int64_t n, int64_t ld) {
-    std::vector<const float*> rows(n);
-    for (int64_t i = 0; i < n; ++i) rows[i] = m + i * ld;
-    return rows;
-  }
+  Weights(const Weights&) = delete;
 };
 
-// Results into a float32 matrix, starting from zero or from what is there.
-struct ToFloat {
-  float* out;
-  int64_t ld;
-  bool add;
-  HF_INLINE vf first(int64_t i, int64_t c) const { return add ? F32::load(out + i * ld + c) : vf{}; }
-  HF_INLINE void store(int64_t i, int64_t c, vf v) const { F32::store(out + i * ld + c, v); }
-  HF_INLINE vf first_part(int64_t i, int64_t c, int n) const {
-    return add ? load_part<F32>(out + i * ld + c, n) : vf{};
-  }
-  HF_INLINE void store_part(int64_t i, int64_t c, vf v, int n) const { store_part_f32(out + i * ld + c, v, n); }
-  static HF_INLINE void store_part_f32(float* p, vf v, int n) {
-    hyperformer_fast::HF_NAMESPACE::store_part<F32>(p, v, n);
-  }
-};
+#if HF_HAS_DPBF16
+// In bfloat16: as they are for dot products, interleaved by pairs of rows for weighted sums. The bias is float32; in a
+// dot product it goes as the sum of two bfloat16 rows.
+template <>
+struct Weights<BF16> : FoldedVectors {
+  using Dot = PairedDot;
+  using Sum = PairedSum;
+  static constexpr bool paired = true;
+  std::vector<bf16_t> halves;
+  std::vector<uint32_t, LineAligned<uint32_t>> pairs;
+  Buffer wide;                                    // the down-projection, for a normalised source
+  std::vector<const bf16_t*> down_dot, up_dot;    // [b], [b + 2]
+  std::vector<const float*> down_wide;            // [b], with a pre-norm
+  std::vector<const uint32_t*> down_sum, up_sum;  // [ceil(b / 2)]
 
-// Results in storage dtype, starting from a row of the input, plus a vector over d where there is one.
-template <class S>
-struct ToRows {
-  const typename S::T* const* from;
-  typename S::T* const* to;
-  const float* plus;
-  HF_INLINE vf first(int64_t i, int64_t c) const {
-    const vf v = S::load(from[i] + c);
-    return plus == nullptr ? v : v + F32::load(plus + c);
+  Weights(const Problem& p, const FoldedWeights& f, int64_t task, int64_t) : FoldedVectors(p, f, task) {
+    const int64_t d = p.layout.d, b = p.layout.b, half = (b + 1) / 2;
+    down_dot = rows_of(static_cast<const bf16_t*>(f.wd) + task * b * d, b, d);
+    up_dot = rows_of(static_cast<const bf16_t*>(f.wg) + task * b * d, b, d);
+    pairs.resize(2 * half * d);
+    for (int64_t j = 0; j < half; ++j) {
+      const bool last = 2 * j + 1 == b;
+      interleave(down_dot[2 * j], last ? nullptr : down_dot[2 * j + 1], d, pairs.data() + j * d);
+      interleave(up_dot[2 * j], last ? nullptr : up_dot[2 * j + 1], d, pairs.data() + (half + j) * d);
+    }
+    down_sum = rows_of<uint32_t>(pairs.data(), half, d);
+    up_sum = rows_of<uint32_t>(pairs.data() + half * d, half, d);
+    halves.resize(2 * d);
+    for (int64_t i = 0; i < d; ++i) {
+      halves[i] = BF16::narrow(up_bias[i]);
+      halves[d + i] = BF16::narrow(up_bias[i] - BF16::one(halves[i]));
+    }
+    up_dot.push_back(halves.data());
+    up_dot.push_back(halves.data() + d);
+    if (!p.layout.pre_norm) return;
+    wide.resize(b * d);
+    for (int64_t i = 0; i < b * d; ++i) wide[i] = BF16::one(down_dot[0][i]);
+    down_wide = rows_of<float>(wide.data(), b, d);
   }
-  HF_INLINE void store(int64_t i, int64_t c, vf v) const { S::store(to[i] + c, v); }
-  HF_INLINE vf first_part(int64_t i, int64_t c, int n) const {
-    const vf v = load_part<S>(from[i] + c, n);
-    return plus == nullptr ? v : v + load_part<F32>(plus + c, n);
-  }
-  HF_INLINE void store_part(int64_t i, int64_t c, vf v, int n) const {
-    hyperformer_fast::HF_NAMESPACE::store_part<S>(to[i] + c, v, n);
-  }
+
+  Weights(const Weights&) = delete;
 };
+#endif

@@ -16,7 +16,7 @@ from .base import FullBackend, Request
 
 #: Forces an instruction set, for comparisons and tests; by default the widest that the CPU has.
 ISA_VARIABLE = "HYPERFORMER_FAST_CPU_ISA"
-INSTRUCTION_SETS = ("portable", "avx2", "avx512")
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16")
 
 
 def _static(layout: AdapterLayout, activation: str) -> tuple[int, int, bool, bool, int]:

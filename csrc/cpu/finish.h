@@ -1,0 +1,142 @@
+// Partial sums to the gradients of the packed weights (docs/design.md). Included once per instruction set.
+
+// Sums over rows that make the gradient of one task's weights, float32: one part of the rows each.
+struct Partial {
+  float* down;   // [b, d]       dz^T source
+  float* up;     // [b + 2, d]   [r h ; r ; 1]^T g: A transposed, then the sum of g
+  float* inner;  // [b + 1, b + 1]   (m2 r h~)^T (r h~)
+  float* dbias;  // [b]
+
+  static int64_t size(const AdapterLayout& l) {
+    return padded(l.b * l.d + (l.b + 2) * l.d + (l.b + 1) * (l.b + 1) + l.b);
+  }
+
+  Partial(const AdapterLayout& l, float* base)
+      : down(base), up(down + l.b * l.d), inner(up + (l.b + 2) * l.d), dbias(inner + (l.b + 1) * (l.b + 1)) {}
+};
+
+// Columns of d that one thread finishes at a time; fixed, so that sums over d have one order.
+constexpr int64_t SLICE = 256;
+
+// What finishing one task needs.
+struct Finish {
+  const AdapterLayout& l;
+  Partial sums;         // of the first part, to which the others are added
+  int64_t parts, size;  // of the task, and the distance between them
+  const float* packed;  // [P]
+  const float* mean;    // [b + 1]
+  float* gradient;      // [P]
+
+  // to[0 .. n) of the first part: the sum over all parts, in their order.
+  void reduce(float* to, int64_t n) const {
+    for (int64_t part = 1; part < parts; ++part) {
+      const float* from = to + part * size;
+      for (int64_t i = 0; i < n; ++i) to[i] += from[i];
+    }
+  }
+
+  void down_columns(int64_t from, int64_t n) const {
+    const int64_t d = l.d, b = l.b;
+    const float* wd = packed + l.down_weight();
+    float *dgamma = gradient + l.pre_gamma() + from, *dbeta = gradient + l.pre_beta() + from;
+    if (l.pre_norm) std::memset(dgamma, 0, n * sizeof(float));
+    if (l.pre_norm) std::memset(dbeta, 0, n * sizeof(float));
+    for (int64_t j = 0; j < b; ++j) {
+      float *down = sums.down + j * d + from, *to = gradient + l.down_weight() + j * d + from;
+      reduce(down, n);
+      if (!l.pre_norm) {
+        std::memcpy(to, down, n * sizeof(float));
+        continue;
+      }
+      const float *gamma = packed + l.pre_gamma() + from, *beta = packed + l.pre_beta() + from;
+      const float *w = wd + j * d + from, dbias = sums.dbias[j];
+      for (int64_t i = 0; i < n; ++i) {
+        dgamma[i] += w[i] * down[i];
+        dbeta[i] += w[i] * dbias;
+        to[i] = down[i] * gamma[i] + dbias * beta[i];
+      }
+    }
+  }
+
+  // d[W_u | b_u]^T but for the mean over its columns, in place of A^T; the sums for that mean are added to `column`.
+  void up_columns(int64_t from, int64_t n, double* column) const {
+    const int64_t d = l.d, b = l.b, c = b + 1;
+    for (int64_t j = 0; j < (l.post_norm ? c + 1 : c); ++j) reduce(sums.up + j * d + from, n);
+    if (!l.post_norm) return;
+    std::memcpy(gradient + l.post_beta() + from, sums.up + c * d + from, n * sizeof(float));
+    const float *wu = packed + l.up_weight() + from * b, *bu = packed + l.up_bias() + from;
+    const float* gamma = packed + l.post_gamma() + from;
+    Buffer wa(c * SLICE);  // [W_u | b_u]^T less its means
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t j = 0; j < b; ++j) wa[j * SLICE + i] = wu[i * b + j] - mean[j];
+    for (int64_t i = 0; i < n; ++i) wa[b * SLICE + i] = bu[i] - mean[b];
+    float* dgamma = gradient + l.post_gamma() + from;
+    std::memset(dgamma, 0, n * sizeof(float));
+    for (int64_t j = 0; j < c; ++j) {
+      float* up = sums.up + j * d + from;
+      for (int64_t i = 0; i < n; ++i) {
+        dgamma[i] += wa[j * SLICE + i] * up[i];
+        up[i] *= gamma[i];
+      }
+    }
+    const auto rows = rows_of<float>(wa.data(), c, SLICE);
+    sums_by_column<Scaled<F32>>(Coefficients<float>{sums.inner, c, 1}, c, c, rows.data(), n,
+                                Subtract{sums.up + from, d});
+    for (int64_t j = 0; j < c; ++j)
+      for (int64_t i = 0; i < n; ++i) column[j] += sums.up[j * d + from + i];
+  }
+
+  // The same less its mean, transposed to where it belongs.
+  void store_up(int64_t from, int64_t n, const double* column) const {
+    const int64_t d = l.d, b = l.b;
+    float *dup = gradient + l.up_weight() + from * b, *dbias = gradient + l.up_bias() + from;
+    const auto mean_of = [&](int64_t j) { return l.post_norm ? float(column[j] / double(d)) : 0.0f; };
+    for (int64_t j = 0; j < b; ++j) {
+      const float *up = sums.up + j * d + from, m = mean_of(j);
+      for (int64_t i = 0; i < n; ++i) dup[i * b + j] = up[i] - m;
+    }
+    const float m = mean_of(b);
+    for (int64_t i = 0; i < n; ++i) dbias[i] = sums.up[b * d + from + i] - m;
+  }
+};
+
+inline void finish(const Problem& p, const std::vector<Unit>& units, float* sums, int64_t size, const float* packed,
+                   const float* mean, float* dpacked, const Parallel& parallel) {
+  const AdapterLayout& l = p.layout;
+  const int64_t P = l.numel(), c = l.b + 1, slices = (l.d + SLICE - 1) / SLICE;
+  std::vector<int64_t> first(p.T + 1, 0);
+  for (const Unit& unit : units) ++first[unit.task + 1];
+  for (int64_t t = 0; t < p.T; ++t) first[t + 1] += first[t];
+  std::vector<Finish> tasks;
+  for (int64_t t = 0; t < p.T; ++t) {
+    if (first[t] == first[t + 1])
+      std::memset(dpacked + t * P, 0, P * sizeof(float));
+    else
+      tasks.push_back({l, Partial(l, sums + first[t] * size), first[t + 1] - first[t], size, packed + t * P,
+                       l.post_norm ? mean + t * c : nullptr, dpacked + t * P});
+  }
+  const auto each_slice = [&](const std::function<void(Finish&, int64_t, int64_t, int64_t)>& body) {
+    parallel(int64_t(tasks.size()) * slices, [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k) {
+        const int64_t from = k % slices * SLICE, n = from + SLICE < l.d ? SLICE : l.d - from;
+        body(tasks[k / slices], k, from, n);
+      }
+    });
+  };
+  for (const Finish& task : tasks) {
+    if (l.post_norm) task.reduce(task.sums.inner, c * c);
+    task.reduce(task.sums.dbias, l.b);
+    std::memcpy(task.gradient + l.down_bias(), task.sums.dbias, l.b * sizeof(float));
+  }
+  std::vector<double> columns(tasks.size() * slices * c, 0.0);
+  each_slice([&](Finish& task, int64_t k, int64_t from, int64_t n) {
+    task.down_columns(from, n);
+    task.up_columns(from, n, columns.data() + k * c);
+  });
+  for (size_t t = 0; t < tasks.size(); ++t)
+    for (int64_t slice = 1; slice < slices; ++slice)
+      for (int64_t j = 0; j < c; ++j) columns[t * slices * c + j] += columns[(t * slices + slice) * c + j];
+  each_slice([&](Finish& task, int64_t k, int64_t from, int64_t n) {
+    task.store_up(from, n, columns.data() + k / slices * slices * c);
+  });
+}

@@ -1,0 +1,59 @@
+// Products of bfloat16 pairs (AVX-512-BF16's vdpbf16ps): two multiply-adds per lane, float32 sums, no widening.
+// Included once per instruction set, after simd.h; empty where there is none. In both kinds of product a lane holds
+// two neighbours along the sum: of one row in a dot product, of two source rows in a weighted sum.
+
+#if HF_HAS_DPBF16
+typedef uint32_t vu_any __attribute__((vector_size(W * 4), aligned(2), may_alias));
+
+HF_INLINE vf add_pairs(vf sum, vu a, vu b) {
+  return reinterpret_cast<vf>(
+      _mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b)));
+}
+
+// A dot product of rows in bfloat16: 2 W numbers a step.
+struct PairedDot {
+  using X = bf16_t;
+  using Y = bf16_t;
+  static constexpr int STEP = 2 * W;
+  struct Operand {
+    vu v;
+  };
+  static HF_INLINE Operand x(const X* p) { return {*reinterpret_cast<const vu_any*>(p)}; }
+  static HF_INLINE Operand y(const Y* p) { return x(p); }
+  static HF_INLINE Operand x_part(const X* p, int n) {
+    return {reinterpret_cast<vu>(_mm512_maskz_loadu_epi16((1u << n) - 1, p))};
+  }
+  static HF_INLINE Operand y_part(const Y* p, int n) { return x_part(p, n); }
+  static HF_INLINE vf add(vf sum, Operand a, Operand b) { return add_pairs(sum, a.v, b.v); }
+};
+
+// A weighted sum of pairs of source rows, interleaved number by number; a coefficient is a pair as well.
+struct PairedSum {
+  using Source = uint32_t;
+  using Coefficient = uint32_t;
+  using Vector = vu;
+  static HF_INLINE vu load(const Source* p) { return *reinterpret_cast<const vu_any*>(p); }
+  static HF_INLINE vu load_part(const Source* p, int n) {
+    return reinterpret_cast<vu>(_mm512_maskz_loadu_epi32((1u << n) - 1, p));
+  }
+  static HF_INLINE vf add(vf sum, uint32_t a, vu v) { return add_pairs(sum, vu{} + a, v); }
+};
+
+// The nearest bfloat16 of a number, in the lower half of each lane.
+HF_INLINE vu halves(vf v) {
+  const vu u = reinterpret_cast<vu>(v), rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  const vu nan = reinterpret_cast<vu>(v != v);
+  return (nan & 0x7fc0) | (~nan & rounded);
+}
+
+// to[c] = (a[c], b[c]) for d numbers; b may be null, for zeros.
+inline void interleave(const bf16_t* a, const bf16_t* b, int64_t d, uint32_t* to) {
+  int64_t c = 0;
+  for (; c + W <= d; c += W) {
+    const vu low = __builtin_convertvector(*reinterpret_cast<const vh_any*>(a + c), vu);
+    const vu high = b == nullptr ? vu{} : __builtin_convertvector(*reinterpret_cast<const vh_any*>(b + c), vu);
+    *reinterpret_cast<vu_any*>(to + c) = low | (high << 16);
+  }
+  for (; c < d; ++c) to[c] = a[c].bits | (b == nullptr ? 0u : uint32_t(b[c].bits) << 16);
+}
+#endif

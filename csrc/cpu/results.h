@@ -1,0 +1,83 @@
+// Where the results of weighted sums start and go, a row at a time. Included once per instruction set.
+
+// Into a float32 matrix, starting from zero or from what is there.
+struct ToFloat {
+  float* out;
+  int64_t ld;
+  bool add;
+
+  struct Row {
+    float* out;
+    bool add;
+    HF_INLINE vf first(int64_t c) const { return add ? F32::load(out + c) : vf{}; }
+    HF_INLINE void store(int64_t c, vf v) const { F32::store(out + c, v); }
+    template <int NV>
+    HF_INLINE void prefetch(int64_t) const {}
+    HF_INLINE vf first_part(int64_t c, int n) const { return add ? load_part<F32>(out + c, n) : vf{}; }
+    HF_INLINE void store_part(int64_t c, vf v, int n) const {
+      hyperformer_fast::HF_NAMESPACE::store_part<F32>(out + c, v, n);
+    }
+  };
+  HF_INLINE Row row(int64_t i) const { return {out + i * ld, add}; }
+};
+
+// Taken away from a float32 matrix: -(-first + sum).
+struct Subtract {
+  float* out;
+  int64_t ld;
+
+  struct Row {
+    float* out;
+    HF_INLINE vf first(int64_t c) const { return -F32::load(out + c); }
+    HF_INLINE void store(int64_t c, vf v) const { F32::store(out + c, -v); }
+    template <int NV>
+    HF_INLINE void prefetch(int64_t) const {}
+    HF_INLINE vf first_part(int64_t c, int n) const { return -load_part<F32>(out + c, n); }
+    HF_INLINE void store_part(int64_t c, vf v, int n) const {
+      hyperformer_fast::HF_NAMESPACE::store_part<F32>(out + c, -v, n);
+    }
+  };
+  HF_INLINE Row row(int64_t i) const { return {out + i * ld}; }
+};
+
+// In storage dtype, starting from a row of the input, plus a vector over d and a multiple of another where there are
+// such.
+template <class S>
+struct ToRows {
+  const typename S::T* const* from;
+  typename S::T* const* to;
+  const float* plus;                 // [d], or null
+  const float* times;                // [d], or null
+  const float* coefficient;          // of it, one a row
+  const typename S::T* const* next;  // rows that are read after these, or null
+
+  struct Row {
+    const typename S::T *from, *next;
+    typename S::T* to;
+    const float *plus, *times;
+    float coefficient;
+    HF_INLINE vf first(int64_t c) const {
+      vf v = S::load(from + c);
+      if (plus != nullptr) v += F32::load(plus + c);
+      return times == nullptr ? v : v + splat(coefficient) * F32::load(times + c);
+    }
+    HF_INLINE void store(int64_t c, vf v) const { S::store(to + c, v); }
+    template <int NV>
+    HF_INLINE void prefetch(int64_t c) const {
+      if (next == nullptr) return;
+      for (size_t at = 0; at < NV * W * sizeof(*next); at += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(next + c) + at, 0, 2);
+    }
+    HF_INLINE vf first_part(int64_t c, int n) const {
+      vf v = load_part<S>(from + c, n);
+      if (plus != nullptr) v += load_part<F32>(plus + c, n);
+      return times == nullptr ? v : v + splat(coefficient) * load_part<F32>(times + c, n);
+    }
+    HF_INLINE void store_part(int64_t c, vf v, int n) const {
+      hyperformer_fast::HF_NAMESPACE::store_part<S>(to + c, v, n);
+    }
+  };
+  HF_INLINE Row row(int64_t i) const {
+    return {from[i], next[i], to[i], plus, times, times == nullptr ? 0.0f : coefficient[i]};
+  }
+};
