@@ -2,6 +2,7 @@
 # make test          every test but test-packaging's
 # make test-matrix   the tests on the oldest and the newest transformers
 # make test-packaging  every way to build and install, in virtual environments of their own
+# make sanitize      the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer (g++)
 # make lint          ruff
 # make clean         remove what the above left
 # Each sets up what it needs, once: .venv from requirements/lock.txt, with the package built in place.
@@ -21,7 +22,7 @@ BUILD_INPUTS := $(shell find csrc build_tools -type f \( -name '*.py' -o -name '
 export PYTHONSAFEPATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-matrix test-packaging lint setup clean
+.PHONY: demo test test-matrix test-packaging sanitize lint setup clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.built
@@ -36,6 +37,9 @@ test-matrix: $(VENV)/.built $(VENV4)/.built
 
 test-packaging: $(VENV)/.built
 	$(PYTEST) $(VENV)/bin/pytest -v -m packaging tests/packaging
+
+sanitize: $(VENV)/.installed
+	$(VENV)/bin/python scripts/sanitize.py
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .

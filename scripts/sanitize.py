@@ -1,0 +1,201 @@
+"""Run the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the sources.
+
+    python scripts/sanitize.py [--isa NAME ...] [--skip-self-test]
+
+The instrumented library is built in build/sanitize/tree, beside nothing that anybody imports. Every instruction set
+that this CPU has is forced in turn. At the end faults are planted in the copy: the tool must see them too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+PLACE = ROOT / "build/sanitize"
+COPIED = ("build_tools", "csrc", "hyperformer_fast", "tests", "setup.py", "pyproject.toml", "README.md")
+FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
+TESTS = ("test_cpu_backend.py", "test_cpu_hostile.py", "test_native.py", "test_ops.py")
+#: Deselected: nothing of the library's, and minutes where every allocation is watched.
+SLOW = "not compile and not opcheck_generate and not first_import"
+SWEEP = "60"
+
+
+class Plant(NamedTuple):
+    name: str
+    file: str
+    pattern: str
+    replacement: str
+    seen: str  #: what the report of it says
+
+
+PLANTS = (
+    Plant(
+        "a store of floats one place too far",
+        "csrc/cpu/simd.h",
+        r"\*reinterpret_cast<vf_any\*>\(p\) = v;",
+        "*reinterpret_cast<vf_any*>(p + 1) = v;",
+        "ERROR: AddressSanitizer",  # "unknown-crash" where a wide store is only partly beyond the end
+    ),
+    Plant(
+        "a signed overflow",
+        "csrc/adapter.h",
+        r"int64_t numel\(\) const \{ return ",
+        r"int64_t numel() const { volatile int64_t most = INT64_MAX; most = most + d; return ",
+        "runtime error: signed integer overflow",
+    ),
+)
+
+#: A forward and a backward whose last vector ends where the memory does.
+SMALL = """
+import torch
+from hyperformer_fast import native, ops
+from hyperformer_fast.layout import AdapterLayout
+assert native.cpu_library() is not None, native.status()
+layout = AdapterLayout(64, 16)
+x = torch.randn(9, 64, requires_grad=True)
+ops.adapter(x, torch.randn(1, layout.numel, requires_grad=True), layout, "gelu_new").sum().backward()
+"""
+
+
+def runtime(name: str) -> str:
+    cxx = os.environ.get("CXX", "g++")
+    return subprocess.run([cxx, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def environment(tree: Path, logs: Path, isa: str | None = None) -> dict[str, str]:
+    logs.mkdir(parents=True, exist_ok=True)
+    # libstdc++ too: AddressSanitizer looks for __cxa_throw at start-up, when nothing has asked for it yet.
+    libraries = " ".join(map(runtime, ("libasan.so", "libubsan.so", "libstdc++.so")))
+    # Reports go to files: pytest holds stderr when a process dies.
+    made = {
+        "LD_PRELOAD": libraries,
+        "ASAN_OPTIONS": f"detect_leaks=0:log_path={logs}/address",
+        "UBSAN_OPTIONS": f"print_stacktrace=1:halt_on_error=1:log_path={logs}/undefined",
+        "PYTHONSAFEPATH": "1",
+        "PYTHONPATH": os.pathsep.join((str(tree), str(tree / "tests"))),
+        "OMP_NUM_THREADS": "2",
+        "HYPERFORMER_FAST_SWEEP_EXAMPLES": SWEEP,
+    }
+    if isa:
+        made["HYPERFORMER_FAST_CPU_ISA"] = isa
+    return {**os.environ, **made}
+
+
+def copy_sources(tree: Path) -> None:
+    shutil.rmtree(tree, ignore_errors=True)
+    tree.mkdir(parents=True)
+    ignore = shutil.ignore_patterns("*.so", "build_info.json", "__pycache__", "build")
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, tree / name, ignore=ignore)
+        else:
+            shutil.copy2(source, tree / name)
+
+
+def compile_library(tree: Path) -> None:
+    flags = {"CXXFLAGS": f"{os.environ.get('CXXFLAGS', '')} -O1 -g {FLAGS}", "HYPERFORMER_FAST_BUILD": "cpu"}
+    flags["LDFLAGS"] = f"{os.environ.get('LDFLAGS', '')} {FLAGS}"
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    done = subprocess.run(command, cwd=tree, env={**os.environ, **flags}, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"the instrumented build failed:\n{done.stderr[-4000:]}")
+
+
+def usable_sets(tree: Path, logs: Path) -> list[str]:
+    """The instruction sets of this CPU, as the library itself says."""
+    listing = "from hyperformer_fast.backends.cpu import INSTRUCTION_SETS; print(*INSTRUCTION_SETS)"
+    probe = (
+        "from hyperformer_fast import native; from hyperformer_fast.backends.cpu import CpuBackend\n"
+        f"assert native.__file__.startswith({str(tree)!r}), native.__file__\n"
+        "assert any('asan' in line for line in open('/proc/self/maps')), 'no sanitizer in this process'\n"
+        "print(CpuBackend().unavailable() or 'usable')"
+    )
+
+    def says(code: str, isa: str | None = None) -> str:
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=tree, env=environment(tree, logs, isa), capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"the instrumented library cannot be asked:\n{done.stderr[-2000:]}{reports(logs)}")
+        return done.stdout.strip()
+
+    found = []
+    for isa in says(listing).split():
+        answer = says(probe, isa)
+        if answer == "usable":
+            found.append(isa)
+        else:
+            print(f"sanitize: not {isa}: {answer}", flush=True)
+    if not found:
+        raise SystemExit("sanitize: the instrumented library serves no instruction set")
+    return found
+
+
+def reports(logs: Path) -> str:
+    return "".join(f"\n{path.name}:\n{path.read_text()[:6000]}" for path in sorted(logs.glob("*.*")))
+
+
+def run_tests(tree: Path, logs: Path, isa: str) -> bool:
+    print(f"sanitize: {isa}", flush=True)
+    shutil.rmtree(logs, ignore_errors=True)
+    tests = [str(tree / "tests" / name) for name in TESTS if (tree / "tests" / name).exists()]
+    options = ["-q", "-x", "-p", "no:cacheprovider", "--import-mode=importlib", "-k", SLOW]
+    command = [sys.executable, "-m", "pytest", *options, *tests]
+    done = subprocess.run(command, cwd=tree, env=environment(tree, logs, isa))
+    # A report counts even where the tests pass: a test may await the failure of a process of its own.
+    found = reports(logs)
+    print(f"sanitize: {isa}: {'clean' if not (done.returncode or found) else 'FAILED' + found}", flush=True)
+    return not (done.returncode or found)
+
+
+def self_test() -> bool:
+    """Whether each planted fault is reported."""
+    tree, logs, good = PLACE / "planted", PLACE / "planted-logs", True
+    for plant in PLANTS:
+        copy_sources(tree)
+        file = tree / plant.file
+        text, count = re.subn(plant.pattern, plant.replacement, file.read_text())
+        if not count:
+            raise SystemExit(f"sanitize: there is no {plant.pattern} in {plant.file}: plant {plant.name!r} elsewhere")
+        file.write_text(text)
+        compile_library(tree)
+        shutil.rmtree(logs, ignore_errors=True)
+        done = subprocess.run(
+            [sys.executable, "-c", SMALL], cwd=tree, env=environment(tree, logs), capture_output=True, text=True
+        )
+        caught = done.returncode != 0 and plant.seen in done.stderr + reports(logs)
+        print(f"sanitize: {plant.name}: {'caught' if caught else 'MISSED'}", flush=True)
+        if not caught:
+            print(f"exit status {done.returncode}\n{done.stderr[-2000:]}{reports(logs)}", flush=True)
+        good = good and caught
+    shutil.rmtree(tree, ignore_errors=True)
+    return good
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--isa", nargs="*", help="only these instruction sets (default: all that this CPU has)")
+    parser.add_argument("--skip-self-test", action="store_true", help="plant no faults")
+    parser.add_argument("--only-self-test", action="store_true", help="plant faults, run no tests")
+    options = parser.parse_args()
+    good, tree, logs = True, PLACE / "tree", PLACE / "logs"
+    if not options.only_self_test:
+        copy_sources(tree)
+        compile_library(tree)
+        usable = usable_sets(tree, logs)
+        for isa in options.isa or usable:
+            good = run_tests(tree, logs, isa) and good
+    if not options.skip_self_test:
+        good = self_test() and good
+    raise SystemExit(0 if good else 1)
+
+
+if __name__ == "__main__":
+    main()
