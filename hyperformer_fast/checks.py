@@ -56,7 +56,7 @@ def check_fold(packed: Tensor, layout: AdapterLayout, dtype: torch.dtype) -> Non
 def check_adapter(
     x: Tensor,
     packed: Tensor,
-    folded: Folded,
+    folded: Folded | None,
     layout: AdapterLayout,
     task_index: Tensor | None,
     g: Tensor | None = None,
@@ -67,15 +67,18 @@ def check_adapter(
     _check_input(x, d)
     _require(packed.dim() == 2, lambda: f"packed must be [T, P], got {list(packed.shape)}")
     check_fold(packed, layout, x.dtype)
-    _same_device(x=x, packed=packed, wd=folded.wd)
+    _same_device(x=x, packed=packed)
     T = packed.shape[0]
-    _require(
-        folded.wd.dtype == x.dtype, lambda: f"the folded weights must have x's dtype {x.dtype}, got {folded.wd.dtype}"
-    )
-    _require(
-        tuple(folded.wd.shape) == (T, b, d),
-        lambda: f"the folded down-projection must be [T, b, d] = {[T, b, d]}, got {list(folded.wd.shape)}",
-    )
+    if folded is not None:
+        _same_device(x=x, wd=folded.wd)
+        _require(
+            folded.wd.dtype == x.dtype,
+            lambda: f"the folded weights must have x's dtype {x.dtype}, got {folded.wd.dtype}",
+        )
+        _require(
+            tuple(folded.wd.shape) == (T, b, d),
+            lambda: f"the folded down-projection must be [T, b, d] = {[T, b, d]}, got {list(folded.wd.shape)}",
+        )
     _check_tasks(x, T, task_index)
     if g is not None:
         _require(g.shape == x.shape, lambda: f"g must have x's shape {list(x.shape)}, got {list(g.shape)}")
@@ -126,6 +129,8 @@ def check_task_range(task_index: Tensor | None, T: int) -> None:
     """ValueError where a task on the CPU is not in -1 .. T-1. On a device nothing is read: looking would stall it."""
     if task_index is None or task_index.device.type != "cpu" or task_index.numel() == 0:
         return
+    if torch._C._functorch.is_batchedtensor(task_index):
+        return  # under vmap there is no one value to look at
     low, high = (value.item() for value in torch.aminmax(task_index))
     if low < -1 or high >= T:
         raise ValueError(f"task_index must be from -1 (no adapter) to {T - 1}, got {low if low < -1 else high}")

@@ -3,6 +3,7 @@
 A call goes one of two ways to the same kernel. In eager mode a ``torch.autograd.Function`` calls the backend directly
 (a registered op with Python autograd costs 33 to 54 us a call, the Function 6 to 11). Under ``torch.compile`` and
 ``torch.export`` the registered op ``hyperformer_fast::*`` is traced instead, and picks the backend when it runs.
+Under torch.func's transforms and forward-mode AD there is no kernel at all: transforms.py.
 
 Letters: N rows, d width, b bottleneck, T tasks, P packed numbers per adapter, k embedding width, Q generators.
 """
@@ -14,7 +15,7 @@ import functools
 import torch
 from torch import Tensor
 
-from . import backends
+from . import backends, transforms
 from .activations import ACTIVATIONS, canonical_activation
 from .backends import Request
 from .checks import check_adapter, check_fold, check_generate, check_hyper_adapter, check_task_range
@@ -170,12 +171,17 @@ def _generate_backward(ctx, g):
     return _generate_gradients(g, *ctx.saved_tensors, ctx.needs_input_grad)
 
 
-def _refuse_second_derivative() -> None:
+def _refuse_second_derivative(g: Tensor) -> None:
     # torch's once_differentiable would detach the gradient without a word wherever g itself needs none
     if torch.is_grad_enabled():
         raise RuntimeError(
             "the adapter has no second derivative: call backward without create_graph=True, "
             "or use hyperformer_fast.reference.adapter, which autograd can differentiate twice"
+        )
+    if transforms.has_tangent(g):
+        raise RuntimeError(
+            "the adapter's backward has no forward-mode derivative: run its forward, too, within the dual level, "
+            "or use torch.func.jvp over torch.func.grad"
         )
 
 
@@ -189,7 +195,7 @@ def _adapter_setup(ctx, inputs, output) -> None:
 def _adapter_backward(ctx, g, *_):
     if g is None:
         return (None,) * 15
-    _refuse_second_derivative()
+    _refuse_second_derivative(g)
     need_dx, need_dpacked = ctx.needs_input_grad[:2]
     dx, dpacked = torch.ops.hyperformer_fast.adapter_backward(g, *ctx.saved_tensors, *ctx.static, need_dx, need_dpacked)
     return (dx if need_dx else None, dpacked if need_dpacked else None, *(None,) * 13)
@@ -205,7 +211,7 @@ def _hyper_setup(ctx, inputs, output) -> None:
 def _hyper_backward(ctx, g, *_):
     if g is None:
         return (None,) * 11
-    _refuse_second_derivative()
+    _refuse_second_derivative(g)
     E, G, *saved = ctx.saved_tensors
     need_dx, *need_generator = ctx.needs_input_grad[:4]
     dx, dpacked = torch.ops.hyperformer_fast.adapter_backward(g, *saved, *ctx.static, need_dx, any(need_generator))
@@ -248,7 +254,7 @@ class _Adapter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        _refuse_second_derivative()
+        _refuse_second_derivative(g)
         x, z, r, pre_mean, pre_rstd, packed, *folded, task_index = ctx.saved_tensors
         need_dx, need_dpacked = ctx.needs_input_grad[:2]
         saved = Saved(z, r, pre_mean, pre_rstd)
@@ -269,7 +275,7 @@ class _HyperAdapter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        _refuse_second_derivative()
+        _refuse_second_derivative(g)
         E, G, x, z, r, pre_mean, pre_rstd, packed, *folded, task_index = ctx.saved_tensors
         need_dx, *need_generator = ctx.needs_input_grad[:4]
         saved = Saved(z, r, pre_mean, pre_rstd)
@@ -299,6 +305,11 @@ def generate_weights(E: Tensor, G: Tensor, g0: Tensor) -> Tensor:
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, naming both.
     """
+    if transforms.active():
+        if not torch.compiler.is_compiling():
+            check_generate(E, G, g0)
+            transforms.require_no_backend("generate_weights")
+        return transforms.generate_weights(E, G, g0)
     if _traced(E, G, g0):
         return torch.ops.hyperformer_fast.generate_weights(E, G, g0)
     check_generate(E, G, g0)
@@ -349,6 +360,12 @@ def adapter(
         ValueError: shapes, dtypes or devices that do not fit, naming both.
     """
     activation = canonical_activation(activation)
+    if transforms.active():
+        if not torch.compiler.is_compiling():
+            check_adapter(x, packed, folded, layout, task_index)
+            check_task_range(task_index, packed.shape[0])
+            transforms.require_no_backend("adapter")
+        return transforms.adapter(x, packed, layout, activation, task_index)
     if folded is None:
         folded = fold(packed, layout, x.dtype)
     save = torch.is_grad_enabled() and (x.requires_grad or packed.requires_grad)
@@ -387,6 +404,13 @@ def hyper_adapter(
         ValueError: shapes, dtypes or devices that do not fit, naming both.
     """
     activation = canonical_activation(activation)
+    if transforms.active():
+        if not torch.compiler.is_compiling():
+            check_hyper_adapter(x, E, G, g0, layout, task_index)
+            check_task_range(task_index, E.shape[0])
+            transforms.require_no_backend("hyper_adapter")
+        packed = transforms.generate_weights(E.unsqueeze(0), G.unsqueeze(0), g0.unsqueeze(0)).squeeze(0)
+        return transforms.adapter(x, packed, layout, activation, task_index)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, E, G, g0))
     if _traced(x, E, G, g0):
         static = (layout.d, layout.b, layout.pre_norm, layout.post_norm, ACTIVATIONS.index(activation), save)
