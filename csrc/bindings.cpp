@@ -236,6 +236,18 @@ void expect_folded(const Problem& p, ScalarType dtype, const Tensor& wd, const T
   expect("mean", mean, ScalarType::Float, {T, c});
 }
 
+// Sizes of the rows of a [..., d] tensor; of one without dimensions, which problem_of refuses, none.
+std::vector<int64_t> lead_of(const Tensor& t) {
+  const auto sizes = t.sizes();
+  return {sizes.begin(), sizes.begin() + (sizes.size() == 0 ? 0 : sizes.size() - 1)};
+}
+
+// T, the first size of the folded weights.
+int64_t tasks_of(const Tensor& wd) {
+  STD_TORCH_CHECK(wd.dim() == 3, "wd must be [T, b, d], got ", wd.dim(), " dimensions");
+  return wd.size(0);
+}
+
 using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Forward adapter_forward_op(const Tensor& x, const Tensor& wd, const Tensor& wg, const Tensor& vectors,
@@ -243,10 +255,9 @@ Forward adapter_forward_op(const Tensor& x, const Tensor& wd, const Tensor& wg, 
                            std::optional<Tensor> task_index, int64_t d, int64_t b, bool pre_norm, bool post_norm,
                            int64_t activation, bool save) {
   const ScalarType dtype = x.scalar_type();
-  const auto sizes = x.sizes();
-  std::vector<int64_t> lead(sizes.begin(), sizes.end() - 1), none;
+  const std::vector<int64_t> lead = lead_of(x), none;
   std::vector<int64_t> tasks;
-  const Problem p = problem_of(x, wd.size(0), task_index, d, b, pre_norm, post_norm, activation, tasks);
+  const Problem p = problem_of(x, tasks_of(wd), task_index, d, b, pre_norm, post_norm, activation, tasks);
   expect_folded(p, dtype, wd, wg, vectors, scale, root, mean);
   Tensor out = empty_rows(lead, d, dtype), z = save ? empty(lead, {b}, dtype) : empty(none, {0}, dtype);
   const auto statistic = [&](bool on) {
@@ -269,9 +280,9 @@ std::tuple<Tensor, Tensor> adapter_backward_op(const Tensor& g, const Tensor& x,
                                                const Tensor& scale, const Tensor& root, const Tensor& mean,
                                                std::optional<Tensor> task_index, int64_t d, int64_t b, bool pre_norm,
                                                bool post_norm, int64_t activation, bool need_dx, bool need_dpacked) {
-  const auto sizes = x.sizes();
-  std::vector<int64_t> lead(sizes.begin(), sizes.end() - 1), none, tasks;
-  const Problem p = problem_of(x, wd.size(0), task_index, d, b, pre_norm, post_norm, activation, tasks);
+  const std::vector<int64_t> lead = lead_of(x), none;
+  std::vector<int64_t> tasks;
+  const Problem p = problem_of(x, tasks_of(wd), task_index, d, b, pre_norm, post_norm, activation, tasks);
   expect_folded(p, x.scalar_type(), wd, wg, vectors, scale, root, mean);
   expect("packed", packed, ScalarType::Float, {p.T, p.layout.numel()});
   std::vector<int64_t> z_shape(lead);
