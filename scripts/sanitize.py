@@ -76,7 +76,7 @@ def environment(tree: Path, logs: Path, isa: str | None = None) -> dict[str, str
     # Reports go to files: pytest holds stderr when a process dies.
     made = {
         "LD_PRELOAD": libraries,
-        "ASAN_OPTIONS": f"detect_leaks=0:log_path={logs}/address",
+        "ASAN_OPTIONS": f"detect_leaks=0:allocator_may_return_null=1:log_path={logs}/address",
         "UBSAN_OPTIONS": f"print_stacktrace=1:halt_on_error=1:log_path={logs}/undefined",
         "PYTHONSAFEPATH": "1",
         "PYTHONPATH": os.pathsep.join((str(tree), str(tree / "tests"))),
