@@ -306,6 +306,29 @@ std::tuple<Tensor, Tensor> adapter_backward_op(const Tensor& g, const Tensor& x,
   return {dx, dpacked};
 }
 
+using HyperAdapter =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// Generation, folding and application of one site: what the three ops give, in one call.
+HyperAdapter hyper_adapter_op(const Tensor& x, const Tensor& E, const Tensor& G, const Tensor& g0,
+                              std::optional<Tensor> task_index, int64_t d, int64_t b, bool pre_norm, bool post_norm,
+                              int64_t activation, bool save) {
+  STD_TORCH_CHECK(d >= 1 && b >= 1 && d < (1 << 24) && b < (1 << 24), "d and b must be from 1 to 16777215, got ", d,
+                  " and ", b);
+  STD_TORCH_CHECK(E.dim() == 2, "E must be [T, k]");
+  const int64_t T = E.size(0), k = E.size(1), P = AdapterLayout{d, b, pre_norm, post_norm}.numel();
+  expect("E", E, ScalarType::Float, {T, k});
+  expect("G", G, ScalarType::Float, {P, k});
+  expect("g0", g0, ScalarType::Float, {P});
+  const auto f = [](const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); };
+  Tensor packed = empty({T}, {P}, ScalarType::Float);
+  if (T > 0) generate_site(f(E), f(G), f(g0), T, P, k, static_cast<float*>(packed.mutable_data_ptr()), run_parallel);
+  const auto [wd, wg, vectors, scale, root, mean] = fold(packed, d, b, pre_norm, post_norm, x.scalar_type());
+  const auto [out, z, r, pre_mean, pre_rstd] = adapter_forward_op(x, wd, wg, vectors, scale, root, mean, task_index, d,
+                                                                  b, pre_norm, post_norm, activation, save);
+  return {out, z, r, pre_mean, pre_rstd, packed, wd, wg, vectors, scale, root, mean};
+}
+
 // 0 portable, 1 AVX2, 2 AVX-512, 3 AVX-512 with bfloat16 products.
 int64_t instruction_set_op() {
   const std::string set = instruction_set();
@@ -324,6 +347,11 @@ STABLE_TORCH_LIBRARY(hyperformer_fast_cpu, m) {
       "int d, int b, bool pre_norm, bool post_norm, int activation, bool need_dx, bool need_dpacked)"
       " -> (Tensor dx, Tensor dpacked)");
   m.def(
+      "hyper_adapter(Tensor x, Tensor E, Tensor G, Tensor g0, Tensor? task_index, int d, int b, bool pre_norm, "
+      "bool post_norm, int activation, bool save)"
+      " -> (Tensor out, Tensor z, Tensor r, Tensor pre_mean, Tensor pre_rstd, Tensor packed, Tensor wd, Tensor wg, "
+      "Tensor vectors, Tensor scale, Tensor root, Tensor mean)");
+  m.def(
       "fold(Tensor packed, int d, int b, bool pre_norm, bool post_norm, ScalarType dtype)"
       " -> (Tensor wd, Tensor wg, Tensor vectors, Tensor scale, Tensor root, Tensor mean)");
 }
@@ -332,6 +360,7 @@ STABLE_TORCH_LIBRARY_IMPL(hyperformer_fast_cpu, CPU, m) {
   m.impl("fold", TORCH_BOX(&fold));
   m.impl("adapter_forward", TORCH_BOX(&adapter_forward_op));
   m.impl("adapter_backward", TORCH_BOX(&adapter_backward_op));
+  m.impl("hyper_adapter", TORCH_BOX(&hyper_adapter_op));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(hyperformer_fast_cpu, CompositeExplicitAutograd, m) {

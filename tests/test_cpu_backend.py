@@ -104,7 +104,10 @@ def test_an_instruction_set_that_is_not_there_is_refused():
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, ISA_VARIABLE: "avx9"}, capture_output=True, text=True
     )
-    assert "reference (asked for: auto)" in done.stdout and "avx9 is not one of portable, avx2, avx512, avx512_bf16" in done.stdout
+    assert (
+        "reference (asked for: auto)" in done.stdout
+        and "avx9 is not one of portable, avx2, avx512, avx512_bf16" in done.stdout
+    )
 
 
 def test_the_number_of_threads_changes_no_bit():
@@ -153,6 +156,22 @@ def test_the_forward_goes_on_from_the_z_that_it_keeps(dtype):
     h = torch.cat([h, torch.ones(40, 1, dtype=torch.float64)], -1)
     expected = ((h @ folded.root[0].double().mT).square().sum(-1) + reference.EPS).rsqrt()
     torch.testing.assert_close(r.double(), expected, rtol=3e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("T, k", [(1, 64), (3, 5), (4, 1)])
+def test_one_call_for_a_site_is_generation_folding_and_application(T, k, dtype):
+    layout = AdapterLayout(40, 5)
+    E, G, g0 = torch.randn(T, k), torch.randn(layout.numel, k) * 0.1, torch.randn(layout.numel) * 0.1
+    x, index = torch.randn(6, 7, 40).to(dtype), torch.tensor([0, -1, T - 1, 0, T - 1, 0])
+    library, static = native.cpu_library(), (40, 5, False, True, 0)
+    out, *rest = library.hyper_adapter(x, E, G, g0, index, *static, True)
+    packed, folded = rest[4], rest[5:]
+    torch.testing.assert_close(packed.double(), E.double() @ G.double().T + g0.double(), rtol=1e-6, atol=1e-6)
+    for mine, alone in zip(folded, library.fold(packed, *static[:4], dtype)):
+        assert torch.equal(mine, alone)
+    for mine, alone in zip((out, *rest[:4]), library.adapter_forward(x, *folded, index, *static, True)):
+        assert torch.equal(mine, alone)
 
 
 def test_infinities_and_nan_stay_in_their_rows():

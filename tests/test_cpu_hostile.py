@@ -32,14 +32,17 @@ NAMES = {
     "adapter_backward": "g x z r pre_mean pre_rstd packed wd wg vectors scale root mean task_index d b pre_norm"
     " post_norm activation need_dx need_dpacked",
     "fold": "packed d b pre_norm post_norm dtype",
+    "hyper_adapter": "x E G g0 task_index d b pre_norm post_norm activation save",
 }
 #: What the ops may take, being the same numbers: the result must be the plain call's, bit for bit.
 SAME = ("strided", "column-major", "offset", "negative view", "imaginary part", "needs a gradient")
 #: Other calls that are as good as the first: fold takes any leading dimensions; forward's weights have one shape
-#: whether there was a pre-norm or not.
+#: whether there was a pre-norm or not; hyper_adapter folds for any x and any number of tasks.
 OTHER = (
     *(("fold", "packed", what) for what in ("one dimension more", "a row less", "a row more")),
     ("adapter_forward", "pre_norm", "flipped"),
+    ("hyper_adapter", "E", "a row more"),
+    *(("hyper_adapter", "x", what) for what in ("float16", "bfloat16")),
 )
 #: Only rows (and an index, and what is to be folded) may lie anyhow: the rest is expected contiguous.
 ANY_STRIDES = ("x", "g", "task_index", "fold packed")
@@ -56,6 +59,7 @@ def good_calls():
         "adapter_forward": [x, *folded, index, *STATIC, True],
         "adapter_backward": [g, x, *saved, packed, *folded, index, *STATIC, True, True],
         "fold": [packed, *STATIC[:4], torch.float32],
+        "hyper_adapter": [x, torch.randn(2, 5), torch.randn(LAYOUT.numel, 5), packed[0], index, *STATIC, True],
     }
 
 

@@ -88,9 +88,7 @@ def test_fold_is_what_it_says(kind):
     root = folded.root[0]
     assert torch.equal(root, root.triu())
     assert (root.T @ root - gram).abs().max() <= 1e-13 * gram.abs().max().clamp(min=1e-30)
-    assert torch.allclose(
-        folded.wg[0].T * folded.scale[0], w["post_gamma"][:, None] * wa[:, :-1], rtol=1e-14, atol=0
-    )
+    assert torch.allclose(folded.wg[0].T * folded.scale[0], w["post_gamma"][:, None] * wa[:, :-1], rtol=1e-14, atol=0)
     mantissa, _ = torch.frexp(folded.scale)
     assert (mantissa == 0.5).all()
     largest = folded.wg[0].abs().amax(1)

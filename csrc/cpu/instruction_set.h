@@ -18,6 +18,7 @@ namespace HF_NAMESPACE {
 #include "forward.h"
 #include "finish.h"
 #include "backward.h"
+#include "generate.h"
 // clang-format on
 
 void adapter_forward(const Problem& p, const Rows& x, const FoldedWeights& folded, void* out, const SavedRows& saved,
@@ -42,6 +43,11 @@ void adapter_backward(const Problem& p, const Rows& g, const Rows& x, const Save
     case Dtype::f16:
       return backward<F16>(p, g, x, saved, packed, folded, dx, dpacked, parallel);
   }
+}
+
+void generate_site(const float* E, const float* G, const float* g0, int64_t T, int64_t P, int64_t k, float* packed,
+                   const Parallel& parallel) {
+  generate(E, G, g0, T, P, k, packed, parallel);
 }
 
 }  // namespace HF_NAMESPACE

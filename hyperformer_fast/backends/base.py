@@ -46,7 +46,7 @@ class Backend(abc.ABC):
 
 
 class FullBackend(Backend):
-    """One that has every kernel but ``hyper_adapter``, which is then the others in turn."""
+    """One that has every kernel; ``hyper_adapter`` is the others in turn where it has none of its own."""
 
     @torch.no_grad()
     def hyper_adapter(

@@ -89,3 +89,21 @@ class CpuBackend(FullBackend):
             g, x, *parts, task_index, *_static(layout, activation), need_dx, need_dpacked
         )
         return dx, dpacked.to(packed.dtype)
+
+    @torch.no_grad()
+    def hyper_adapter(
+        self,
+        x: Tensor,
+        E: Tensor,
+        G: Tensor,
+        g0: Tensor,
+        layout: AdapterLayout,
+        activation: str,
+        task_index: Tensor | None,
+        save: bool,
+    ) -> tuple[Tensor, Saved, Tensor, Folded]:
+        if not all(t.dtype == torch.float32 for t in (E, G, g0)):
+            return super().hyper_adapter(x, E, G, g0, layout, activation, task_index, save)
+        parts = (part.contiguous() for part in (E, G, g0))
+        out, *rest = native.cpu_library().hyper_adapter(x, *parts, task_index, *_static(layout, activation), save)
+        return out, Saved(*rest[:4]), rest[4], Folded(*rest[5:])
