@@ -12,60 +12,15 @@ machine is named.
 from __future__ import annotations
 
 import argparse
-import gc
-import json
-import platform
-import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 
 import torch
 from providers import MODELS, PROVIDERS, Case, Unavailable, make
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table
-
-from hyperformer_fast.backends import explain
+from timing import RESULTS, described, interleaved, machine, show, write
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-def machine() -> dict[str, str]:
-    """CPU, instruction set, threads, torch."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        name = names[0] if names else name
-    return {
-        "cpu": name,
-        "instruction_set": torch.backends.cpu.get_cpu_capability(),
-        "threads": str(torch.get_num_threads()),
-        "torch": torch.__version__,
-    }
-
-
-def seconds(call: Callable[[], object], repeats: int) -> float:
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    return (time.perf_counter() - start) / repeats
-
-
-def interleaved(calls: dict[str, Callable[[], object]], rounds: int, least: float = 2e-3) -> dict[str, float]:
-    """Median seconds of each call over rounds in which all take turns; a turn lasts ``least`` seconds or one call."""
-    repeats = {}
-    for name, call in calls.items():
-        call()
-        repeats[name] = max(1, round(least / max(seconds(call, 1), 1e-7)))
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            times[name].append(seconds(call, repeats[name]))
-    return {name: median(values) for name, values in times.items()}
 
 
 def ceilings(case: Case) -> dict[str, Callable[[], object]]:
@@ -82,11 +37,7 @@ def measure(case: Case, backward: bool, rounds: int) -> dict:
             calls[provider] = make(provider, case, backward)
         except Unavailable as error:
             absent[provider] = str(error)
-    gc.disable()
-    try:
-        times = interleaved({**calls, **ceilings(case)}, rounds)
-    finally:
-        gc.enable()
+    times = interleaved({**calls, **ceilings(case)}, rounds)
     copy, product = times.pop("copy"), times.pop("product")
     flops, tensors = case.forward_flops * (3 if backward else 1), 5 if backward else 2
     # a copy reads and writes one [N, d]: half of its time for each that a kernel must touch (x, out; and g, x, dx)
@@ -100,25 +51,17 @@ def measure(case: Case, backward: bool, rounds: int) -> dict:
     }  # fmt: skip
 
 
-def table(results: list[dict], where: dict[str, str], backend: str) -> Table:
-    title = f"Time of each provider over ours ({backend}); {', '.join(where[k] for k in ('cpu', 'instruction_set'))}, "
-    title += f"{where['threads']} threads"
-    out = Table("pass", "d", "b", "N", "dtype", title=title)
+def table(results: list[dict], where: dict[str, str]) -> None:
     rivals = [name for name in PROVIDERS if name != "hyperformer_fast"]
-    for name in [*rivals, "of bound"]:
-        out.add_column(name, justify="right")
-    for r in results:
-        cells = [f"{r['ratios'][name]:.2f}x" if name in r["ratios"] else "-" for name in rivals]
-        out.add_row(
-            "fwd+bwd" if r["backward"] else "fwd",
-            str(r["d"]),
-            str(r["b"]),
-            str(r["N"]),
-            r["dtype"],
-            *cells,
+    rows = [
+        (
+            "fwd+bwd" if r["backward"] else "fwd", r["d"], r["b"], r["N"], r["dtype"],
+            *(r["ratios"].get(name, "-") for name in rivals),
             f"{100 * r['of_bound']:.0f} % ({r['bound_by']})",
         )
-    return out
+        for r in results
+    ]  # fmt: skip
+    show("Time of each provider over ours", where, ("pass", "d", "b", "N", "dtype", *rivals, "of bound"), rows)
 
 
 def plot(results: list[dict], where: dict[str, str], path: Path) -> None:
@@ -148,9 +91,7 @@ def plot(results: list[dict], where: dict[str, str], path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel("time over ours (above 1: slower)")
     axes[0, -1].legend(frameon=False, fontsize=8)
-    figure.suptitle(
-        f"{where['cpu']}, {where['instruction_set']}, {where['threads']} threads, torch {where['torch']}", fontsize=10
-    )
+    figure.suptitle(described(where), fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)
@@ -163,7 +104,7 @@ def main() -> None:
     parser.add_argument("--reductions", nargs="+", type=int, default=[32])
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"], choices=DTYPES)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     where, results = machine(), []
     cases = [
@@ -176,17 +117,11 @@ def main() -> None:
     ]
     for case, backward in track(cases, "measuring"):
         results.append(measure(case, backward, options.rounds))
-    backend = explain("adapter_forward", cases[0][0].x).chosen
-    Console(width=140).print(table(results, where, backend))
+    table(results, where)
     for provider, reason in sorted({item for r in results for item in r["absent"].items()}):
         print(f"not measured: {provider}: {reason}")
-    options.output.mkdir(parents=True, exist_ok=True)
-    name = f"adapter-{where['instruction_set'].lower()}-{backend}"
-    (options.output / f"{name}.json").write_text(
-        json.dumps({"machine": where, "backend": backend, "results": results}, indent=1) + "\n"
-    )
-    plot(results, where, options.output / f"{name}.png")
-    print(f"{options.output / name}.json and .png")
+    path = write("adapter", where, results, options.output)
+    plot(results, where, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

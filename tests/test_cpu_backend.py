@@ -36,8 +36,8 @@ def eager(x, g, packed, layout, activation, index):
     return [out.detach(), *torch.autograd.grad(out, (x, packed), g)]
 
 
-# One case of each: tails of vectors (d, b not multiples of 16), several row blocks (64) and parts (128), every
-# activation and norm.
+# One case of each: tails of vectors (d, b not multiples of 16), several row blocks (64) and parts (128), more rows of a
+# task than it takes to spread the weights (512), every activation and norm.
 CASES = [
     (d, b, rows, activation, pre, post)
     for (d, b, rows), activation, (pre, post) in zip(
@@ -49,7 +49,7 @@ CASES = [
             (16, 1, 1),
             (5, 40, 9),
             (96, 130, 70),
-            (512, 16, 129),
+            (512, 16, 260),
         ],
         itertools.cycle(ACTIVATIONS),
         itertools.cycle([(False, True), (True, True), (False, False), (True, False), (False, True)]),
@@ -57,7 +57,23 @@ CASES = [
 ]
 
 
+def check_rounding() -> None:
+    """z is the nearest number of x's dtype, ties to even: with a down-projection that copies x, z = x + bias."""
+    d = 48
+    layout = AdapterLayout(d, d)
+    packed = torch.zeros(1, layout.numel)
+    parts = layout.unpack(packed)
+    parts["down_weight"].copy_(torch.eye(d))
+    parts["down_bias"].copy_(torch.cat([torch.arange(d // 2) * 2.0**-9, torch.randn(d // 2)]))
+    for dtype in (torch.bfloat16, torch.float16):
+        x = torch.cat([torch.ones(65, d // 2), torch.randn(65, d // 2)], 1).to(dtype)
+        folded = reference.fold(packed, layout, dtype)
+        _, z, *_ = native.cpu_library().adapter_forward(x, *folded, None, d, d, False, True, 0, True)
+        assert torch.equal(z, (x.float() + parts["down_bias"]).to(dtype)), dtype
+
+
 def check_cases() -> None:
+    check_rounding()
     for d, b, rows, activation, pre, post in CASES:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             torch.manual_seed(d)

@@ -1,0 +1,63 @@
+"""What an adapter keeps for its backward: `python benchmarks/memory.py`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from providers import ACTIVATION, Case
+from timing import RESULTS, machine, show, write
+from torch import Tensor
+
+from hyperformer_fast import ops, reference
+
+
+def saved_tensors(call) -> list[Tensor]:
+    """The tensors that autograd keeps for ``call()``, each storage once."""
+    kept: dict[int, Tensor] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        kept.setdefault(t.untyped_storage().data_ptr(), t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        call()
+    return list(kept.values())
+
+
+def bytes_per_row(tensors: list[Tensor], N: int) -> float:
+    """Of those with N rows; what depends on the weights alone is the same for any N."""
+    return sum(t.numel() * t.element_size() for t in tensors if t.dim() and t.shape[0] == N) / N
+
+
+def measure(case: Case) -> dict:
+    x, packed = case.x.clone().requires_grad_(), case.packed.clone().requires_grad_()
+    folded = ops.fold(packed, case.layout, case.dtype)
+    ours = saved_tensors(lambda: ops.adapter(x, packed, case.layout, ACTIVATION, folded))
+    eager = saved_tensors(lambda: reference.adapter(x, packed, case.layout, ACTIVATION))
+    row = case.d * case.x.element_size()
+    return {
+        "d": case.d, "b": case.b, "dtype": str(case.dtype).removeprefix("torch."),
+        "ours": bytes_per_row(ours, case.N) / row, "eager": bytes_per_row(eager, case.N) / row,
+        "shapes": [[*t.shape] for t in ours if t.dim() and t.shape[0] == case.N],
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="few rows")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    N = 97 if options.quick else 4097
+    where = machine()
+    cases = [Case(N, 768, b, dtype) for b in (24, 96) for dtype in (torch.float32, torch.bfloat16)]
+    results = [measure(case) for case in cases]
+    rows = [(r["d"], r["b"], r["dtype"], r["ours"], r["eager"], " ".join(map(str, r["shapes"]))) for r in results]
+    columns = ("d", "b", "dtype", "ours", "eager", "what ours keeps")
+    show(f"Kept for the backward, in sizes of x; N={N}", where, columns, rows)
+    write("memory", where, results, options.output)
+
+
+if __name__ == "__main__":
+    main()

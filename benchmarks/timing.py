@@ -1,0 +1,97 @@
+"""Interleaved timings, the machine they are of, and how they are written down."""
+
+from __future__ import annotations
+
+import gc
+import json
+import platform
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from statistics import median
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from hyperformer_fast.backends import explain
+from hyperformer_fast.backends.cpu import CpuBackend
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> dict[str, str]:
+    """CPU, PyTorch's instruction set and ours, threads, torch."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        name = names[0] if names else name
+    cpu = CpuBackend()
+    return {
+        "cpu": name,
+        "instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "our_instruction_set": cpu.instruction_set() if cpu.unavailable() is None else "none",
+        "backend": explain("adapter_forward").chosen or "none",
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+    }
+
+
+def described(where: dict[str, str]) -> str:
+    """One line for the head of a table or a plot."""
+    return (
+        f"{where['cpu']}, PyTorch {where['torch']} with {where['instruction_set']}, "
+        f"ours ({where['backend']}) with {where['our_instruction_set']}, {where['threads']} threads"
+    )
+
+
+def slug(where: dict[str, str]) -> str:
+    """Of a results file: PyTorch's instruction set, the backend, the threads."""
+    return f"{where['instruction_set'].lower()}-{where['backend']}-{where['threads']}threads"
+
+
+def seconds(call: Callable[[], object], repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
+
+
+def interleaved(calls: dict[str, Callable[[], object]], rounds: int, least: float = 2e-3) -> dict[str, float]:
+    """Median seconds of each call over rounds in which all take turns; a turn lasts ``least`` seconds or one call."""
+    repeats = {}
+    for name, call in calls.items():
+        call()
+        repeats[name] = max(1, round(least / max(seconds(call, 1), 1e-7)))
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            for name, call in calls.items():
+                times[name].append(seconds(call, repeats[name]))
+    finally:
+        gc.enable()
+    return {name: median(values) for name, values in times.items()}
+
+
+def show(title: str, where: dict[str, str], columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
+    """One table, for every report alike."""
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*(f"{cell:.2f}x" if isinstance(cell, float) else str(cell) for cell in row))
+    console = Console(width=140)
+    console.print(f"[bold]{title}[/bold]\n{described(where)}", highlight=False)
+    console.print(table)
+
+
+def write(name: str, where: dict[str, str], results: object, folder: Path = RESULTS) -> Path:
+    """``folder/name-<instruction set>-<backend>-<threads>threads.json``; returns its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}-{slug(where)}.json"
+    path.write_text(json.dumps({"machine": where, "results": results}, indent=1) + "\n")
+    print(path)
+    return path

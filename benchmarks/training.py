@@ -1,0 +1,137 @@
+"""The demo trained with the reference and with the kernels, and what a step costs beside the bare T5:
+`python benchmarks/training.py`."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from timing import RESULTS, described, interleaved, machine, show, write
+from transformers import PrinterCallback, T5Config, T5ForConditionalGeneration, set_seed
+
+from hyperformer_fast import HyperFormerConfig, get_hyperformer_model
+from hyperformer_fast.backends import use_backend
+from hyperformer_fast.data import load_tasks
+from hyperformer_fast.parameters import T5_SHAPES
+from hyperformer_fast.training.arguments import RunConfig
+from hyperformer_fast.training.base import load_base
+from hyperformer_fast.training.evaluate import limited
+from hyperformer_fast.training.trainer import HyperFormerTrainer
+
+BACKENDS = ("reference", "cpu")
+
+
+class Recording(HyperFormerTrainer):
+    """Keeps each step's loss as it is; the Trainer's log has four decimals."""
+
+    losses: list[float]
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        self.losses.append(loss.item())
+        return loss
+
+
+def losses(backend: str, steps: int, output: str) -> list[float]:
+    """Of the demo's run in float32, one per step."""
+    run = RunConfig(output_dir=output, steps=steps, eval_steps=0, save_steps=0).located()
+    data = limited(load_tasks(run.data_dir, run.tasks), run)
+    set_seed(run.seed)
+    t5, tokenizer = load_base(run.model)
+    model = get_hyperformer_model(t5, run.hyperformer_config(list(data)))
+    trainer = Recording(model, run, data, tokenizer)
+    trainer.losses = []
+    trainer.remove_callback(PrinterCallback)
+    with use_backend(backend):
+        trainer.train()
+    return trainer.losses
+
+
+def step_ratios(layers: int, B: int, L: int, rounds: int) -> dict[str, float]:
+    """Seconds of a step (forward, backward, AdamW) over those of the bare T5, whose own layer norms are then trained.
+
+    A T5-base but for its number of layers, random weights, HyperFormer++ with a reduction factor of 32 and 8 tasks.
+    """
+    shape = {**T5_SHAPES["T5-base"], "num_layers": layers}
+    calls = {}
+    ids = torch.randint(1, 1000, (B, L), generator=torch.Generator().manual_seed(0))
+    labels = ids[:, : L // 4].contiguous()
+    for name in ("bare", *BACKENDS):
+        torch.manual_seed(0)
+        t5 = T5ForConditionalGeneration(T5Config(vocab_size=1000, dropout_rate=0.0, decoder_start_token_id=0, **shape))
+        extra = {}
+        if name == "bare":
+            model = t5
+            for key, parameter in t5.named_parameters():
+                parameter.requires_grad_("layer_norm" in key)
+        else:
+            model = get_hyperformer_model(t5, HyperFormerConfig(tasks=[f"task {i}" for i in range(8)]))
+            extra = {"task_index": torch.arange(B) % 8}
+        model.train()
+        optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+
+        def step(model=model, optimiser=optimiser, extra=extra, backend="auto" if name == "bare" else name):
+            with use_backend(backend):
+                model(input_ids=ids, labels=labels, **extra).loss.backward()
+            optimiser.step()
+            optimiser.zero_grad()
+
+        calls[name] = step
+    times = interleaved(calls, rounds)
+    return {name: times[name] / times["bare"] for name in BACKENDS}
+
+
+def plot(curves: dict[str, list[float]], where: dict[str, str], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
+    for style, (name, values) in zip(("-", "--"), curves.items()):
+        left.plot(range(1, len(values) + 1), values, style, label=name)
+    left.set(xlabel="step", ylabel="loss", title="training loss of the demo, float32")
+    left.legend(frameon=False)
+    a, b = curves.values()
+    right.plot(range(1, len(a) + 1), [max(abs(x - y) / abs(x), 1e-9) for x, y in zip(a, b)], color="C2")
+    right.axhline(1e-4, color="0.4", linewidth=1)
+    right.set(xlabel="step", yscale="log", title="relative difference (line: the 1e-4 that is allowed)")
+    for axis in (left, right):
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(described(where), fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--quick", action="store_true", help="three steps, one layer, one round")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    where = machine()
+    curves = {}
+    for backend in track(BACKENDS, "training"):
+        with tempfile.TemporaryDirectory() as folder:
+            curves[backend] = losses(backend, 3 if options.quick else options.steps, folder)
+    difference = max(abs(a - b) / abs(a) for a, b in zip(*curves.values()))
+    B, L, layers = (2, 8, 1) if options.quick else (8, 128, options.layers)
+    ratios = step_ratios(layers, B, L, 1 if options.quick else options.rounds)
+    Console().print(f"largest relative difference of the losses over {len(curves['cpu'])} steps: {difference:.1e}")
+    show(f"A step over the bare T5's: T5-base with {layers}+{layers} layers, B={B}, L={L} and {L // 4}, 8 tasks mixed",
+         where, BACKENDS, [[ratios[name] for name in BACKENDS]])  # fmt: skip
+    results = {"difference": difference, "losses": curves, "step_over_bare": ratios}
+    path = write("training", where, results, options.output)
+    plot(curves, where, path.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
