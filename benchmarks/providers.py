@@ -81,10 +81,10 @@ def _ours(case: Case) -> Apply:
 def _adapters_library(case: Case) -> Apply:
     """`adapters.Adapter` with ln_after and the residual after the norm: our formula, its weights its own parameters."""
     from adapters import AdapterConfig
-    from adapters.modeling import Adapter
+    from adapters.methods.modeling import Adapter
 
     config = AdapterConfig.load(
-        "houlsby",
+        "double_seq_bn",
         ln_before=False,
         ln_after=True,
         original_ln_before=False,

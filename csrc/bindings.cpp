@@ -306,6 +306,21 @@ std::tuple<Tensor, Tensor> adapter_backward_op(const Tensor& g, const Tensor& x,
   return {dx, dpacked};
 }
 
+Tensor generate_weights_op(const Tensor& E, const Tensor& G, const Tensor& g0) {
+  STD_TORCH_CHECK(E.dim() == 3 && G.dim() == 3, "E must be [Q, n, k] and G [Q, P, k]");
+  const int64_t Q = E.size(0), n = E.size(1), k = E.size(2), P = G.size(1);
+  expect("E", E, ScalarType::Float, {Q, n, k});
+  expect("G", G, ScalarType::Float, {Q, P, k});
+  expect("g0", g0, ScalarType::Float, {Q, P});
+  Tensor packed = empty({Q}, {n, P}, ScalarType::Float);
+  if (Q * n * P == 0) return packed;
+  const auto f = [](const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); };
+  auto* to = static_cast<float*>(packed.mutable_data_ptr());
+  for (int64_t q = 0; q < Q; ++q)
+    generate_weights(f(E) + q * n * k, f(G) + q * P * k, f(g0) + q * P, n, P, k, to + q * n * P, run_parallel);
+  return packed;
+}
+
 using HyperAdapter =
     std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
@@ -322,7 +337,7 @@ HyperAdapter hyper_adapter_op(const Tensor& x, const Tensor& E, const Tensor& G,
   expect("g0", g0, ScalarType::Float, {P});
   const auto f = [](const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); };
   Tensor packed = empty({T}, {P}, ScalarType::Float);
-  if (T > 0) generate_site(f(E), f(G), f(g0), T, P, k, static_cast<float*>(packed.mutable_data_ptr()), run_parallel);
+  if (T > 0) generate_weights(f(E), f(G), f(g0), T, P, k, static_cast<float*>(packed.mutable_data_ptr()), run_parallel);
   const auto [wd, wg, vectors, scale, root, mean] = fold(packed, d, b, pre_norm, post_norm, x.scalar_type());
   const auto [out, z, r, pre_mean, pre_rstd] = adapter_forward_op(x, wd, wg, vectors, scale, root, mean, task_index, d,
                                                                   b, pre_norm, post_norm, activation, save);
@@ -346,6 +361,7 @@ STABLE_TORCH_LIBRARY(hyperformer_fast_cpu, m) {
       "Tensor wd, Tensor wg, Tensor vectors, Tensor scale, Tensor root, Tensor mean, Tensor? task_index, "
       "int d, int b, bool pre_norm, bool post_norm, int activation, bool need_dx, bool need_dpacked)"
       " -> (Tensor dx, Tensor dpacked)");
+  m.def("generate_weights(Tensor E, Tensor G, Tensor g0) -> Tensor packed");
   m.def(
       "hyper_adapter(Tensor x, Tensor E, Tensor G, Tensor g0, Tensor? task_index, int d, int b, bool pre_norm, "
       "bool post_norm, int activation, bool save)"
@@ -360,6 +376,7 @@ STABLE_TORCH_LIBRARY_IMPL(hyperformer_fast_cpu, CPU, m) {
   m.impl("fold", TORCH_BOX(&fold));
   m.impl("adapter_forward", TORCH_BOX(&adapter_forward_op));
   m.impl("adapter_backward", TORCH_BOX(&adapter_backward_op));
+  m.impl("generate_weights", TORCH_BOX(&generate_weights_op));
   m.impl("hyper_adapter", TORCH_BOX(&hyper_adapter_op));
 }
 

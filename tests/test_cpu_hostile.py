@@ -32,6 +32,7 @@ NAMES = {
     "adapter_backward": "g x z r pre_mean pre_rstd packed wd wg vectors scale root mean task_index d b pre_norm"
     " post_norm activation need_dx need_dpacked",
     "fold": "packed d b pre_norm post_norm dtype",
+    "generate_weights": "E G g0",
     "hyper_adapter": "x E G g0 task_index d b pre_norm post_norm activation save",
 }
 #: What the ops may take, being the same numbers: the result must be the plain call's, bit for bit.
@@ -59,6 +60,7 @@ def good_calls():
         "adapter_forward": [x, *folded, index, *STATIC, True],
         "adapter_backward": [g, x, *saved, packed, *folded, index, *STATIC, True, True],
         "fold": [packed, *STATIC[:4], torch.float32],
+        "generate_weights": [torch.randn(1, 2, 5), torch.randn(1, 7, 5), torch.randn(1, 7)],
         "hyper_adapter": [x, torch.randn(2, 5), torch.randn(LAYOUT.numel, 5), packed[0], index, *STATIC, True],
     }
 

@@ -52,9 +52,9 @@ void adapter_forward(const Problem&, const Rows& x, const FoldedWeights&, void* 
 void adapter_backward(const Problem&, const Rows& g, const Rows& x, const SavedRows&, const float* packed,
                       const FoldedWeights&, void* dx, float* dpacked, const Parallel&);
 
-// packed [T, P] = E [T, k] G^T + g0, G [P, k]: one site's weights; all float32 and contiguous.
-void generate_site(const float* E, const float* G, const float* g0, int64_t T, int64_t P, int64_t k, float* packed,
-                   const Parallel&);
+// packed [n, P] = E [n, k] G^T + g0, G [P, k]; all float32 and contiguous.
+void generate_weights(const float* E, const float* G, const float* g0, int64_t n, int64_t P, int64_t k, float* packed,
+                      const Parallel&);
 
 // The instruction set in use: "avx512_bf16", "avx512", "avx2" or "portable".
 const char* instruction_set();

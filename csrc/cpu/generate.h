@@ -1,20 +1,51 @@
-// The weights of one site from its tasks' embeddings. Included once per instruction set.
+// Weights from embeddings: packed = E G^T + g0. Included once per instruction set.
 
-// packed [T, P] = E [T, k] G^T + g0: G is read once, P numbers of k each, for all tasks.
-inline void generate(const float* E, const float* G, const float* g0, int64_t T, int64_t P, int64_t k, float* packed,
+// to [k, STRIPE] = (from [n, k])^T, n a multiple of 4.
+inline void transpose(const float* from, int64_t n, int64_t k, float* to, int64_t ld) {
+  typedef float v4_any __attribute__((vector_size(16), aligned(4), may_alias));
+  const auto row = [&](int64_t i, int64_t j) { return *reinterpret_cast<const v4_any*>(from + i * k + j); };
+  for (int64_t i = 0; i < n; i += 4) {
+    int64_t j = 0;
+    for (; j + 4 <= k; j += 4) {
+      const v4 a = row(i, j), b = row(i + 1, j), c = row(i + 2, j), d = row(i + 3, j);
+      const v4 ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab2 = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+      const v4 cd = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd2 = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+      const v4 out[4] = {__builtin_shufflevector(ab, cd, 0, 1, 4, 5), __builtin_shufflevector(ab, cd, 2, 3, 6, 7),
+                         __builtin_shufflevector(ab2, cd2, 0, 1, 4, 5), __builtin_shufflevector(ab2, cd2, 2, 3, 6, 7)};
+      for (int r = 0; r < 4; ++r) *reinterpret_cast<v4_any*>(to + (j + r) * ld + i) = out[r];
+    }
+    for (; j < k; ++j)
+      for (int r = 0; r < 4; ++r) to[j * ld + i + r] = from[(i + r) * k + j];
+  }
+}
+
+// packed [n, P] = E [n, k] G^T + g0. G is read once for all n: a stripe of its rows, transposed, serves every embedding
+// from the first cache.
+inline void generate(const float* E, const float* G, const float* g0, int64_t n, int64_t P, int64_t k, float* packed,
                      const Parallel& parallel) {
-  // Rows of G that a thread takes at a time: some 256 KiB of k = 64.
-  constexpr int64_t STRETCH = 1024;
-  const auto tasks = rows_of(E, T, k);
+  constexpr int64_t STRIPE = SUM_NV * W, STRETCH = 1024 / STRIPE * STRIPE;
+  // Fewer embeddings than this do not repay the transposition.
+  constexpr int64_t FEW = 4;
+  const auto embeddings = rows_of(E, n, k);
   parallel((P + STRETCH - 1) / STRETCH, [&](int64_t begin, int64_t end) {
     const int64_t last = end * STRETCH < P ? end * STRETCH : P;
+    Buffer stripe(n < FEW ? 0 : k * STRIPE);
+    const auto columns = rows_of<float>(stripe.data(), n < FEW ? 0 : k, STRIPE);
+    int64_t p = begin * STRETCH;
+    for (; n >= FEW && p + STRIPE <= last; p += STRIPE) {
+      transpose(G + p * k, STRIPE, k, stripe.data(), STRIPE);
+      for (int64_t i = 0; p + 2 * STRIPE <= last && i < STRIPE * k; i += 16)
+        __builtin_prefetch(G + (p + STRIPE) * k + i, 0, 2);
+      sums_by_column<Scaled<F32>>(Coefficients<float>{E, k, 1}, n, k, columns.data(), STRIPE,
+                                  From{g0 + p, packed + p, P});
+    }
     const float* rows[DOT_MR];
-    for (int64_t i = begin * STRETCH; i < last; i += DOT_MR) {
-      const int64_t n = last - i < DOT_MR ? last - i : DOT_MR;
-      for (int64_t r = 0; r < n; ++r) rows[r] = G + (i + r) * k;
-      dot<Widened<F32>>(rows, n, tasks.data(), T, k, packed + i, P);
-      for (int64_t t = 0; t < T; ++t)
-        for (int64_t r = 0; r < n; ++r) packed[t * P + i + r] += g0[i + r];
+    for (; p < last; p += DOT_MR) {
+      const int64_t m = last - p < DOT_MR ? last - p : DOT_MR;
+      for (int64_t r = 0; r < m; ++r) rows[r] = G + (p + r) * k;
+      dot<Widened<F32>>(rows, m, embeddings.data(), n, k, packed + p, P);
+      for (int64_t i = 0; i < n; ++i)
+        for (int64_t r = 0; r < m; ++r) packed[i * P + p + r] += g0[p + r];
     }
   });
 }

@@ -45,9 +45,9 @@ void adapter_backward(const Problem& p, const Rows& g, const Rows& x, const Save
   }
 }
 
-void generate_site(const float* E, const float* G, const float* g0, int64_t T, int64_t P, int64_t k, float* packed,
-                   const Parallel& parallel) {
-  generate(E, G, g0, T, P, k, packed, parallel);
+void generate_weights(const float* E, const float* G, const float* g0, int64_t n, int64_t P, int64_t k, float* packed,
+                      const Parallel& parallel) {
+  generate(E, G, g0, n, P, k, packed, parallel);
 }
 
 }  // namespace HF_NAMESPACE

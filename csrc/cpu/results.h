@@ -40,6 +40,27 @@ struct Subtract {
   HF_INLINE Row row(int64_t i) const { return {out + i * ld}; }
 };
 
+// Into the rows of a float32 matrix, each starting from the same vector.
+struct From {
+  const float* start;
+  float* out;
+  int64_t ld;
+
+  struct Row {
+    const float* start;
+    float* out;
+    HF_INLINE vf first(int64_t c) const { return F32::load(start + c); }
+    HF_INLINE void store(int64_t c, vf v) const { F32::store(out + c, v); }
+    template <int NV>
+    HF_INLINE void prefetch(int64_t) const {}
+    HF_INLINE vf first_part(int64_t c, int n) const { return load_part<F32>(start + c, n); }
+    HF_INLINE void store_part(int64_t c, vf v, int n) const {
+      hyperformer_fast::HF_NAMESPACE::store_part<F32>(out + c, v, n);
+    }
+  };
+  HF_INLINE Row row(int64_t i) const { return {start, out + i * ld}; }
+};
+
 // In storage dtype, starting from a row of the input, plus a vector over d and a multiple of another where there are
 // such.
 template <class S>

@@ -56,7 +56,8 @@ class CpuBackend(FullBackend):
         return None
 
     def generate_weights(self, E: Tensor, G: Tensor, g0: Tensor) -> Tensor:
-        # One product of a tall matrix with a few vectors: bound by reading G, which torch's gemm does at full speed.
+        if all(t.dtype == torch.float32 for t in (E, G, g0)):
+            return native.cpu_library().generate_weights(E.contiguous(), G.contiguous(), g0.contiguous())
         with torch.autocast("cpu", enabled=False):
             return truth.generate_weights(E, G, g0)
 
