@@ -4,17 +4,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import tempfile
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.progress import track
 from timing import RESULTS, described, interleaved, machine, show, write
-from transformers import PrinterCallback, T5Config, T5ForConditionalGeneration, set_seed
+from transformers import PrinterCallback, T5Config, T5ForConditionalGeneration, TrainerCallback, set_seed
 
 from hyperformer_fast import HyperFormerConfig, get_hyperformer_model
 from hyperformer_fast.backends import use_backend
+from hyperformer_fast.backends.reference import ReferenceBackend
 from hyperformer_fast.data import load_tasks
 from hyperformer_fast.parameters import T5_SHAPES
 from hyperformer_fast.training.arguments import RunConfig
@@ -23,6 +25,15 @@ from hyperformer_fast.training.evaluate import limited
 from hyperformer_fast.training.trainer import HyperFormerTrainer
 
 BACKENDS = ("reference", "cpu")
+CONTROL = "reference, weights one ulp off"
+
+
+class StopAfter(TrainerCallback):
+    def __init__(self, steps: int):
+        self.steps = steps
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.steps
 
 
 class Recording(HyperFormerTrainer):
@@ -36,9 +47,23 @@ class Recording(HyperFormerTrainer):
         return loss
 
 
-def losses(backend: str, steps: int, output: str) -> list[float]:
-    """Of the demo's run in float32, one per step."""
-    run = RunConfig(output_dir=output, steps=steps, eval_steps=0, save_steps=0).located()
+@contextlib.contextmanager
+def one_ulp_off():
+    """The reference with generated weights 2^-23 too large: how far training itself carries a rounding error."""
+    original = ReferenceBackend.generate_weights
+    ReferenceBackend.generate_weights = lambda *args: original(*args) * (1 + 2**-23)
+    try:
+        yield
+    finally:
+        ReferenceBackend.generate_weights = original
+
+
+def losses(backend: str, steps: int, output: str, learning_rate: float | None = None) -> list[float]:
+    """Of the demo's run in float32, one per step, for its first steps: the schedule is that of the whole run."""
+    run = RunConfig(output_dir=output, eval_steps=0, save_steps=0)
+    if learning_rate is not None:
+        run = dataclasses.replace(run, learning_rate=learning_rate)
+    run = run.located()
     data = limited(load_tasks(run.data_dir, run.tasks), run)
     set_seed(run.seed)
     t5, tokenizer = load_base(run.model)
@@ -46,6 +71,7 @@ def losses(backend: str, steps: int, output: str) -> list[float]:
     trainer = Recording(model, run, data, tokenizer)
     trainer.losses = []
     trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(StopAfter(steps))
     with use_backend(backend):
         trainer.train()
     return trainer.losses
@@ -85,21 +111,27 @@ def step_ratios(layers: int, B: int, L: int, rounds: int) -> dict[str, float]:
     return {name: times[name] / times["bare"] for name in BACKENDS}
 
 
+def apart(a: list[float], b: list[float]) -> list[float]:
+    return [abs(x - y) / abs(x) for x, y in zip(a, b)]
+
+
 def plot(curves: dict[str, list[float]], where: dict[str, str], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
-    for style, (name, values) in zip(("-", "--"), curves.items()):
-        left.plot(range(1, len(values) + 1), values, style, label=name)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8))
+    steps = range(1, len(curves["reference"]) + 1)
+    for style, name in zip(("-", "--"), BACKENDS):
+        left.plot(steps, curves[name], style, label=name)
     left.set(xlabel="step", ylabel="loss", title="training loss of the demo, float32")
     left.legend(frameon=False)
-    a, b = curves.values()
-    right.plot(range(1, len(a) + 1), [max(abs(x - y) / abs(x), 1e-9) for x, y in zip(a, b)], color="C2")
-    right.axhline(1e-4, color="0.4", linewidth=1)
-    right.set(xlabel="step", yscale="log", title="relative difference (line: the 1e-4 that is allowed)")
+    for color, name in zip(("C1", "0.6"), ("cpu", CONTROL)):
+        right.plot(steps, [max(gap, 1e-9) for gap in apart(curves["reference"], curves[name])], color=color, label=name)
+    right.axhline(1e-4, color="0.4", linewidth=1, linestyle=":")
+    right.set(xlabel="step", yscale="log", title="relative difference from the reference's loss")
+    right.legend(frameon=False)
     for axis in (left, right):
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
@@ -112,6 +144,7 @@ def plot(curves: dict[str, list[float]], where: dict[str, str], path: Path) -> N
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--learning-rate", type=float, help="default: the demo's")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--quick", action="store_true", help="three steps, one layer, one round")
@@ -119,17 +152,23 @@ def main() -> None:
     options = parser.parse_args()
     where = machine()
     curves = {}
-    for backend in track(BACKENDS, "training"):
-        with tempfile.TemporaryDirectory() as folder:
-            curves[backend] = losses(backend, 3 if options.quick else options.steps, folder)
-    difference = max(abs(a - b) / abs(a) for a, b in zip(*curves.values()))
+    for name in track((*BACKENDS, CONTROL), "training"):
+        with tempfile.TemporaryDirectory() as folder, one_ulp_off() if name == CONTROL else contextlib.nullcontext():
+            backend = "reference" if name == CONTROL else name
+            curves[name] = losses(backend, 3 if options.quick else options.steps, folder, options.learning_rate)
+    gaps = {name: apart(curves["reference"], curves[name]) for name in ("cpu", CONTROL)}
     B, L, layers = (2, 8, 1) if options.quick else (8, 128, options.layers)
     ratios = step_ratios(layers, B, L, 1 if options.quick else options.rounds)
-    Console().print(f"largest relative difference of the losses over {len(curves['cpu'])} steps: {difference:.1e}")
+    for name, gap in gaps.items():
+        within = next((i for i, value in enumerate(gap) if value > 1e-4), len(gap))
+        print(
+            f"{name}: off the reference's loss by {max(gap):.1e} at most in {len(gap)} steps; within 1e-4 for {within}"
+        )
     show(f"A step over the bare T5's: T5-base with {layers}+{layers} layers, B={B}, L={L} and {L // 4}, 8 tasks mixed",
          where, BACKENDS, [[ratios[name] for name in BACKENDS]])  # fmt: skip
-    results = {"difference": difference, "losses": curves, "step_over_bare": ratios}
-    path = write("training", where, results, options.output)
+    results = {"difference": {name: max(gap) for name, gap in gaps.items()}, "losses": curves, "step_over_bare": ratios}
+    rate = "" if options.learning_rate is None else f"-lr{options.learning_rate:g}"
+    path = write("training" + rate, where, results, options.output)
     plot(curves, where, path.with_suffix(".png"))
 
 
