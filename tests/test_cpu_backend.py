@@ -4,6 +4,7 @@ them."""
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -105,7 +106,7 @@ def test_every_instruction_set(isa):
         "    import importlib.util as u\n"
         f"    spec = u.spec_from_file_location('t', {__file__!r})\n"
         "    m = u.module_from_spec(spec)\n    spec.loader.exec_module(m)\n"
-        "    m.check_cases()\n    print('checked')\n"
+        "    m.check_cases()\n    m.check_activations()\n    m.check_sixteen_bits()\n    print('checked')\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, ISA_VARIABLE: isa}, capture_output=True, text=True
@@ -188,6 +189,62 @@ def test_one_call_for_a_site_is_generation_folding_and_application(T, k, dtype):
         assert torch.equal(mine, alone)
     for mine, alone in zip((out, *rest[:4]), library.adapter_forward(x, *folded, index, *static, True)):
         assert torch.equal(mine, alone)
+def exact_activation(name, z):
+    """act(z) and act'(z) in float64, by forms that do not cancel in the tails."""
+    z = z.double().requires_grad_()
+    values = {
+        "gelu_new": lambda: z * torch.sigmoid(2 * (2 / math.pi) ** 0.5 * (z + 0.044715 * z**3)),
+        "gelu": lambda: z * 0.5 * torch.special.erfc(-z / 2**0.5),
+        "relu": lambda: torch.relu(z),
+        "silu": lambda: z * torch.sigmoid(z),
+    }[name]()
+    return values.detach(), torch.autograd.grad(values.sum(), z)[0]
+
+
+def check_activations() -> None:
+    """Each over its whole range: one row whose bottleneck holds every z; its weights' gradients are act and act'."""
+    sizes = torch.cat([torch.logspace(-38, 8, 300), torch.linspace(0.01, 110, 700)])
+    z = torch.cat([sizes, -sizes, torch.zeros(1)])
+    layout = AdapterLayout(1, len(z), False, False)
+    packed = torch.zeros(1, layout.numel)
+    parts = layout.unpack(packed)
+    parts["down_weight"][0, :, 0], parts["up_weight"][:] = z, 1
+    packed.requires_grad_()
+    for name in ACTIVATIONS:
+        with backends.use_backend("cpu"):
+            ops.adapter(torch.ones(1, 1), packed, layout, name).sum().backward()
+        gradient = layout.unpack(packed.grad)
+        packed.grad = None
+        h, slope = gradient["up_weight"][0, 0], gradient["down_bias"][0]
+        true_h, true_slope = exact_activation(name, z)
+        # beyond e^-87 the exponential stays at its smallest normal number
+        floor = 1e-37 * z.double().abs().clamp(min=1) ** 3
+        for mine, true in ((h, true_h), (slope, true_slope)):
+            excess = (mine - true).abs() - 3e-7 * (1 + true.abs()) - floor
+            assert (excess <= 0).all(), f"{name}: {mine[excess.argmax()]} at {z[excess.argmax()]}"
+        # the lower tail keeps digits of its own, erfc's fewer than the logistic function's
+        tail, digits = (z > -6, 1e-3) if name == "gelu" else (z == z, 2e-5)
+        assert ((h - true_h).abs() <= digits * true_h.abs() + floor)[tail].all(), name
+
+
+def check_sixteen_bits() -> None:
+    """Every number of 16 bits, subnormal ones too, is loaded and stored as it is: by whole vectors and by tails."""
+    for dtype, d in itertools.product((torch.bfloat16, torch.float16), (64, 3)):
+        layout = AdapterLayout(d, 2, False, False)
+        x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+        x = x[x.isfinite()]
+        x = x[: len(x) // d * d].view(-1, d)
+        with backends.use_backend("cpu"):
+            out = ops.adapter(x, torch.zeros(1, layout.numel), layout, "relu")
+        assert torch.equal(out, x), (dtype, d)  # -0 + 0 is 0, and equal
+
+
+def test_sixteen_bits():
+    check_sixteen_bits()
+
+
+def test_activations_over_their_whole_range():
+    check_activations()
 
 
 def test_infinities_and_nan_stay_in_their_rows():

@@ -258,6 +258,18 @@ def test_what_is_not_finite_is_seen(value, pre, post, activation):
         assert out[index != 1].isfinite().all() and dpacked[0].isfinite().all(), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("d", [20, 64])
+def test_a_nan_whose_payload_is_all_ones_stays_one(d, dtype):
+    """Rounding such a NaN up would carry into the sign, and store a zero."""
+    layout = AdapterLayout(d, 3)
+    packed = random_packed(layout).float()
+    nan = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)
+    layout.unpack(packed)["post_beta"][0, [0, d - 1]] = nan
+    out, *_ = forward_and_backward(torch.randn(5, d).to(dtype), packed, layout)
+    assert out[:, [0, d - 1]].isnan().all() and out[:, 1:-1].isfinite().all()
+
+
 def test_no_rows_of_any_kind():
     layout = AdapterLayout(8, 2)
     packed = random_packed(layout, 2).float()
