@@ -228,7 +228,7 @@ def check_activations() -> None:
 
 
 def check_sixteen_bits() -> None:
-    """Every number of 16 bits, subnormal ones too, is loaded and stored as it is: by whole vectors and by tails."""
+    """Every number of 16 bits, subnormal ones too, is loaded and stored as it is; others are rounded to them."""
     for dtype, d in itertools.product((torch.bfloat16, torch.float16), (64, 3)):
         layout = AdapterLayout(d, 2, False, False)
         x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
@@ -237,6 +237,19 @@ def check_sixteen_bits() -> None:
         with backends.use_backend("cpu"):
             out = ops.adapter(x, torch.zeros(1, layout.numel), layout, "relu")
         assert torch.equal(out, x), (dtype, d)  # -0 + 0 is 0, and equal
+
+    # To nearest, ties to even, as torch rounds: the up bias of float32 goes to an output of 16 bits.
+    for dtype, middle in ((torch.bfloat16, 1 << 15), (torch.float16, 1 << 12)):
+        every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).float()
+        bits = every[every.isfinite()].view(torch.int32)
+        bias = torch.cat([bits + shift for shift in (0, 1, middle - 1, middle, middle + 1)] + [bits[:3]])
+        bias = bias.view(torch.float32)
+        layout = AdapterLayout(len(bias), 1, False, False)
+        packed = torch.zeros(1, layout.numel)
+        layout.unpack(packed)["up_bias"][0] = bias
+        with backends.use_backend("cpu"):
+            out = ops.adapter(torch.zeros(1, layout.d, dtype=dtype), packed, layout, "relu")
+        assert torch.equal(out[0], bias.to(dtype)), dtype
 
 
 def test_sixteen_bits():
