@@ -243,9 +243,10 @@ def test_sweep(data):
     """Shapes, dtypes, layouts, activations and norm options, against float64 by the one rule."""
     draw = data.draw
     torch.manual_seed(draw(st.integers(0, 2**31), label="seed"))
-    # A layer norm over one or two numbers loses everything to cancellation in any arithmetic.
+    # A layer norm over few numbers loses what it has to cancellation in any arithmetic: with d = 4 and both norms the
+    # reference itself in float32 breaks the rule in one draw of 200.
     layout = AdapterLayout(
-        draw(st.integers(4, 40), label="d"),
+        draw(st.integers(8, 40), label="d"),
         draw(st.integers(1, 12), label="b"),
         draw(st.booleans()),
         draw(st.booleans()),
