@@ -74,10 +74,10 @@ void backward_block(const Problem& p, const Weights<S>& w, const Block<S>& block
 }
 
 // Rows whose sums one part holds: a function of their number alone, so that any number of threads adds in the same
-// order.
+// order. One block where there are few, or a thread would have them all.
 inline int64_t part_length(int64_t n) {
-  const int64_t even = (n + 63) / 64;
-  return even <= 2 * BLOCK ? 2 * BLOCK : (even + BLOCK - 1) / BLOCK * BLOCK;
+  const int64_t even = (n + 63) / 64, least = n <= 4 * BLOCK ? BLOCK : 2 * BLOCK;
+  return even <= least ? least : (even + BLOCK - 1) / BLOCK * BLOCK;
 }
 
 template <class S>

@@ -35,6 +35,16 @@ struct Finish {
     }
   }
 
+  // Eight sums side by side: one alone waits for each addition before the next.
+  static double total(const float* v, int64_t n) {
+    double lane[8] = {};
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8)
+      for (int64_t k = 0; k < 8; ++k) lane[k] += v[i + k];
+    for (; i < n; ++i) lane[0] += v[i];
+    return ((lane[0] + lane[1]) + (lane[2] + lane[3])) + ((lane[4] + lane[5]) + (lane[6] + lane[7]));
+  }
+
   void down_columns(int64_t from, int64_t n) const {
     const int64_t d = l.d, b = l.b;
     const float* wd = packed + l.down_weight();
@@ -58,7 +68,7 @@ struct Finish {
     }
   }
 
-  // d[W_u | b_u]^T but for the mean over its columns, in place of A^T; the sums for that mean are added to `column`.
+  // d[W_u | b_u]^T but for the mean over its columns, in place of A^T; the sums for that mean go to `column`.
   void up_columns(int64_t from, int64_t n, double* column) const {
     const int64_t d = l.d, b = l.b, c = b + 1;
     for (int64_t j = 0; j < (l.post_norm ? c + 1 : c); ++j) reduce(sums.up + j * d + from, n);
@@ -82,8 +92,7 @@ struct Finish {
     const auto rows = rows_of<float>(wa.data(), c, SLICE);
     sums_by_column<Scaled<F32>>(Coefficients<float>{sums.inner, c, 1}, c, c, rows.data(), n,
                                 Subtract{sums.up + from, d});
-    for (int64_t j = 0; j < c; ++j)
-      for (int64_t i = 0; i < n; ++i) column[j] += sums.up[j * d + from + i];
+    for (int64_t j = 0; j < c; ++j) column[j] = total(sums.up + j * d + from, n);
   }
 
   // The same less its mean, transposed to where it belongs.

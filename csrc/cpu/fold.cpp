@@ -75,21 +75,18 @@ HF_INLINE void fold_down(const float* packed, const AdapterLayout& l, T* wd, flo
   }
 }
 
-// wa = [W_u | b_u] less its column means, zero-padded; the means to `mean` [k] in float64.
-HF_INLINE void centre(const float* packed, const AdapterLayout& l, int64_t k, double* __restrict wa,
-                      double* __restrict mean) {
+// wa = [W_u | b_u] in float64, zero-padded; its column means to `mean` [k].
+HF_INLINE void widen_up(const float* packed, const AdapterLayout& l, int64_t k, double* __restrict wa,
+                        double* __restrict mean) {
   const float *w = packed + l.up_weight(), *b_u = packed + l.up_bias();
   std::fill(mean, mean + k, 0.0);
-  for (int64_t i = 0; i < l.d; ++i, w += l.b) {
-    double* __restrict row = wa + i * k;
-    for (int64_t j = 0; j < l.b; ++j) row[j] = w[j];
-    row[l.b] = b_u[i];
-    for (int64_t j = l.b + 1; j < k; ++j) row[j] = 0.0;
-    for (int64_t j = 0; j < k; ++j) mean[j] += row[j];
+  for (int64_t i = 0; i < l.d; ++i, w += l.b, wa += k) {
+    for (int64_t j = 0; j < l.b; ++j) wa[j] = w[j];
+    wa[l.b] = b_u[i];
+    for (int64_t j = l.b + 1; j < k; ++j) wa[j] = 0.0;
+    for (int64_t j = 0; j < k; ++j) mean[j] += wa[j];
   }
   for (int64_t j = 0; j < k; ++j) mean[j] /= double(l.d);
-  for (int64_t i = 0; i < l.d; ++i)
-    for (int64_t j = 0; j < k; ++j) wa[i * k + j] -= mean[j];
 }
 
 // gram += A^T A over `rows` rows, columns [i, i + kTile) against [j, j + N vectors).
@@ -107,16 +104,12 @@ HF_INLINE void gram_tile(const double* a, int64_t k, int64_t rows, int64_t i, in
     for (int n = 0; n < N; ++n) *reinterpret_cast<Vec*>(gram + (i + t) * k + j + n * kLanes) += sum[t][n];
 }
 
-// The upper triangle of A^T A (and, in its tiles, a little of the lower, which nobody reads).
-HF_INLINE void gram_matrix(const double* a, int64_t d, int64_t k, double* gram) {
-  std::fill(gram, gram + k * k, 0.0);
-  for (int64_t r = 0; r < d; r += kBlock) {
-    const int64_t rows = std::min(kBlock, d - r);
-    for (int64_t i = 0; i < k; i += kTile) {
-      int64_t j = i / kLanes * kLanes;
-      for (; j + 2 * kLanes <= k; j += 2 * kLanes) gram_tile<2>(a + r * k, k, rows, i, j, gram);
-      if (j < k) gram_tile<1>(a + r * k, k, rows, i, j, gram);
-    }
+// The upper triangle of A^T A (and, in its tiles, a little of the lower, which nobody reads), added to gram.
+HF_INLINE void gram_block(const double* a, int64_t rows, int64_t k, double* gram) {
+  for (int64_t i = 0; i < k; i += kTile) {
+    int64_t j = i / kLanes * kLanes;
+    for (; j + 2 * kLanes <= k; j += 2 * kLanes) gram_tile<2>(a, k, rows, i, j, gram);
+    if (j < k) gram_tile<1>(a, k, rows, i, j, gram);
   }
 }
 
@@ -149,33 +142,95 @@ HF_INLINE double power_of_two(double m) {
   return std::ldexp(1.0, std::min(std::max(std::ilogb(m), -126), 126));
 }
 
-// wg = (gamma * Wc / s)^T in T, s a power of two for each column; bg = gamma * bc.
-template <typename T>
-HF_INLINE void scale_up(const float* packed, const AdapterLayout& l, int64_t k, const Scratch& s, T* __restrict wg,
-                        float* __restrict bg, float* __restrict scale) {
-  const float* gamma = packed + l.post_gamma();
-  double* __restrict largest = s.column + k, * __restrict poison = s.column + 2 * k;
-  std::fill(largest, largest + 2 * k, 0.0);
-  for (int64_t i = 0; i < l.d; ++i) {
-    double* __restrict row = s.wa + i * k;
-    for (int64_t j = 0; j < k; ++j) {
-      row[j] *= gamma[i];
-      largest[j] = std::max(largest[j], std::fabs(row[j]));
-      poison[j] += row[j] * 0.0;  // NaN where an entry is NaN, which a maximum may drop, or infinite
+// wa less its means, its Gram matrix, then wa times gamma, a block of rows at a time while they are in the first
+// cache. Column by column, the largest magnitude of the last goes to `largest` [k]: NaN where an entry is not finite.
+HF_INLINE void centre_and_scale(const float* gamma, int64_t d, int64_t k, const Scratch& s, double* __restrict largest,
+                                double* __restrict poison) {
+  std::fill(s.gram, s.gram + k * k, 0.0);
+  std::fill(largest, largest + k, 0.0);
+  std::fill(poison, poison + k, 0.0);
+  for (int64_t first = 0; first < d; first += kBlock) {
+    const int64_t rows = std::min(kBlock, d - first);
+    double* __restrict block = s.wa + first * k;
+    const double* __restrict mean = s.column;
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < k; ++j) block[i * k + j] -= mean[j];
+    gram_block(block, rows, k, s.gram);
+    for (int64_t i = 0; i < rows; ++i) {
+      const double factor = gamma[first + i];
+      for (int64_t j = 0; j < k; ++j) {
+        const double v = block[i * k + j] * factor;
+        block[i * k + j] = v;
+        largest[j] = std::max(largest[j], std::fabs(v));
+        poison[j] += v * 0.0;  // a maximum may drop a NaN
+      }
     }
-    bg[i] = float(row[l.b]);
   }
-  for (int64_t j = 0; j < l.b; ++j) {
-    const double power = power_of_two(largest[j] + poison[j]);
-    scale[j] = float(power);
-    largest[j] = 1.0 / power;  // exact
+  for (int64_t j = 0; j < k; ++j) largest[j] += poison[j];
+}
+
+typedef float Row __attribute__((vector_size(kLanes * sizeof(float)), aligned(sizeof(float)), may_alias));
+
+// The transpose of eight rows of eight numbers.
+HF_INLINE void transpose(Row* r) {
+  Row t[kLanes];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    t[2 * i] = __builtin_shufflevector(r[2 * i], r[2 * i + 1], 0, 8, 2, 10, 4, 12, 6, 14);
+    t[2 * i + 1] = __builtin_shufflevector(r[2 * i], r[2 * i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
   }
-  // Eight columns at a time: their numbers lie side by side in s.wa, and go to eight rows.
-  for (int64_t first = 0; first < l.b; first += kLanes) {
-    const int64_t last = std::min(first + kLanes, l.b);
-    for (int64_t i = 0; i < l.d; ++i)
-      for (int64_t j = first; j < last; ++j) wg[j * l.d + i] = rounded<T>(float(s.wa[i * k + j] * largest[j]));
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const int p = i / 2 * 4 + i % 2;
+    r[p] = __builtin_shufflevector(t[p], t[p + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+    r[p + 2] = __builtin_shufflevector(t[p], t[p + 2], 2, 3, 10, 11, 6, 7, 14, 15);
   }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    t[i] = __builtin_shufflevector(r[i], r[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    t[i + 4] = __builtin_shufflevector(r[i], r[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kLanes; ++i) r[i] = t[i];
+}
+
+// Compilers take a loop over a vector's lanes apart, one by one; hence the overloads.
+HF_INLINE void store_rounded(Row v, float* to) { *reinterpret_cast<Row*>(to) = v; }
+HF_INLINE void store_rounded(Row v, BF16* to) {
+  typedef uint32_t Bits __attribute__((vector_size(kLanes * sizeof(uint32_t))));
+  typedef uint16_t Half __attribute__((vector_size(kLanes * sizeof(uint16_t)), aligned(sizeof(uint16_t)), may_alias));
+  const Bits u = reinterpret_cast<Bits>(v), rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  const Bits nan = reinterpret_cast<Bits>(v != v);
+  *reinterpret_cast<Half*>(to) = __builtin_convertvector((nan & 0x7fc0) | (~nan & rounded), Half);
+}
+HF_INLINE void store_rounded(Row v, F16* to) {
+  float lanes[kLanes];
+  *reinterpret_cast<Row*>(lanes) = v;
+  for (int64_t i = 0; i < kLanes; ++i) to[i] = rounded<F16>(lanes[i]);
+}
+
+// wg [b, d] = (wa / s)^T in T, s a power of two for each column; bg = wa's last column.
+template <typename T>
+HF_INLINE void store_up(const AdapterLayout& l, int64_t k, const double* wa, const double* inverse, T* __restrict wg,
+                        float* __restrict bg) {
+  for (int64_t i = 0; i < l.d; ++i) bg[i] = float(wa[i * k + l.b]);
+  const int64_t whole_d = l.d / kLanes * kLanes, whole_b = l.b / kLanes * kLanes;
+  for (int64_t j = 0; j < whole_b; j += kLanes) {
+    const Vec factor = *reinterpret_cast<const Vec*>(inverse + j);
+    for (int64_t i = 0; i < whole_d; i += kLanes) {
+      Row rows[kLanes];
+#pragma GCC unroll 8
+      for (int64_t r = 0; r < kLanes; ++r)
+        rows[r] = __builtin_convertvector(*reinterpret_cast<const Vec*>(wa + (i + r) * k + j) * factor, Row);
+      transpose(rows);
+#pragma GCC unroll 8
+      for (int64_t r = 0; r < kLanes; ++r) store_rounded(rows[r], wg + (j + r) * l.d + i);
+    }
+    for (int64_t r = j; r < j + kLanes; ++r)
+      for (int64_t i = whole_d; i < l.d; ++i) wg[r * l.d + i] = rounded<T>(float(wa[i * k + r] * inverse[r]));
+  }
+  for (int64_t j = whole_b; j < l.b; ++j)
+    for (int64_t i = 0; i < l.d; ++i) wg[j * l.d + i] = rounded<T>(float(wa[i * k + j] * inverse[j]));
 }
 
 template <typename T>
@@ -192,11 +247,17 @@ HF_INLINE void fold_one(const float* packed, const AdapterLayout& l, const Folde
   }
   const int64_t k = padded(l);
   const Scratch s(base, l);
-  centre(packed, l, k, s.wa, s.column);
+  widen_up(packed, l, k, s.wa, s.column);
   for (int64_t j = 0; j <= l.b; ++j) out.mean[j] = float(s.column[j]);
-  gram_matrix(s.wa, l.d, k, s.gram);
+  double *largest = s.column + k, *inverse = largest + k;
+  centre_and_scale(packed + l.post_gamma(), l.d, k, s, largest, inverse);
   square_root(s.gram, l.d, k, l.b + 1, out.root);
-  scale_up(packed, l, k, s, wg, up_bias, out.scale);
+  for (int64_t j = 0; j < l.b; ++j) {
+    const double power = power_of_two(largest[j]);
+    out.scale[j] = float(power);
+    inverse[j] = 1.0 / power;  // exact
+  }
+  store_up<T>(l, k, s.wa, inverse, wg, up_bias);
   std::copy(packed + l.post_beta(), packed + l.post_beta() + l.d, up_bias + l.d);
 }
 
