@@ -288,6 +288,24 @@ def test_rounding_is_unbiased():
     check_rounding_is_unbiased()
 
 
+def test_the_up_bias_is_not_rounded():
+    """Where bfloat16 products take it, it goes in as two halves. Here it outweighs the rest, with a gradient along it;
+    beside the reference's fold, because eager rounds more than the bias."""
+    torch.manual_seed(5)
+    layout = AdapterLayout(256, 8)
+    packed = torch.randn(1, layout.numel) * 0.05
+    parts = layout.unpack(packed)
+    sign = torch.where(torch.arange(256) % 2 == 0, 1.0, -1.0)
+    parts["post_gamma"].fill_(1)
+    parts["up_bias"][0] = (1 + 2**-8 - 2**-12) * sign
+    x, g = torch.randn(512, 256).bfloat16(), (sign + 0.1 * torch.randn(512, 256)).bfloat16()
+    exact_x, exact = x.double().requires_grad_(), packed.double().requires_grad_()
+    truth = torch.autograd.grad(reference.adapter(exact_x, exact, layout, "silu"), (exact_x, exact), g.double())
+    mine, folded = (run(x, g, packed, layout, "silu", None, backend) for backend in ("cpu", "reference"))
+    for name, k, e, t in zip(("dx", "dpacked"), mine[1:], folded[1:], truth):
+        assert_accurate(k, e, t, name)
+
+
 def test_sixteen_bits():
     check_sixteen_bits()
 
