@@ -39,6 +39,10 @@ class Backend(abc.ABC):
     def refuses(self, request: Request) -> str | None:
         """Why this request can't be served, with the cure; None where it can. Only asked of an available backend."""
 
+    def passes(self, request: Request) -> str | None:
+        """Why ``auto`` leaves to others what this backend could serve; None where it does not."""
+        return None
+
     @property
     def serves(self) -> list[str]:
         """The ops this backend has kernels for."""

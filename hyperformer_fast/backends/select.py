@@ -14,13 +14,13 @@ import torch
 from .base import OPS, AbsentBackend, Backend, Request
 from .cpu import CpuBackend
 from .reference import ReferenceBackend
+from .triton import TritonBackend
 
 ENVIRONMENT_VARIABLE = "HYPERFORMER_FAST_BACKEND"
 
 #: In the order in which ``auto`` prefers them; a backend refuses what is not its device's.
 _BACKENDS: dict[str, Backend] = {
-    backend.name: backend
-    for backend in (AbsentBackend("cuda"), AbsentBackend("triton"), CpuBackend(), ReferenceBackend())
+    backend.name: backend for backend in (AbsentBackend("cuda"), TritonBackend(), CpuBackend(), ReferenceBackend())
 }
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("hyperformer_fast_backend", default=None)
@@ -73,11 +73,12 @@ def _select(choice: str, request: Request) -> Backend:
         if reason is not None:
             raise RuntimeError(f"backend {choice!r} cannot serve {request.op}: {reason}")
         return _BACKENDS[choice]
-    return next(backend for backend in _BACKENDS.values() if _refusal(backend, request) is None)
+    return next(backend for backend in _BACKENDS.values() if _refusal(backend, request, choice) is None)
 
 
-def _refusal(backend: Backend, request: Request) -> str | None:
-    return backend.unavailable() or backend.refuses(request)
+def _refusal(backend: Backend, request: Request, choice: str = "") -> str | None:
+    reason = backend.unavailable() or backend.refuses(request)
+    return reason or (backend.passes(request) if choice == "auto" else None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +118,7 @@ def explain(
         device, dtype, d = x.device, x.dtype, x.shape[-1]
     request = Request(op, torch.device(device).type, dtype, d, b)
     choice = current_backend()
-    refusals = {name: _refusal(backend, request) for name, backend in _BACKENDS.items()}
+    refusals = {name: _refusal(backend, request, choice) for name, backend in _BACKENDS.items()}
     willing = [name for name, reason in refusals.items() if reason is None]
     chosen = (willing[0] if choice == "auto" else choice if choice in willing else None) if willing else None
     passed_over = f"{chosen} is preferred" if choice == "auto" else f"{choice} was asked for"

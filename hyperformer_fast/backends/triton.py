@@ -1,0 +1,101 @@
+"""Triton kernels on an NVIDIA or AMD GPU; in Triton's interpreter, for tests, on a CPU."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from .. import reference as truth
+from ..layout import AdapterLayout
+from ..reference import Folded, Saved
+from .base import FullBackend, Request
+
+#: Read by Triton itself when a kernel is decorated: set it before the first call.
+INTERPRET_VARIABLE = "TRITON_INTERPRET"
+
+#: Beyond it R h~ (b^2 a row) is no longer small beside the two projections (2 d b).
+LARGEST_BOTTLENECK = 128
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter."""
+    return os.environ.get(INTERPRET_VARIABLE, "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+@functools.cache
+def _kernels():
+    """The kernels. They import triton (half a second), so only a call that needs them does."""
+    from ..kernels import entry
+
+    if interpreted():
+        from ..kernels import interpreter
+
+        interpreter.mend()
+        interpreter.check()
+    return entry
+
+
+class TritonBackend(FullBackend):
+    """float32, bfloat16 and float16 for b up to 128; float64 is left to the reference. Rows whose last dimension is
+    contiguous are read where they lie; others are copied once."""
+
+    name = "triton"
+
+    def unavailable(self) -> str | None:
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed: pip install 'triton>=3.6,<3.10'; or use backend 'auto' or 'reference'"
+        if not interpreted() and not torch.cuda.is_available():
+            return (
+                "torch sees no CUDA or HIP device; use backend 'auto', "
+                f"or set {INTERPRET_VARIABLE}=1 to run the kernels, slowly, in Triton's interpreter"
+            )
+        return None
+
+    def refuses(self, request: Request) -> str | None:
+        device = "cpu" if interpreted() else "cuda"
+        if request.device != device:
+            return f"the inputs are on {request.device}, not on {device}"
+        if request.dtype not in _DTYPES:
+            return f"dtype {request.dtype} is not float32, bfloat16 or float16; use backend 'auto' or 'reference'"
+        if request.b > LARGEST_BOTTLENECK:
+            return f"bottleneck {request.b} is beyond {LARGEST_BOTTLENECK}; use backend 'auto' or 'reference'"
+        return None
+
+    def passes(self, request: Request) -> str | None:
+        return "its interpreter is for tests: ask for it by name" if interpreted() else None
+
+    def generate_weights(self, E: Tensor, G: Tensor, g0: Tensor) -> Tensor:
+        with torch.autocast(E.device.type, enabled=False):
+            return truth.generate_weights(E, G, g0)
+
+    def fold(self, packed: Tensor, layout: AdapterLayout, dtype: torch.dtype) -> Folded:
+        with torch.autocast(packed.device.type, enabled=False):
+            return truth.fold(packed, layout, dtype)
+
+    def adapter_forward(
+        self, x: Tensor, folded: Folded, layout: AdapterLayout, activation: str, task_index: Tensor | None, save: bool
+    ) -> tuple[Tensor, Saved]:
+        return _kernels().adapter_forward(x, folded, layout, activation, task_index, save)
+
+    def adapter_backward(
+        self,
+        g: Tensor,
+        x: Tensor,
+        saved: Saved,
+        packed: Tensor,
+        folded: Folded,
+        layout: AdapterLayout,
+        activation: str,
+        task_index: Tensor | None,
+        need_dx: bool,
+        need_dpacked: bool,
+    ) -> tuple[Tensor, Tensor]:
+        return _kernels().adapter_backward(
+            g, x, saved, packed, folded, layout, activation, task_index, need_dx, need_dpacked
+        )

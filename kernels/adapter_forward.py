@@ -1,0 +1,196 @@
+"""``adapter_forward`` in Triton: one program for BM rows of one sample (docs/design.md).
+
+x is read once: where a tile of whole rows fits in registers (KEEP) it stays there between the two projections; a wider
+one is read again from the second-level cache.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..activations import ACTIVATIONS
+from ..layout import AdapterLayout
+from ..reference import EPS, Folded, Saved
+from . import tiles
+from .common import (
+    LENGTHS,
+    activate,
+    device_guard,
+    load_rows,
+    load_vector,
+    load_weight,
+    matmul_precision,
+    normalised,
+    padded,
+    root_rows,
+    row_start,
+    rows_of,
+    store_rows,
+    task_of,
+)
+
+
+@triton.jit
+def _merge_statistics(x, k, mean, squares, D: tl.constexpr, BK: tl.constexpr):
+    """Mean and sum of squared deviations of the columns so far, with those of chunk k (Chan, Golub and LeVeque
+    1983)."""
+    column = k * BK + tl.arange(0, BK)
+    seen = k * BK
+    count = tl.minimum(D - seen, BK)
+    x = x.to(tl.float32)
+    chunk_mean = tl.sum(x, 1) / count
+    centred = x - chunk_mean[:, None]
+    if D % BK:
+        centred = tl.where((column < D)[None, :], centred, 0.0)
+    step = chunk_mean - mean
+    share = count / (seen + count)
+    squares += tl.sum(centred * centred, 1) + step * step * (seen * share)
+    return mean + step * share, squares
+
+
+@triton.jit
+def _finished(x, y, base, k, row_ok, task, valid, D: tl.constexpr, BK: tl.constexpr, MIXED: tl.constexpr):
+    """Write x + y; x itself, bit for bit, where the sample has no task; NaN where it has one that is not there."""
+    out = (x.to(tl.float32) + y).to(x.dtype)
+    if MIXED:
+        out = tl.where(task == -1, x, tl.where(valid, out, float("nan")))
+    store_rows(base, out, k, row_ok, D, BK)
+
+
+@triton.jit
+def _branch(w, r, WG, GB, BETA, k, D: tl.constexpr, BW: tl.constexpr, BB: tl.constexpr, BK: tl.constexpr,
+            POST: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """What the adapter adds to columns k*BK .. of x."""
+    y = tl.dot(w, load_weight(WG, k, D, BW, BB, BK), input_precision=PRECISION)
+    if POST:
+        y += r[:, None] * load_vector(GB, k, D, BK)[None, :] + load_vector(BETA, k, D, BK)[None, :]
+    else:
+        y += load_vector(GB, k, D, BK)[None, :]
+    return y
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def adapter_forward_kernel(
+    X, OUT, Z, R, PRE_MEAN, PRE_RSTD, WD, WG, VECTORS, SCALE, ROOT, TASK, M, T, stride_sample, stride_row,
+    D: tl.constexpr, BW: tl.constexpr, EPS: tl.constexpr, ACT: tl.constexpr, PRE: tl.constexpr, POST: tl.constexpr,
+    SAVE: tl.constexpr, MIXED: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    BB: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    NK: tl.constexpr = (D + BK - 1) // BK
+    V: tl.constexpr = BW + 2 * D if POST else BW + D
+    per_sample = (M + BM - 1) // BM
+    sample = tl.program_id(0) // per_sample
+    row = (tl.program_id(0) - sample * per_sample) * BM + tl.arange(0, BM)
+    row_ok = row < M
+    task, weights, valid = task_of(TASK, sample, T, MIXED)
+    x_rows = X + row_start(sample, row, stride_sample, stride_row, ALIGN)
+    flat = sample.to(tl.int64) * M + row
+    WD += weights * (BW * D)
+    WG += weights * (BW * D)
+    VECTORS += weights * V
+    j = tl.arange(0, BB)
+
+    kept = ()
+    if PRE:
+        mean = tl.zeros((BM,), tl.float32)
+        squares = tl.zeros((BM,), tl.float32)
+        if KEEP:
+            for k in tl.static_range(NK):
+                x = load_rows(x_rows, k, row_ok, D, BK)
+                kept = kept + (x,)
+                mean, squares = _merge_statistics(x, k, mean, squares, D, BK)
+        else:
+            for k in range(NK):
+                x = load_rows(x_rows, k, row_ok, D, BK)
+                mean, squares = _merge_statistics(x, k, mean, squares, D, BK)
+        rstd = tl.rsqrt(squares / D + EPS)
+
+    z = tl.zeros((BM, BB), tl.float32)
+    if KEEP:
+        for k in tl.static_range(NK):
+            if PRE:
+                x = normalised(kept[k], mean, rstd, k, D, BK)
+            else:
+                x = load_rows(x_rows, k, row_ok, D, BK)
+                kept = kept + (x,)
+            z = tl.dot(x, tl.trans(load_weight(WD, k, D, BW, BB, BK)), z, input_precision=PRECISION)
+    else:
+        for k in range(NK):
+            x = load_rows(x_rows, k, row_ok, D, BK)
+            if PRE:
+                x = normalised(x, mean, rstd, k, D, BK)
+            z = tl.dot(x, tl.trans(load_weight(WD, k, D, BW, BB, BK)), z, input_precision=PRECISION)
+    z += tl.load(VECTORS + j, mask=j < BW, other=0.0)[None, :]
+    # the backward sees the rounded z: both must have one h
+    z = z.to(X.dtype.element_ty)
+    h = activate(z.to(tl.float32), ACT)
+    r = tl.zeros((BM,), tl.float32)
+    w = h
+    if POST:
+        q, last, _ = root_rows(h, ROOT + weights * ((BW + 1) * (BW + 1)), BW, BB)
+        r = tl.rsqrt(tl.sum(q * q, 1) + last * last + EPS)
+        # scaled in float32 before it is rounded: r h may pass float16's range, the scaled row does not
+        w = h * tl.load(SCALE + weights * BW + j, mask=j < BW, other=0.0)[None, :] * r[:, None]
+    w = w.to(X.dtype.element_ty)
+
+    out_rows = OUT + flat * D
+    if KEEP:
+        for k in tl.static_range(NK):
+            y = _branch(w, r, WG, VECTORS + BW, VECTORS + BW + D, k, D, BW, BB, BK, POST, PRECISION)
+            _finished(kept[k], y, out_rows, k, row_ok, task, valid, D, BK, MIXED)
+    else:
+        for k in range(NK):
+            y = _branch(w, r, WG, VECTORS + BW, VECTORS + BW + D, k, D, BW, BB, BK, POST, PRECISION)
+            x = load_rows(x_rows, k, row_ok, D, BK)
+            _finished(x, y, out_rows, k, row_ok, task, valid, D, BK, MIXED)
+
+    if SAVE:
+        absent = tl.where(task == -1, 0.0, float("nan"))
+        if MIXED:
+            z = tl.where(valid, z, absent.to(z.dtype))
+        tl.store(Z + flat[:, None] * BW + j[None, :], z, mask=row_ok[:, None] & (j < BW)[None, :])
+        if POST:
+            tl.store(R + flat, tl.where(valid, r, absent), mask=row_ok)
+        if PRE:
+            tl.store(PRE_MEAN + flat, tl.where(valid, mean, absent), mask=row_ok)
+            tl.store(PRE_RSTD + flat, tl.where(valid, rstd, absent), mask=row_ok)
+
+
+def adapter_forward(
+    x: Tensor, folded: Folded, layout: AdapterLayout, activation: str, task_index: Tensor | None, save: bool
+) -> tuple[Tensor, Saved]:
+    """``reference.adapter_forward`` for x [..., d] in float32, bfloat16 or float16 and T >= 0 adapters; nothing is read
+    back from the device."""
+    d, b, pre, post = layout.d, layout.b, layout.pre_norm, layout.post_norm
+    lead = x.shape[:-1]
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    statistics = (
+        torch.empty(lead if save and on else 0, dtype=torch.float32, device=x.device) for on in (post, pre, pre)
+    )
+    saved = Saved(torch.empty((*lead, b) if save else 0, dtype=x.dtype, device=x.device), *statistics)
+    rows = rows_of(x, task_index)
+    if rows.B == 0 or rows.M == 0:
+        return out, saved
+    wd, wg, vectors, scale, root = readable(folded)
+    tile = tiles.forward(d, b, x.dtype, pre, tiles.architecture(x.device))
+    with device_guard(x):
+        adapter_forward_kernel[(rows.B * triton.cdiv(rows.M, tile.BM),)](
+            rows.data, out, *saved, wd, wg, vectors, scale, root, task_index,
+            rows.M, folded.wd.shape[0], rows.stride_sample, rows.stride_row,
+            D=d, BW=b, EPS=EPS, ACT=ACTIVATIONS.index(activation), PRE=pre, POST=post, SAVE=save,
+            MIXED=task_index is not None, ALIGN=rows.align, PRECISION=matmul_precision(x.dtype),
+            BB=padded(b), BM=tile.BM, BK=tile.BK, KEEP=tile.keep,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    return out, saved
+
+
+def readable(folded: Folded) -> tuple[Tensor, ...]:
+    """wd, wg, vectors, scale, root as kernels take them: contiguous, the exact ones float32, and never without a row
+    (a sample whose task is out of range reads row 0, and throws away what it gets)."""
+    parts = folded[:5] if folded.wd.shape[0] else [part.new_zeros(1, *part.shape[1:]) for part in folded[:5]]
+    weights, exact = parts[:2], parts[2:]
+    return *(part.contiguous() for part in weights), *(part.float().contiguous() for part in exact)

@@ -1,0 +1,255 @@
+"""The weight gradients of ``adapter_backward`` in Triton: partial sums over fixed stretches of rows, then dpacked.
+
+``weights_kernel``  one program for BK columns of one task over one stretch of rows: dz^T xhat, (r h~)^T g and sum g;
+                    one further program per stretch has the sums without a d-wide side: M, (r h~)^T s, sum dz.
+``finish_kernel``   adds the partial sums in order and composes the packed gradient.
+
+A program takes the rows of its own task alone, so no sort and no count of rows per task is needed, and the host knows
+nothing of ``task_index``. The column mean that C subtracts from the up-projection's gradient (docs/design.md) needs
+no pass over d: Wa is centred, so it is sum_n s_n (r h~)_n / d with s_n = g_n . gamma.
+
+A stretch's partial sums, float32: down [b, d], up [b, d], up bias [d], sum g [d], M [BB, BB], M's border [BB],
+(r h)^T s [BB], sum dz [BB], M's corner, sum r s.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..layout import AdapterLayout
+from ..reference import Folded, Saved
+from . import tiles
+from .common import (
+    LENGTHS,
+    Rows,
+    activate,
+    load_rows,
+    load_vector,
+    load_weight,
+    matmul_precision,
+    normalised,
+    padded,
+    row_start,
+)
+
+#: Two waves of programs on the largest GPU so far; more stretches than that only make more partial sums.
+_PROGRAMS = 264
+
+
+@triton.jit
+def _row_operand(Z, R, flat, row_ok, BW: tl.constexpr, BB: tl.constexpr, ACT: tl.constexpr, POST: tl.constexpr):
+    """r h (h without a post-norm) and r of some rows, float32; zeros outside."""
+    j = tl.arange(0, BB)
+    ok = row_ok[:, None] & (j < BW)[None, :]
+    h = activate(tl.load(Z + flat[:, None] * BW + j[None, :], mask=ok, other=0.0).to(tl.float32), ACT)
+    r = tl.load(R + flat, mask=row_ok, other=0.0) if POST else tl.where(row_ok, 1.0, 0.0)
+    return h * r[:, None], r
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def weights_kernel(
+    G, X, Z, R, PRE_MEAN, PRE_RSTD, DZ, M2, S, TASK, PART,
+    B, M, T, units_per_split, g_stride_sample, g_stride_row, stride_sample, stride_row,
+    D: tl.constexpr, BW: tl.constexpr, SIZE: tl.constexpr, ACT: tl.constexpr, PRE: tl.constexpr, POST: tl.constexpr,
+    MIXED: tl.constexpr, G_ALIGN: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE_RANGE: tl.constexpr, BB: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    NK: tl.constexpr = (D + BK - 1) // BK
+    SMALL: tl.constexpr = (2 * BW + 2) * D
+    chunk = tl.program_id(0) % (NK + 1)
+    split = tl.program_id(0) // (NK + 1)
+    task = tl.program_id(1)
+    per_sample = (M + BM - 1) // BM
+    first = split * units_per_split
+    last = tl.minimum(first + units_per_split, B * per_sample)
+    PART += (split.to(tl.int64) * T + task) * SIZE
+    j = tl.arange(0, BB)
+    if chunk < NK:
+        column = chunk * BK + tl.arange(0, BK)
+        column_ok = column < D
+        down = tl.zeros((BB, BK), tl.float32)
+        up = tl.zeros((BB, BK), tl.float32)
+        up_bias = tl.zeros((BK,), tl.float32)
+        g_sum = tl.zeros((BK,), tl.float32)
+        for unit in range(first, last):
+            sample = unit // per_sample
+            mine = tl.load(TASK + sample) == task if MIXED else True
+            if mine:
+                row = (unit - sample * per_sample) * BM + tl.arange(0, BM)
+                row_ok = row < M
+                flat = sample.to(tl.int64) * M + row
+                g = load_rows(G + row_start(sample, row, g_stride_sample, g_stride_row, G_ALIGN), chunk, row_ok, D, BK)
+                x = load_rows(X + row_start(sample, row, stride_sample, stride_row, ALIGN), chunk, row_ok, D, BK)
+                if PRE:
+                    mean = tl.load(PRE_MEAN + flat, mask=row_ok, other=0.0)
+                    rstd = tl.load(PRE_RSTD + flat, mask=row_ok, other=0.0)
+                    x = normalised(x, mean, rstd, chunk, D, BK)
+                dz = tl.load(DZ + flat[:, None] * BW + j[None, :], mask=row_ok[:, None] & (j < BW)[None, :], other=0.0)
+                rh, r = _row_operand(Z, R, flat, row_ok, BW, BB, ACT, POST)
+                wide = g.to(tl.float32)
+                down = tl.dot(tl.trans(dz), x, down, input_precision=PRECISION)
+                if WIDE_RANGE:
+                    up = tl.dot(tl.trans(rh), wide, up, input_precision=PRECISION)
+                else:
+                    up = tl.dot(tl.trans(rh.to(g.dtype)), g, up, input_precision=PRECISION)
+                if POST:
+                    up_bias += tl.sum(wide * r[:, None], 0)
+                g_sum += tl.sum(wide, 0)
+        matrix_ok = (j < BW)[:, None] & column_ok[None, :]
+        tl.store(PART + j[:, None] * D + column[None, :], down, mask=matrix_ok)
+        tl.store(PART + BW * D + j[:, None] * D + column[None, :], up, mask=matrix_ok)
+        tl.store(PART + 2 * BW * D + column, up_bias if POST else g_sum, mask=column_ok)
+        tl.store(PART + (2 * BW + 1) * D + column, g_sum, mask=column_ok)
+    else:
+        gram = tl.zeros((BB, BB), tl.float32)
+        border = tl.zeros((BB,), tl.float32)
+        by_gamma = tl.zeros((BB,), tl.float32)
+        dz_sum = tl.zeros((BB,), tl.float32)
+        corner = tl.zeros((BM,), tl.float32)
+        last_by_gamma = tl.zeros((BM,), tl.float32)
+        for unit in range(first, last):
+            sample = unit // per_sample
+            mine = tl.load(TASK + sample) == task if MIXED else True
+            if mine:
+                row = (unit - sample * per_sample) * BM + tl.arange(0, BM)
+                row_ok = row < M
+                flat = sample.to(tl.int64) * M + row
+                ok = row_ok[:, None] & (j < BW)[None, :]
+                dz_sum += tl.sum(tl.load(DZ + flat[:, None] * BW + j[None, :], mask=ok, other=0.0).to(tl.float32), 0)
+                if POST:
+                    rh, r = _row_operand(Z, R, flat, row_ok, BW, BB, ACT, POST)
+                    m2 = tl.load(M2 + flat, mask=row_ok, other=0.0)
+                    s = tl.load(S + flat, mask=row_ok, other=0.0)
+                    gram = tl.dot(tl.trans(rh * m2[:, None]), rh, gram, input_precision="ieee")
+                    border += tl.sum(rh * (m2 * r)[:, None], 0)
+                    by_gamma += tl.sum(rh * s[:, None], 0)
+                    corner += m2 * r * r
+                    last_by_gamma += s * r
+        PART += SMALL
+        tl.store(PART + j[:, None] * BB + j[None, :], gram)
+        tl.store(PART + BB * BB + j, border)
+        tl.store(PART + BB * BB + BB + j, by_gamma)
+        tl.store(PART + BB * BB + 2 * BB + j, dz_sum)
+        tl.store(PART + BB * BB + 3 * BB, tl.sum(corner, 0))
+        tl.store(PART + BB * BB + 3 * BB + 1, tl.sum(last_by_gamma, 0))
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def finish_kernel(
+    PART, PACKED, MEAN, DPACKED, T, splits,
+    D: tl.constexpr, BW: tl.constexpr, P: tl.constexpr, SIZE: tl.constexpr, DOWN_BIAS: tl.constexpr,
+    UP: tl.constexpr, UP_BIAS: tl.constexpr, GAMMA: tl.constexpr, PRE_GAMMA: tl.constexpr,
+    PRE: tl.constexpr, POST: tl.constexpr, BB: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """One program for BK columns of one task. The part offsets within ``packed`` are constants of the layout."""
+    SMALL: tl.constexpr = (2 * BW + 2) * D
+    chunk = tl.program_id(0)
+    task = tl.program_id(1).to(tl.int64)
+    j = tl.arange(0, BB)
+    j_ok = j < BW
+    column = chunk * BK + tl.arange(0, BK)
+    column_ok = column < D
+    down = tl.zeros((BB, BK), tl.float32)
+    up = tl.zeros((BK, BB), tl.float32)
+    up_bias = tl.zeros((BK,), tl.float32)
+    g_sum = tl.zeros((BK,), tl.float32)
+    gram = tl.zeros((BB, BB), tl.float32)
+    border = tl.zeros((BB,), tl.float32)
+    by_gamma = tl.zeros((BB,), tl.float32)
+    dz_sum = tl.zeros((BB,), tl.float32)
+    corner = tl.zeros((), tl.float32)
+    last_by_gamma = tl.zeros((), tl.float32)
+    for s in range(splits):
+        part = PART + (task + s * T) * SIZE
+        down += load_weight(part, chunk, D, BW, BB, BK)
+        up += tl.load(
+            part + BW * D + j[None, :] * D + column[:, None], mask=column_ok[:, None] & j_ok[None, :], other=0.0
+        )
+        up_bias += load_vector(part + 2 * BW * D, chunk, D, BK)
+        g_sum += load_vector(part + (2 * BW + 1) * D, chunk, D, BK)
+        small = part + SMALL
+        dz_sum += tl.load(small + BB * BB + 2 * BB + j)
+        if POST:
+            gram += tl.load(small + j[:, None] * BB + j[None, :])
+            border += tl.load(small + BB * BB + j)
+            by_gamma += tl.load(small + BB * BB + BB + j)
+            corner += tl.load(small + BB * BB + 3 * BB)
+            last_by_gamma += tl.load(small + BB * BB + 3 * BB + 1)
+
+    packed = PACKED + task * P
+    dpacked = DPACKED + task * P
+    kind = DPACKED.dtype.element_ty
+    up_at = UP + column[:, None] * BW + j[None, :]
+    up_ok = column_ok[:, None] & j_ok[None, :]
+    if POST:
+        mean = MEAN + task * (BW + 1)
+        gamma = load_vector(packed + GAMMA, chunk, D, BK)
+        wa = tl.load(packed + up_at, mask=up_ok, other=0.0).to(tl.float32)
+        wa -= tl.load(mean + j, mask=j_ok, other=0.0)[None, :]
+        wa_bias = load_vector(packed + UP_BIAS, chunk, D, BK) - tl.load(mean + BW)
+        dgamma = tl.sum(wa * up, 1) + wa_bias * up_bias
+        tl.store(dpacked + GAMMA + column, dgamma.to(kind), mask=column_ok)
+        tl.store(dpacked + GAMMA + D + column, g_sum.to(kind), mask=column_ok)
+        product = tl.dot(wa, gram, input_precision="ieee") + wa_bias[:, None] * border[None, :]
+        up = gamma[:, None] * up - product - by_gamma[None, :] / D
+        up_bias = gamma * up_bias - (tl.sum(wa * border[None, :], 1) + wa_bias * corner) - last_by_gamma / D
+    tl.store(dpacked + up_at, up.to(kind), mask=up_ok)
+    tl.store(dpacked + UP_BIAS + column, up_bias.to(kind), mask=column_ok)
+    if PRE:
+        wd = load_weight(packed, chunk, D, BW, BB, BK).to(tl.float32)
+        pre_gamma = load_vector(packed + PRE_GAMMA, chunk, D, BK)
+        pre_beta = load_vector(packed + PRE_GAMMA + D, chunk, D, BK)
+        tl.store(dpacked + PRE_GAMMA + column, tl.sum(wd * down, 0).to(kind), mask=column_ok)
+        tl.store(dpacked + PRE_GAMMA + D + column, tl.sum(wd * dz_sum[:, None], 0).to(kind), mask=column_ok)
+        down = down * pre_gamma[None, :] + dz_sum[:, None] * pre_beta[None, :]
+    tl.store(dpacked + j[:, None] * D + column[None, :], down.to(kind), mask=j_ok[:, None] & column_ok[None, :])
+    if chunk == 0:
+        tl.store(dpacked + DOWN_BIAS + j, dz_sum.to(kind), mask=j_ok)
+
+
+def weight_gradients(
+    g: Rows,
+    x: Rows,
+    saved: Saved,
+    per_row: tuple[Tensor, Tensor, Tensor],
+    packed: Tensor,
+    folded: Folded,
+    layout: AdapterLayout,
+    act: int,
+    task_index: Tensor | None,
+) -> Tensor:
+    """dpacked [T, P] in packed's dtype, from what ``rows_kernel`` left of every row: dz, m2 and s = g . gamma."""
+    d, b, pre, post, T = layout.d, layout.b, layout.pre_norm, layout.post_norm, packed.shape[0]
+    BB, dtype, at = padded(b), x.data.dtype, {name: part.start for name, part in layout.slices.items()}
+    tile = tiles.weights(d, b, dtype, pre, tiles.architecture(packed.device))
+    chunks = triton.cdiv(d, tile.BK)
+    units = x.B * triton.cdiv(x.M, tile.BM)
+    splits = max(1, min(triton.cdiv(units, 4), _PROGRAMS // ((chunks + 1) * T)))
+    units_per_split = triton.cdiv(units, splits)
+    splits = triton.cdiv(units, units_per_split)
+    size = (2 * b + 2) * d + BB * BB + 3 * BB + 2
+    size += -size % 4  # keeps every stretch's sums 16-byte aligned
+    part = torch.empty(splits, T, size, dtype=torch.float32, device=packed.device)
+    dpacked = torch.empty_like(packed)
+    # r h may pass float16's range either way: there both operands go as float32 through tf32 products, whose
+    # mantissa is as long
+    wide_range = dtype == torch.float16
+    precision = "tf32" if wide_range and not torch.version.hip else matmul_precision(dtype)
+    common = {"D": d, "BW": b, "SIZE": size, "PRE": pre, "POST": post, "BB": BB}
+    weights_kernel[(splits * (chunks + 1), T)](
+        g.data, x.data, saved.z, saved.r, saved.pre_mean, saved.pre_rstd, *per_row, task_index, part,
+        x.B, x.M, T, units_per_split, g.stride_sample, g.stride_row, x.stride_sample, x.stride_row,
+        ACT=act, MIXED=task_index is not None, G_ALIGN=g.align, ALIGN=x.align, PRECISION=precision,
+        WIDE_RANGE=wide_range, BM=tile.BM, BK=tile.BK, num_warps=tile.warps, num_stages=tile.stages, **common,
+    )  # fmt: skip
+    tile = tiles.finish(d, b)
+    finish_kernel[(triton.cdiv(d, tile.BK), T)](
+        part, packed, folded.mean, dpacked, T, splits,
+        P=layout.numel, DOWN_BIAS=at["down_bias"], UP=at["up_weight"], UP_BIAS=at["up_bias"],
+        GAMMA=at.get("post_gamma", 0), PRE_GAMMA=at.get("pre_gamma", 0),
+        BK=tile.BK, num_warps=tile.warps, num_stages=tile.stages, **common,
+    )  # fmt: skip
+    return dpacked
