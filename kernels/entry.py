@@ -2,5 +2,7 @@
 
 from .adapter_backward import adapter_backward
 from .adapter_forward import adapter_forward
+from .fold import fold
+from .generate import generate_weights
 
-__all__ = ["adapter_backward", "adapter_forward"]
+__all__ = ["adapter_backward", "adapter_forward", "fold", "generate_weights"]

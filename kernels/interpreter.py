@@ -8,15 +8,13 @@ bfloat16 itself, which our kernels never do, is an error. :func:`check` fails wh
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import numpy as np
 import torch
 import triton
 import triton.language as tl
 from triton.runtime import interpreter
-
-#: Ops of the interpreter that compute with values; on bit patterns they would be wrong without a word.
-_ARITHMETIC = ("add", "sub", "mul", "div", "rem", "minimumf", "maximumf", "minnumf", "maxnumf", "neg")
 
 
 def bits_of(values: np.ndarray) -> np.ndarray:
@@ -33,8 +31,8 @@ def values_of(bits: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def mend() -> None:
-    """Install it, once, for this process."""
+def mend() -> dict[str, Callable]:
+    """Install it, once, for this process. Returns what it replaced, by name."""
     builder = interpreter.InterpreterBuilder
     Handle = interpreter.TensorHandle
     cast, fp_to_fp, dot, binary = (
@@ -64,8 +62,11 @@ def mend() -> None:
             raise TypeError(f"{op.__name__} on bfloat16: convert to float32 first")
         return binary(self, lhs, rhs, op)
 
+    plain = {}
     for change in (cast_impl, create_fp_to_fp, create_dot, binary_op):
+        plain[change.__name__] = getattr(builder, change.__name__)
         setattr(builder, change.__name__, change)
+    return plain
 
 
 @triton.jit

@@ -56,3 +56,14 @@ def weights(d: int, b: int, dtype: torch.dtype, pre_norm: bool, arch: int) -> Ti
 @functools.cache
 def finish(d: int, b: int) -> Tile:
     return Tile(0, 32, 4)
+
+
+@functools.cache
+def generate(k: int, dtype: torch.dtype) -> Tile:
+    """BM rows of a generator; BK covers k where it can, and G's piece then stays on chip."""
+    return Tile(64, min(64, max(16, 1 << (k - 1).bit_length())), 4)
+
+
+@functools.cache
+def fold(d: int, b: int) -> Tile:
+    return Tile(0, 32, 4 if b <= 64 else 8)

@@ -1,0 +1,69 @@
+"""``generate_weights`` in Triton: the adapters of a whole stack, for all tasks, in one launch.
+
+One program for BP rows of one generator: it reads its piece of G once and meets every embedding with it, so that G,
+by far the largest operand, crosses memory once per step.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import tiles
+from .common import LENGTHS, device_guard, matmul_precision
+
+
+@triton.jit
+def _tile(base, row, row_ok, k, K: tl.constexpr, BK: tl.constexpr):
+    """[rows, BK]: columns k*BK .. of rows of K numbers; zeros outside."""
+    column = k * BK + tl.arange(0, BK)
+    mask = row_ok[:, None] & (column < K)[None, :] if K % BK else row_ok[:, None]
+    return tl.load(base + row.to(tl.int64)[:, None] * K + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def generate_kernel(
+    E, G, G0, PACKED, n, P: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+    BN: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    NK: tl.constexpr = (K + BK - 1) // BK
+    generator = tl.program_id(1).to(tl.int64)
+    p = tl.program_id(0) * BP + tl.arange(0, BP)
+    p_ok = p < P
+    E += generator * n * K
+    G += generator * P * K
+    PACKED += generator * n * P
+    bias = tl.load(G0 + generator * P + p, mask=p_ok, other=0.0).to(tl.float32)
+    if NK == 1:
+        held = tl.trans(_tile(G, p, p_ok, 0, K, BK))
+    for start in range(0, n, BN):
+        i = start + tl.arange(0, BN)
+        i_ok = i < n
+        total = tl.zeros((BN, BP), tl.float32)
+        if NK == 1:
+            total = tl.dot(_tile(E, i, i_ok, 0, K, BK), held, total, input_precision=PRECISION)
+        else:
+            for k in range(NK):
+                piece = tl.trans(_tile(G, p, p_ok, k, K, BK))
+                total = tl.dot(_tile(E, i, i_ok, k, K, BK), piece, total, input_precision=PRECISION)
+        value = (total + bias[None, :]).to(PACKED.dtype.element_ty)
+        tl.store(PACKED + i.to(tl.int64)[:, None] * P + p[None, :], value, mask=i_ok[:, None] & p_ok[None, :])
+
+
+def generate_weights(E: Tensor, G: Tensor, g0: Tensor) -> Tensor:
+    """``reference.generate_weights`` for E [Q, n, k], G [Q, P, k], g0 [Q, P] in float32, bfloat16 or float16."""
+    (Q, n, K), P = E.shape, G.shape[1]
+    packed = torch.empty(Q, n, P, dtype=E.dtype, device=E.device)
+    if packed.numel() == 0:
+        return packed
+    if K == 0:
+        return packed.copy_(g0.unsqueeze(1))
+    tile = tiles.generate(K, E.dtype)
+    with device_guard(E):
+        generate_kernel[(triton.cdiv(P, tile.BM), Q)](
+            E.contiguous(), G.contiguous(), g0.contiguous(), packed, n, P=P, K=K, PRECISION=matmul_precision(E.dtype),
+            BN=32, BP=tile.BM, BK=tile.BK, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    return packed
