@@ -1,0 +1,85 @@
+"""The public functions and the registered ops with every call forced to the Triton kernels; and the golden outputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from support.cases import random_packed
+from test_official import CASES, load_case, relative_error
+from test_ops import (  # noqa: F401
+    static,
+    test_any_number_of_rows,
+    test_autocast_changes_nothing,
+    test_compiles_in_one_graph_to_the_same_bits,
+    test_hyper_adapter_is_its_parts,
+    test_inference_saves_nothing,
+    test_nan_propagates,
+    test_opcheck_adapter,
+    test_opcheck_generate,
+    test_second_derivatives_are_refused,
+    test_several_tasks_equal_one_by_one,
+    test_stride_zero_gradient,
+    test_training_saves_only_x_z_and_r,
+    test_zero_samples_with_tasks,
+)
+
+from hyperformer_fast import backends
+from hyperformer_fast.kernels import interpreter
+from hyperformer_fast.layout import AdapterLayout
+
+
+def test_every_call_is_forced():
+    assert backends.current_backend() == "triton"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck_fold(dtype):
+    layout = AdapterLayout(13, 4, True, True)
+    op = torch.ops.hyperformer_fast.fold.default
+    torch.library.opcheck(op, (random_packed(layout, 6).view(2, 3, -1).float(), *static(layout)[:4], dtype))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
+def test_golden_outputs_and_gradients(case):
+    """The authors' numbers, in float32: no further off than the reference backend, but for rounding."""
+
+    def errors(backend):
+        stack, tensors = load_case(case)
+        stack.float()
+        found = {}
+        with backends.use_backend(backend):
+            for name in [name for name in tensors if name.startswith("x.")]:
+                _, task, layer, position = name.split(".")
+                x = tensors[name].float().requires_grad_()
+                out = stack(x, task, int(layer), position)
+                found[f"y.{name[2:]}"] = relative_error(out.detach(), tensors[f"y.{name[2:]}"])
+                out.backward(tensors[f"v.{name[2:]}"].float())
+                found[f"dx.{name[2:]}"] = relative_error(x.grad, tensors[f"dx.{name[2:]}"])
+        return found
+
+    mine, plain = errors("triton"), errors("reference")
+    for name, error in mine.items():
+        assert error <= 4 * plain[name] + 8 * torch.finfo(torch.float32).eps, name
+
+
+def test_the_mend_notices_another_interpreter(monkeypatch):
+    interpreter.check()
+    for name, plain in interpreter.mend().items():
+        if name in ("cast_impl", "create_dot"):
+            with monkeypatch.context() as changed:
+                changed.setattr(interpreter.interpreter.InterpreterBuilder, name, plain)
+                with pytest.raises(RuntimeError, match="is not the one"):
+                    interpreter.check()
+
+
+def test_arithmetic_on_bfloat16_itself_is_an_error():
+    with pytest.raises(Exception, match="convert to float32 first"):
+        _doubled[(1,)](torch.ones(16, dtype=torch.bfloat16))
+
+
+@triton.jit
+def _doubled(A):
+    i = tl.arange(0, 16)
+    tl.store(A + i, tl.load(A + i) + tl.load(A + i))

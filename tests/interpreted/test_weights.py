@@ -1,0 +1,92 @@
+"""``generate_weights`` and ``fold`` against the float64 truth; their memory accesses."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from support.cases import HOSTILE, hostile_packed, random_packed
+from support.tolerance import assert_accurate
+from support.watch import watch
+from test_ops import DTYPES
+
+from hyperformer_fast import reference
+from hyperformer_fast.backends.triton import TritonBackend
+from hyperformer_fast.layout import AdapterLayout
+
+NORMS = list(itertools.product([False, True], repeat=2))
+FOLDED = reference.Folded._fields
+
+
+@pytest.fixture(autouse=True)
+def _watched():
+    with watch() as seen:
+        yield seen
+
+
+@pytest.mark.parametrize(("Q", "n", "P", "k"), [(1, 24, 200, 64), (2, 35, 65, 5), (3, 1, 7, 130), (1, 3, 64, 1)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_generate(Q, n, P, k, dtype):
+    E, G, g0 = (torch.randn(shape).to(dtype) for shape in ((Q, n, k), (Q, P, k), (Q, P)))
+    truth = reference.generate_weights(E.double(), G.double(), g0.double())
+    mine = TritonBackend().generate_weights(E, G, g0)
+    assert mine.dtype == dtype
+    assert_accurate(mine, reference.generate_weights(E, G, g0), truth)
+    assert torch.equal(mine, TritonBackend().generate_weights(E.mT.contiguous().mT, G, g0))
+
+
+def test_generate_of_nothing():
+    for Q, n, P, k in ((0, 2, 3, 4), (1, 0, 3, 4), (1, 2, 3, 0)):
+        E, G, g0 = torch.randn(Q, n, k), torch.randn(Q, P, k), torch.randn(Q, P)
+        assert torch.equal(TritonBackend().generate_weights(E, G, g0), reference.generate_weights(E, G, g0))
+
+
+def assert_folded(mine, truth, dtype, name):
+    """Each part rounded once from float64: half a unit of its dtype, and what a rounded float64 sum may add."""
+    for part, k, t in zip(FOLDED, mine, truth):
+        assert k.shape == t.shape and k.is_contiguous(), f"{name}: {part}"
+        assert k.dtype == (dtype if part in ("wd", "wg") else torch.float32), f"{name}: {part}"
+        if not t.numel():
+            continue
+        smallest = torch.finfo(k.dtype).smallest_normal * torch.finfo(k.dtype).eps  # of the subnormal numbers
+        error = (k.double() - t).abs()
+        assert (error <= 0.51 * torch.finfo(k.dtype).eps * t.abs() + smallest + 1e-13 * t.abs().max()).all(), (
+            f"{name}: {part} off by {error.max():.1e}"
+        )
+
+
+@pytest.mark.parametrize(("pre", "post"), NORMS)
+@pytest.mark.parametrize(("d", "b", "lead"), [(40, 3, (2, 3)), (64, 16, (1,)), (97, 33, (2,)), (768, 24, ())])
+def test_fold(d, b, lead, pre, post):
+    layout = AdapterLayout(d, b, pre, post)
+    packed = random_packed(layout, 6)[: max(1, torch.Size(lead).numel())].reshape(*lead, -1).float()
+    truth = reference.fold(packed.double(), layout, torch.float64)
+    for dtype in DTYPES:
+        assert_folded(TritonBackend().fold(packed, layout, dtype), truth, dtype, f"{dtype}")
+    half = packed.bfloat16()
+    truth = reference.fold(half.double(), layout, torch.float64)
+    assert_folded(TritonBackend().fold(half, layout, torch.bfloat16), truth, torch.bfloat16, "bfloat16 masters")
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_fold_of_hostile_weights(kind):
+    layout = AdapterLayout(96, 12)
+    packed = hostile_packed(kind, layout).float()
+    mine = TritonBackend().fold(packed, layout, torch.float32)
+    truth = reference.fold(packed.double(), layout, torch.float64)
+    root, expected = mine.root.double(), truth.root
+    gram, gram_truth = root.mT @ root, expected.mT @ expected
+    norms = gram_truth.diagonal(dim1=-2, dim2=-1).sqrt()
+    assert ((gram - gram_truth).abs() <= 1e-6 * norms.unsqueeze(-1) * norms.unsqueeze(-2) + 1e-12).all()
+    for name in ("wd", "wg", "vectors", "scale", "mean"):
+        k, t = getattr(mine, name).double(), getattr(truth, name)
+        assert (k - t).abs().max() <= 1e-6 * t.abs().max(), name
+
+
+def test_fold_of_nothing_and_of_nan():
+    layout = AdapterLayout(20, 3)
+    assert TritonBackend().fold(random_packed(layout)[:0].float(), layout, torch.float32).wd.shape == (0, 3, 20)
+    packed = random_packed(layout).float()
+    layout.unpack(packed)["up_weight"][0, 5, 1] = float("nan")
+    assert TritonBackend().fold(packed, layout, torch.float32).root.isnan().any()
