@@ -45,17 +45,22 @@ def forward(d: int, b: int, dtype: torch.dtype, pre_norm: bool, arch: int) -> Ti
 
 @functools.cache
 def backward(d: int, b: int, dtype: torch.dtype, pre_norm: bool, arch: int) -> Tile:
-    return forward(d, b, dtype, pre_norm, arch)
+    # Two more row operands than the forward live beside the kept rows, so there are half as many.
+    if dtype == torch.float32:
+        return Tile(32, 32, 4)
+    if b <= 64 and d <= 2048:
+        return Tile(16, 128, 4 if b <= 16 and d <= 512 else 8, keep=True)
+    return Tile(32, 64, 4)
 
 
 @functools.cache
 def weights(d: int, b: int, dtype: torch.dtype, pre_norm: bool, arch: int) -> Tile:
-    return Tile(32, 64, 4) if dtype == torch.float32 or b > 64 else Tile(64, 64, 4)
+    return Tile(32, 64, 4)
 
 
 @functools.cache
 def finish(d: int, b: int) -> Tile:
-    return Tile(0, 32, 4)
+    return Tile(0, 32, 8)
 
 
 @functools.cache
@@ -66,4 +71,4 @@ def generate(k: int, dtype: torch.dtype) -> Tile:
 
 @functools.cache
 def fold(d: int, b: int) -> Tile:
-    return Tile(0, 32, 4 if b <= 64 else 8)
+    return Tile(0, 64 if b <= 16 else 32, 4 if b <= 32 else 8)
