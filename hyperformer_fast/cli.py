@@ -110,6 +110,15 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--model", metavar="PATH_OR_NAME", help="where the run's T5 is now")
 
     command("params", "what each variant trains on T5-small and T5-base")
+    tune = command(
+        "tune", "find the fastest tiles of the Triton kernels on this GPU", "Writes a table that later runs read."
+    )
+    tune.add_argument("--d", type=int, nargs="+", default=[768], metavar="N", help="widths of the T5 (default: 768)")
+    tune.add_argument("--b", type=int, nargs="+", default=[24], metavar="N", help="bottlenecks (default: 24)")
+    tune.add_argument("--dtypes", nargs="+", default=["bf16"], choices=("bf16", "fp16", "fp32"), help="default: bf16")
+    tune.add_argument("--pre-norm", action="store_true", help="adapters with a norm before them")
+    tune.add_argument("--rows", type=int, default=16384, metavar="N", help="to time with (default: 16384)")
+    tune.add_argument("--out", metavar="FILE.json", help="default: the table that runs read")
     doctor = command("doctor", "versions, what was built, which backend serves what")
     doctor.add_argument("--json", action="store_true", help="one JSON object")
     doctor.add_argument("--no-check", action="store_true", help="do not run the backends against the reference")
@@ -219,7 +228,16 @@ def _doctor(options: argparse.Namespace) -> int:
     return doctor([f"--{name}" for name in ("json", "no-check") if getattr(options, name.replace("-", "_"))])
 
 
-_COMMANDS = {"train": _train, "evaluate": _evaluate, "predict": _predict, "params": _params, "doctor": _doctor}
+def _tune(options: argparse.Namespace) -> None:
+    from .tuning import main as tune
+
+    out = Path(options.out) if options.out else None
+    tune(options.d, options.b, options.dtypes, options.pre_norm, options.rows, out)
+
+
+_COMMANDS = {
+    "train": _train, "evaluate": _evaluate, "predict": _predict, "params": _params, "doctor": _doctor, "tune": _tune,
+}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

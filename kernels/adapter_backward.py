@@ -28,6 +28,7 @@ from .common import (
     matmul_precision,
     normalised,
     padded,
+    root_product,
     root_rows,
     row_start,
     rows_of,
@@ -106,10 +107,12 @@ def rows_kernel(
     if POST:
         h = activate(z, ACT)
         r = tl.load(R + flat, mask=row_ok, other=0.0)
-        q, last, root = root_rows(h, ROOT + weights * ((BW + 1) * (BW + 1)), BW, BB)
+        root = ROOT + weights * ((BW + 1) * (BW + 1))
+        q, _ = root_rows(h, root, BW, BM, BB)
+        u = root_product(q, root, tl.zeros((BM, BB), tl.float32), False, BW, BM, BB)
         t = t * tl.load(SCALE + weights * BW + j, mask=j_ok, other=0.0)[None, :]
         m2 = (tl.sum(t * h, 1) + along_bias) * r / D
-        dh = r[:, None] * (t - (m2 * D * r)[:, None] * tl.dot(q, root, input_precision="ieee"))
+        dh = r[:, None] * (t - (m2 * D * r)[:, None] * u)
     dz = (dh * activate_grad(z, ACT)).to(X.dtype.element_ty)
     if NEED_SUMS:
         tl.store(DZ + flat[:, None] * BW + j[None, :], dz, mask=row_ok[:, None] & j_ok[None, :])

@@ -130,7 +130,7 @@ def adapter_forward_kernel(
     r = tl.zeros((BM,), tl.float32)
     w = h
     if POST:
-        q, last, _ = root_rows(h, ROOT + weights * ((BW + 1) * (BW + 1)), BW, BB)
+        q, last = root_rows(h, ROOT + weights * ((BW + 1) * (BW + 1)), BW, BM, BB)
         r = tl.rsqrt(tl.sum(q * q, 1) + last * last + EPS)
         # scaled in float32 before it is rounded: r h may pass float16's range, the scaled row does not
         w = h * tl.load(SCALE + weights * BW + j, mask=j < BW, other=0.0)[None, :] * r[:, None]

@@ -135,15 +135,38 @@ def normalised(x, mean, rstd, k, D: tl.constexpr, BK: tl.constexpr):
 
 
 @triton.jit
-def root_rows(h, base, BW: tl.constexpr, BB: tl.constexpr):
-    """The first b entries of q = R [h ; 1] for rows h [BM, BB], the last one, and R_b [BB, BB]: never in tf32, because
-    columns that nearly cancel in h meet here."""
+def some_columns(a, c, M: tl.constexpr, K: tl.constexpr):
+    """Columns 16c .. 16c+15 of a [M, K]."""
+    pieces = tl.reshape(a, (M, K // 16, 16))
+    mine = tl.arange(0, K // 16) == c
+    return tl.sum(tl.where(mine[None, :, None], pieces, 0.0), 1)
+
+
+@triton.jit
+def root_product(a, base, start, TRANSPOSED: tl.constexpr, BW: tl.constexpr, M: tl.constexpr, BB: tl.constexpr):
+    """start + a R_b for a [M, BB], or a R_b^T; R [b+1, b+1] at ``base``, R_b all of it but its last row and column.
+
+    Never in tf32: columns that nearly cancel meet here. Sixteen columns of ``a`` at a time, because a float32 product
+    without tensor cores holds both operands in registers, and a bottleneck of 64 would spill."""
     j = tl.arange(0, BB)
-    ok = j < BW
-    upper = tl.load(base + j[:, None] * (BW + 1) + j[None, :], mask=ok[:, None] & ok[None, :], other=0.0)
-    last_column = tl.load(base + j * (BW + 1) + BW, mask=ok, other=0.0)
-    q = tl.dot(h, tl.trans(upper), input_precision="ieee") + last_column[None, :]
-    return q, tl.load(base + (BW + 1) * (BW + 1) - 1), upper
+    for c in range(BB // 16):
+        i = c * 16 + tl.arange(0, 16)
+        ok = (i < BW)[:, None] & (j < BW)[None, :]
+        if TRANSPOSED:
+            piece = tl.load(base + j[None, :] * (BW + 1) + i[:, None], mask=ok, other=0.0)
+        else:
+            piece = tl.load(base + i[:, None] * (BW + 1) + j[None, :], mask=ok, other=0.0)
+        start = tl.dot(some_columns(a, c, M, BB), piece, start, input_precision="ieee")
+    return start
+
+
+@triton.jit
+def root_rows(h, base, BW: tl.constexpr, M: tl.constexpr, BB: tl.constexpr):
+    """The first b entries of q = R [h ; 1] for rows h [M, BB], and the last one, which all rows have in common."""
+    j = tl.arange(0, BB)
+    bias = tl.load(base + j * (BW + 1) + BW, mask=j < BW, other=0.0)
+    q = root_product(h, base, tl.zeros((M, BB), tl.float32) + bias[None, :], True, BW, M, BB)
+    return q, tl.load(base + (BW + 1) * (BW + 1) - 1)
 
 
 class Rows(NamedTuple):

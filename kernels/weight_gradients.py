@@ -33,6 +33,7 @@ from .common import (
     normalised,
     padded,
     row_start,
+    some_columns,
 )
 
 #: Two waves of programs on the largest GPU so far; more stretches than that only make more partial sums.
@@ -193,7 +194,10 @@ def finish_kernel(
         dgamma = tl.sum(wa * up, 1) + wa_bias * up_bias
         tl.store(dpacked + GAMMA + column, dgamma.to(kind), mask=column_ok)
         tl.store(dpacked + GAMMA + D + column, g_sum.to(kind), mask=column_ok)
-        product = tl.dot(wa, gram, input_precision="ieee") + wa_bias[:, None] * border[None, :]
+        product = wa_bias[:, None] * border[None, :]
+        for c in range(BB // 16):
+            gram_rows = tl.trans(some_columns(gram, c, BB, BB))  # symmetric: its columns are its rows
+            product = tl.dot(some_columns(wa, c, BK, BB), gram_rows, product, input_precision="ieee")
         up = gamma[:, None] * up - product - by_gamma[None, :] / D
         up_bias = gamma * up_bias - (tl.sum(wa * border[None, :], 1) + wa_bias * corner) - last_by_gamma / D
     tl.store(dpacked + up_at, up.to(kind), mask=up_ok)

@@ -1,0 +1,161 @@
+"""``hyperformer-fast tune``: try tiles of the Triton kernels on this GPU, and write down which were fastest.
+
+The table is by (kernel, d, b, dtype, pre-norm, architecture). It is made at one number of rows and serves all: no call
+ever tunes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .backends.triton import TritonBackend
+from .layout import AdapterLayout
+
+#: Of the rule's time, below which another tile takes its place: less is a measurement's own spread.
+GAIN = 0.97
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def candidates(kernel: str) -> list:
+    """Tiles worth a try for a rule of ``kernels/tiles.py``."""
+    from .kernels.tiles import Tile
+
+    plain = [Tile(*shape) for shape in itertools.product((16, 32, 64), (32, 64, 128), (4, 8), (1, 2, 3))]
+    if kernel == "weights":
+        return plain
+    return plain + [Tile(BM, BK, warps, 2, True) for BM, BK, warps in itertools.product((16, 32), (64, 128), (4, 8))]
+
+
+def on_the_gpu(call: Callable[[], object]) -> float:
+    """Median seconds of a call, by events, after a warm-up."""
+    for _ in range(5):
+        call()
+    times = []
+    for _ in range(25):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return sorted(times)[len(times) // 2]
+
+
+def calls(layout: AdapterLayout, dtype: torch.dtype, rows: int, device: str) -> dict[str, Callable[[], list[Tensor]]]:
+    """By rule: what runs that kernel, and returns what it computes."""
+    backend = TritonBackend()
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    packed = (draw(1, layout.numel) * 0.05).to(device)
+    layout.unpack(packed)["post_gamma" if layout.post_norm else "up_bias"].add_(1)
+    x, g = (draw(rows, layout.d).to(dtype).to(device) for _ in range(2))
+    folded = backend.fold(packed, layout, dtype)
+    _, saved = backend.adapter_forward(x, folded, layout, "gelu_new", None, True)
+
+    def backward(need_dx: bool, need_dpacked: bool) -> list[Tensor]:
+        found = backend.adapter_backward(g, x, saved, packed, folded, layout, "gelu_new", None, need_dx, need_dpacked)
+        return [part for part in found if part.numel()]
+
+    return {
+        "forward": lambda: [backend.adapter_forward(x, folded, layout, "gelu_new", None, True)[0]],
+        "backward": lambda: backward(True, False),
+        "weights": lambda: backward(False, True),
+    }
+
+
+def _agrees(mine: list[Tensor], expected: list[Tensor], dtype: torch.dtype) -> bool:
+    """Up to another order of sums and one rounding; every number finite."""
+    near = lambda a, b: (a.double() - b.double()).norm() <= 4 * torch.finfo(dtype).eps * b.double().norm()  # noqa: E731
+    return all(bool(near(a, b)) for a, b in zip(mine, expected, strict=True))
+
+
+def tune(
+    layout: AdapterLayout,
+    dtype: torch.dtype,
+    rows: int,
+    timer: Callable[[Callable[[], object]], float] = on_the_gpu,
+    device: str = "cuda",
+    tiles_of: Callable[[str], list] = candidates,
+    tried: Callable[[str], object] = lambda line: None,
+) -> dict[str, dict]:
+    """The tiles that beat the rules' here, as entries of a table. One that does not compile, does not fit on the GPU or
+    computes something else is passed over.
+
+    Args:
+        layout: of the adapter. dtype: of x. rows: how many the timings are made with.
+        timer: seconds of a call. tried: is told of each tile.
+    """
+    from .kernels import tiles
+
+    arch, entries = tiles.architecture(torch.device(device)), {}
+    facts = layout.d, layout.b, dtype, layout.pre_norm, arch
+    for kernel, call in calls(layout, dtype, rows, device).items():
+        rule = getattr(tiles, kernel).rule(*facts)
+        with tiles.forced(kernel, rule):
+            expected, least = call(), timer(call) * GAIN
+        best = None
+        for tile in tiles_of(kernel):
+            with tiles.forced(kernel, tile):
+                try:
+                    seconds = timer(call) if _agrees(call(), expected, dtype) else None
+                except Exception as error:  # Triton's own, ptxas's, out of shared memory: all mean "not this one"
+                    tried(f"{kernel} {tuple(tile)}: {type(error).__name__}")
+                    continue
+            tried(
+                f"{kernel} {tuple(tile)}: {'wrong' if seconds is None else f'{least / GAIN / seconds:.2f}x the rule'}"
+            )
+            if seconds is not None and seconds < least:
+                best, least = tile, seconds
+        if best is not None:
+            entries[tiles.key(kernel, *facts)] = best._asdict()
+    return entries
+
+
+def merge(path: Path, entries: dict[str, dict], device: str) -> int:
+    """Write ``entries`` over those in ``path``, whole or not at all. Returns how many there are then."""
+    from .kernels import tiles
+
+    everything = {name: tile._asdict() for name, tile in tiles.read(path).items()} | entries
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps({"device": device, "tiles": dict(sorted(everything.items()))}, indent=1) + "\n")
+    os.replace(temporary, path)
+    return len(everything)
+
+
+def main(widths: list[int], bottlenecks: list[int], dtypes: list[str], pre_norm: bool, rows: int, out: Path | None):
+    """Tune every combination and write the table.
+
+    Raises:
+        ValueError: there is no GPU to tune for, or the table that is there is not one.
+    """
+    from rich.progress import Progress
+
+    if not torch.cuda.is_available():
+        raise ValueError("tune times kernels on a GPU, and torch sees no CUDA or HIP device")
+    if reason := TritonBackend().unavailable():
+        raise ValueError(reason)
+    from .kernels import tiles
+
+    path = out or tiles.table_path()
+    tiles.read(path)  # an unreadable one should be known of now, not after minutes
+    combinations = list(itertools.product(widths, bottlenecks, dtypes))
+    with Progress() as progress:
+        total = sum(len(candidates(kernel)) for kernel in ("forward", "backward", "weights"))
+        for d, b, dtype in combinations:
+            task = progress.add_task(f"d={d} b={b} {dtype}", total=total)
+            entries = tune(
+                AdapterLayout(d, b, pre_norm), DTYPES[dtype], rows,
+                tried=lambda line, task=task: progress.update(task, advance=1, description=line),
+            )  # fmt: skip
+            count = merge(path, entries, torch.cuda.get_device_name())
+            progress.update(task, description=f"d={d} b={b} {dtype}: {len(entries)} of 3 better than the rules")
+    print(f"{path}: {count} tiles; read at the next start" + (f" with {tiles.TABLE_VARIABLE}={path}" if out else ""))
