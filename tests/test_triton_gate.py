@@ -1,0 +1,57 @@
+"""What the Triton kernels compile to, for GPUs that are not there (benchmarks/triton_gate.py has every combination)."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton, which is not installed"),
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"),
+]
+
+
+@pytest.fixture(scope="module")
+def triton_gate():
+    path = Path(__file__).parents[1] / "benchmarks/triton_gate.py"
+    spec = importlib.util.spec_from_file_location("triton_gate", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["triton_gate"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(("arch", "dtypes"), [(80, ["bf16"]), (90, ["bf16", "fp16", "fp32"]), (100, ["bf16"])])
+def test_no_spills_and_tensor_cores(triton_gate, arch, dtypes):
+    compiled = list(triton_gate.gate(["base"], dtypes, [arch]))
+    assert len({result.kernel for result in compiled}) == 6
+    recorded = triton_gate.recorded()
+    for result in compiled:
+        assert not triton_gate.faults(result), f"{result}: {triton_gate.faults(result)}"
+        assert result.blocks >= recorded[triton_gate.key(result)], f"{result}: fewer blocks than recorded"
+
+
+def test_no_length_is_compiled_in(triton_gate):
+    """A batch of another size, or another number of tasks, must find the kernels that are there."""
+
+    def constants(launch):
+        names = [parameter.name for parameter in launch.kernel.params if parameter.is_constexpr]
+        return launch.kernel.__name__, {name: launch.arguments[name] for name in names}
+
+    def keys(rows, B):
+        return [constants(launch) for launch in triton_gate.launches_of(768, 24, torch.bfloat16, 90, rows=rows, B=B)]
+
+    expected = keys(64, 4)
+    assert len(expected) == 6
+    for rows, B in ((1, 1), (16, 2), (33, 4), (1000, 7)):
+        assert keys(rows, B) == expected
+    for launch in triton_gate.launches_of(768, 24, torch.bfloat16, 90):
+        for parameter in launch.kernel.params:
+            value = launch.arguments[parameter.name]
+            if isinstance(value, int) and not parameter.is_constexpr:
+                assert parameter.do_not_specialize, f"{launch.kernel.__name__} is compiled anew for {parameter.name}"
