@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import math
 from collections import Counter
 from collections.abc import Iterator
 
@@ -11,16 +13,44 @@ import torch
 from triton.runtime import interpreter
 
 
+@dataclasses.dataclass
+class Launch:
+    """What one launch did. Bytes are counted per access, whatever a cache would serve."""
+
+    kernel: str
+    programs: int
+    loaded: Counter[str] = dataclasses.field(default_factory=Counter)  #: bytes, by the kernel's argument
+    stored: Counter[str] = dataclasses.field(default_factory=Counter)
+    touched: dict[int, int] = dataclasses.field(default_factory=dict)  #: bytes of each tensor accessed, by address
+
+    @property
+    def asked(self) -> int:
+        return self.loaded.total() + self.stored.total()
+
+    @property
+    def once(self) -> int:
+        """Bytes of all tensors that were accessed, each counted once."""
+        return sum(self.touched.values())
+
+
 class Watch:
-    """What the launches within :func:`watch` did. Bytes are counted per access, whatever a cache would serve."""
+    """The launches within :func:`watch`, in order, and their sums by argument."""
 
     def __init__(self) -> None:
-        self.loaded: Counter[str] = Counter()  #: bytes, by the kernel's argument
-        self.stored: Counter[str] = Counter()
+        self.launches: list[Launch] = []
         self._tensors: dict[str, torch.Tensor] = {}
         self._written: dict[str, np.ndarray] = {}
 
-    def _launch(self, names, tensors) -> None:
+    @property
+    def loaded(self) -> Counter[str]:
+        return sum((launch.loaded for launch in self.launches), Counter())
+
+    @property
+    def stored(self) -> Counter[str]:
+        return sum((launch.stored for launch in self.launches), Counter())
+
+    def _launch(self, kernel, grid, names, tensors) -> None:
+        self.launches.append(Launch(kernel, math.prod(grid)))
         self._tensors = {n: t for n, t in zip(names, tensors) if isinstance(t, torch.Tensor) and t.numel()}
         self._written = {}
 
@@ -28,11 +58,14 @@ class Watch:
         addresses = np.broadcast_to(pointers, mask.shape)[mask].astype(np.int64)
         if not addresses.size:
             return
-        counts = self.loaded if kind == "load" else self.stored
+        launch = self.launches[-1]
+        counts = launch.loaded if kind == "load" else launch.stored
         owner, offset = self._owner(addresses)
         assert owner is not None, f"a {kind} outside every tensor that the kernel was given"
         assert not (offset % itemsize).any(), f"a misaligned {kind}"
         counts[owner] += addresses.size * itemsize
+        tensor = self._tensors[owner]
+        launch.touched[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
         if kind == "store":
             size = self._tensors[owner].untyped_storage().nbytes()
             written = self._written.setdefault(owner, np.full(size // itemsize, -1))
@@ -72,7 +105,7 @@ def watch() -> Iterator[Watch]:
             return plain.store(pointers, value, mask)
 
     def launched(self, *args, **kwargs):
-        seen._launch(self.arg_names, args)
+        seen._launch(self.fn.__name__.removesuffix("_kernel"), self.grid, self.arg_names, args)
         return call(self, *args, **kwargs)
 
     interpreter._interpreter, interpreter.GridExecutor.__call__ = Watched(), launched
