@@ -3,6 +3,7 @@
 # make test-matrix   the tests on the oldest and the newest transformers
 # make test-packaging  every way to build and install, in virtual environments of their own
 # make sanitize      the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer (g++)
+# make race          the Triton kernels on a CPU under ttsem: accesses out of bounds, races between programs
 # make lint          ruff
 # make clean         remove what the above left
 # Each sets up what it needs, once: .venv from requirements/lock.txt, with the package built in place.
@@ -22,7 +23,7 @@ BUILD_INPUTS := $(shell find csrc build_tools -type f \( -name '*.py' -o -name '
 export PYTHONSAFEPATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-matrix test-packaging sanitize lint setup clean
+.PHONY: demo test test-matrix test-packaging sanitize race lint setup clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.built
@@ -40,6 +41,10 @@ test-packaging: $(VENV)/.built
 
 sanitize: $(VENV)/.installed
 	$(VENV)/bin/python scripts/sanitize.py
+
+race: $(VENV)/.built
+	$(VENV)/bin/python -m pip install --quiet --no-deps --ignore-requires-python ttsem==0.1.0
+	$(VENV)/bin/python scripts/race.py
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
