@@ -24,21 +24,22 @@ class Case:
     """One adapter and its input.
 
     Args:
-        N: rows; d width; b bottleneck; dtype of x.
+        N: rows; d width; b bottleneck; dtype of x; device of everything.
     """
 
     N: int
     d: int
     b: int
     dtype: torch.dtype
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
         draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
         self.layout = AdapterLayout(self.d, self.b)
-        self.packed = draw(1, self.layout.numel) * 0.05
+        self.packed = (draw(1, self.layout.numel) * 0.05).to(self.device)
         self.layout.unpack(self.packed)["post_gamma"].add_(1)
-        self.x, self.g = (draw(self.N, self.d).to(self.dtype) for _ in range(2))
+        self.x, self.g = (draw(self.N, self.d).to(self.dtype).to(self.device) for _ in range(2))
 
     @property
     def forward_flops(self) -> int:
@@ -106,7 +107,7 @@ def _adapters_library(case: Case) -> Apply:
         ):
             for parameter, name in zip((layer.weight, layer.bias), names.split()):
                 parameter.copy_(w[name])
-    module.to(case.dtype)
+    module.to(case.device, case.dtype)
     parameters = list(module.parameters())
 
     def apply(x: Tensor, packed: Tensor) -> Tensor:
@@ -116,9 +117,17 @@ def _adapters_library(case: Case) -> Apply:
     return apply
 
 
+def _graphed(case: Case) -> Apply:
+    if not case.device.startswith("cuda"):
+        raise ImportError("CUDA graphs need a GPU")
+    torch._dynamo.reset()
+    return torch.compile(_eager(case), dynamic=False, mode="reduce-overhead")
+
+
 PROVIDERS: dict[str, Callable[[Case], Apply]] = {
     "eager": _eager,
     "torch.compile": _compiled,
+    "torch.compile, CUDA graphs": _graphed,
     "adapters": _adapters_library,
     "hyperformer_fast": _ours,
 }

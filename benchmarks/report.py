@@ -2,7 +2,7 @@
 beside them.
 
     python benchmarks/report.py [--sizes T5-base] [--rows 1024 4096] [--reductions 32] [--dtypes fp32 bf16] [--rounds
-    15] [--output DIR]
+    15] [--device cuda] [--output DIR]
 
 Every result is checked against float64 before it is timed. The ceilings are the bytes of a copy and the flops of a
 large product of the same dtype; "of bound" is the larger of the two least times over the time taken. Medians; the
@@ -25,9 +25,13 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def ceilings(case: Case) -> dict[str, Callable[[], object]]:
     """A copy of x into fresh memory, and a square product, of the case's dtype."""
-    n = 1024
-    a, b = (torch.randn(n, n).to(case.dtype) for _ in range(2))
+    a, b = (torch.randn(side(case), side(case)).to(case.dtype).to(case.device) for _ in range(2))
     return {"copy": lambda: torch.empty_like(case.x).copy_(case.x), "product": lambda: a @ b}
+
+
+def side(case: Case) -> int:
+    """Of the product: large enough for the device, and no larger."""
+    return 8192 if case.device.startswith("cuda") else 1024
 
 
 def measure(case: Case, backward: bool, rounds: int) -> dict:
@@ -41,7 +45,7 @@ def measure(case: Case, backward: bool, rounds: int) -> dict:
     copy, product = times.pop("copy"), times.pop("product")
     flops, tensors = case.forward_flops * (3 if backward else 1), 5 if backward else 2
     # a copy reads and writes one [N, d]: half of its time for each that a kernel must touch (x, out; and g, x, dx)
-    bound = max(copy * tensors / 2, flops / (2 * 1024**3 / product))
+    bound = max(copy * tensors / 2, flops / (2 * side(case) ** 3 / product))
     return {
         "N": case.N, "d": case.d, "b": case.b, "dtype": str(case.dtype).removeprefix("torch."), "backward": backward,
         "ratios": {name: t / times["hyperformer_fast"] for name, t in times.items()},
@@ -104,11 +108,12 @@ def main() -> None:
     parser.add_argument("--reductions", nargs="+", type=int, default=[32])
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"], choices=DTYPES)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
-    where, results = machine(), []
+    where, results = machine(options.device), []
     cases = [
-        (Case(N, MODELS[size], MODELS[size] // r, DTYPES[dtype]), backward)
+        (Case(N, MODELS[size], MODELS[size] // r, DTYPES[dtype], options.device), backward)
         for size in options.sizes
         for r in options.reductions
         for dtype in options.dtypes

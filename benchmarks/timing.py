@@ -20,8 +20,14 @@ from hyperformer_fast.backends.cpu import CpuBackend
 RESULTS = Path(__file__).parent / "results"
 
 
-def machine() -> dict[str, str]:
-    """CPU, PyTorch's instruction set and ours, threads, torch."""
+def machine(device: str = "cpu") -> dict[str, str]:
+    """CPU, PyTorch's instruction set and ours, threads, torch; and the GPU, where that is the device."""
+    if device.startswith("cuda"):
+        return {
+            "gpu": torch.cuda.get_device_name(device),
+            "backend": explain("adapter_forward", device=device).chosen or "none",
+            "torch": torch.__version__,
+        }
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -42,6 +48,8 @@ def machine() -> dict[str, str]:
 
 def described(where: dict[str, str]) -> str:
     """One line for the head of a table or a plot."""
+    if "gpu" in where:
+        return f"{where['gpu']}, PyTorch {where['torch']}, ours ({where['backend']})"
     return (
         f"{where['cpu']}, PyTorch {where['torch']} with {where['instruction_set']}, "
         f"ours ({where['backend']}) with {where['our_instruction_set']}, {where['threads']} threads"
@@ -49,14 +57,20 @@ def described(where: dict[str, str]) -> str:
 
 
 def slug(where: dict[str, str]) -> str:
-    """Of a results file: PyTorch's instruction set, the backend, the threads."""
+    """Of a results file: PyTorch's instruction set, the backend, the threads; or the GPU and the backend."""
+    if "gpu" in where:
+        return "-".join([*where["gpu"].lower().split(), where["backend"]])
     return f"{where['instruction_set'].lower()}-{where['backend']}-{where['threads']}threads"
 
 
 def seconds(call: Callable[[], object], repeats: int) -> float:
+    """Per call, and on a GPU until it is done with the last."""
+    settle = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
+    settle()
     start = time.perf_counter()
     for _ in range(repeats):
         call()
+    settle()
     return (time.perf_counter() - start) / repeats
 
 

@@ -26,6 +26,7 @@ pytestmark = pytest.mark.skipif(
         "stack.py --quick",
         "memory.py --quick",
         "training.py --quick",
+        "gpu_report.py --dry-run --parts tests sanitizer kernels memory",
     ],
     ids=lambda command: command.split()[0],
 )
