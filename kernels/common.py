@@ -126,7 +126,7 @@ def load_vector(base, k, D: tl.constexpr, BK: tl.constexpr):
 
 @triton.jit
 def normalised(x, mean, rstd, k, D: tl.constexpr, BK: tl.constexpr):
-    """xhat, zero in the padded columns."""
+    """xhat, zero in the padded columns, where -mean / std could be infinite in float16."""
     column = k * BK + tl.arange(0, BK)
     value = (x.to(tl.float32) - mean[:, None]) * rstd[:, None]
     if D % BK:

@@ -128,7 +128,7 @@ def backward(d: int, b: int, dtype: torch.dtype, pre_norm: bool, arch: int) -> T
             return Tile(16, 32, 4)
         return Tile(32, 32, 4, stages=3 if pre_norm and arch < 90 else 2)
     # Two more row operands than the forward's live beside the kept rows, so there are half as many.
-    if b <= 64 and d <= 2048 and not (pre_norm and arch < 90):
+    if b <= 64 and d <= 2048 and not (pre_norm and 0 < arch < 90):
         return Tile(16, 128, 4 if b <= 32 and d <= 768 else 8, keep=True)
     return Tile(32, 64, 4 if b <= 64 else 8)
 

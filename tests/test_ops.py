@@ -214,6 +214,20 @@ def test_no_task_passes_bit_for_bit(pre, post, dtype):
     assert dpacked[1].isfinite().all() and not dpacked[0].any() and out[[0, 2]].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_forward_goes_on_from_the_z_that_it_keeps(dtype):
+    """Rounded to x's dtype: the backward knows no other. r is of the rounded z to float32's precision, or it is not."""
+    layout = AdapterLayout(96, 12)
+    packed, x = random_packed(layout).float(), torch.randn(40, 96).to(dtype)
+    folded = reference.fold(packed, layout, dtype)
+    op = torch.ops.hyperformer_fast.adapter_forward.default
+    _, z, r, *_ = op(x, packed, *folded, None, *static(layout), True)
+    h = torch.nn.functional.gelu(z.double(), approximate="tanh")
+    h = torch.cat([h, torch.ones(40, 1, dtype=torch.float64)], -1)
+    expected = ((h @ folded.root[0].double().mT).square().sum(-1) + reference.EPS).rsqrt()
+    torch.testing.assert_close(r.double(), expected, rtol=3e-6, atol=0)
+
+
 def test_several_tasks_equal_one_by_one():
     layout = AdapterLayout(16, 4)
     packed = random_packed(layout, 4).float().requires_grad_()

@@ -182,6 +182,22 @@ def test_not_finite_rows_stay_alone(activation):
     assert out[3].isnan().all()  # the NaN went through the bottleneck, not around it
 
 
+def test_a_row_far_from_zero_with_little_spread():
+    """Beyond the last column of such a row -mean / std is more than float16 holds, and infinity times a zero weight is
+    a NaN."""
+    layout = AdapterLayout(2050, 3, True)
+    x = torch.full((2, 2050), 2047.0).half()
+    x[:, 0] = 2046
+    packed = random_packed(layout).float()
+    with backends.use_backend("triton"):
+        out = ops.adapter(x, packed, layout, "gelu_new")
+    assert_accurate(
+        out,
+        reference.adapter(x, packed, layout, "gelu_new"),
+        reference.adapter(x.double(), packed.double(), layout, "gelu_new"),
+    )
+
+
 def test_large_arguments_of_activations():
     layout = AdapterLayout(16, 4, False, False)
     packed = random_packed(layout).float()

@@ -21,6 +21,7 @@ from test_ops import (  # noqa: F401
     test_second_derivatives_are_refused,
     test_several_tasks_equal_one_by_one,
     test_stride_zero_gradient,
+    test_the_forward_goes_on_from_the_z_that_it_keeps,
     test_training_saves_only_x_z_and_r,
     test_zero_samples_with_tasks,
 )
