@@ -63,7 +63,7 @@ def work_of(kernel: str, d: int, b: int, N: int, n: int, programs: int) -> Work:
     if kernel == "weights":
         chunks = -(-d // tiles.weights(d, b, torch.bfloat16, False, 90).BK) + 1
         return Work(4 * N * d * BB, N * (2 * BB * BB + chunks * ACTIVATION * BB + 4 * d))
-    return Work(float32=programs * 32 * 2 * BB * BB)
+    return Work(float32=programs * tiles.finish(d, b).BK * 2 * BB * BB)
 
 
 def predicted(launch: Launch, work: Work) -> tuple[float, str]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import shutil
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -198,15 +200,18 @@ def test_pretraining_saves_and_goes_on(script, tmp_path, monkeypatch, capsys):
     (tmp_path / "a.txt").write_text("Some words of a sentence.\n\nAnd there are more of them.")
     output, partial = tmp_path / "t5", tmp_path / "t5.partial"
 
+    seconds = itertools.count(0, 0.6)  # a step of a hundredth of a minute, however busy the machine
+    monkeypatch.setattr(script, "time", types.SimpleNamespace(perf_counter=lambda: next(seconds)))
+
     def run(minutes):
         arguments = f"x --text-dir {tmp_path} --output {output} --minutes {minutes} --batch-size 2"
         monkeypatch.setattr(sys, "argv", arguments.split())
         script.main()
         return json.loads((partial / "state.json").read_text())
 
-    one = run(1e-6)
+    one = run(0.005)
     first = load_file(output / "model.safetensors")
-    two = run(one["minutes"] + 1e-6)
+    two = run(0.015)
     second = load_file(output / "model.safetensors")
     assert one["step"] == 1 and two["step"] == 2 and two["minutes"] > one["minutes"]
     assert "2 sentences of text, " in capsys.readouterr().out

@@ -157,15 +157,26 @@ def test_hostile_weights(kind):
         assert_accurate(out, plain, truth, kind)
 
 
-@pytest.mark.parametrize("std", [1e-5, 1e-3, 30.0])
-def test_float16_range(std):
+@pytest.mark.parametrize(("shape", "index"), [((1, 300), None), ((7, 40), [1, 0, 1, 1, -1, 0, 1])])
+def test_rows_of_several_stretches(shape, index):
+    """Each row in one partial sum, and each partial sum once."""
+    layout = AdapterLayout(40, 3)
+    x, g = (torch.randn(*shape, 40) for _ in range(2))
+    index = None if index is None else torch.tensor(index)
+    check_against_truth(
+        x, g, random_packed(layout, 1 if index is None else 2).float(), layout, "silu", index, backend="triton"
+    )
+
+
+@pytest.mark.parametrize(("std", "wide"), [(1e-5, 30), (1e-3, 30), (30.0, 30), (1e-7, 1000)])
+def test_float16_range(std, wide):
     """r h and gamma * Wc each leave float16's range here; gradients must not."""
     layout = AdapterLayout(64, 8)
     packed = random_packed(layout).float()
     parts = layout.unpack(packed)
     parts["up_weight"].mul_(std / 0.3)
     parts["up_bias"].mul_(std / 0.3)
-    parts["down_weight"].mul_(30)
+    parts["down_weight"].mul_(wide)
     x, g = (torch.randn(40, 64).half() for _ in range(2))
     check_against_truth(x, g, packed, layout, "gelu_new", None, backend="triton")
 
