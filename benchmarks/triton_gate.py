@@ -71,7 +71,7 @@ class Launch:
 
 @dataclasses.dataclass
 class Compiled:
-    """Machine code in numbers; the last five count instructions, wherever they stand."""
+    """Machine code in numbers; the last six count instructions, wherever they stand."""
 
     kernel: str
     shape: str
@@ -84,6 +84,7 @@ class Compiled:
     blocks: int  #: that fit on a multiprocessor at a time
     spills: int  #: local loads and stores
     tensor: int  #: tensor-core products
+    tf32: int  #: of those, products of float32 rounded to tf32
     wide_loads: int  #: of 16 bytes a thread, asynchronous ones included
     narrow_loads: int
     wide_stores: int
@@ -165,6 +166,7 @@ def measure(binary, arch: int) -> dict[str, int]:
         "blocks": blocks_per_multiprocessor(registers, binary.metadata.shared, binary.metadata.num_warps, arch),
         "spills": count("LDL|STL"),
         "tensor": count("[HD]MMA|HGMMA|UTC.*MMA"),
+        "tf32": count(".*MMA.*TF32"),
         "wide_loads": count(r"(LDG|LDGSTS).*\.128"),
         "narrow_loads": count(r"(LDG|LDGSTS)(?!.*\.128)"),
         "wide_stores": count(r"STG.*\.128"),
@@ -198,6 +200,8 @@ def faults(compiled: Compiled) -> list[str]:
         found.append(f"{compiled.stack} bytes of stack, {compiled.spills} local accesses")
     if compiled.dtype != "fp32" and compiled.kernel in ("adapter_forward", "rows", "weights") and not compiled.tensor:
         found.append("no tensor-core products")
+    if compiled.kernel in ("adapter_forward", "rows") and compiled.tf32:
+        found.append(f"{compiled.tf32} products in tf32, where columns that nearly cancel meet")
     # out or dx in wide pieces; z or dz, and the numbers that a row has one of, are narrow by nature
     if compiled.kernel in ("adapter_forward", "rows") and (not compiled.wide_stores or compiled.narrow_stores > 4):
         found.append(f"{compiled.narrow_stores} narrow stores, {compiled.wide_stores} wide")

@@ -36,6 +36,26 @@ def test_no_spills_and_tensor_cores(triton_gate, arch, dtypes):
         assert result.blocks >= recorded[triton_gate.key(result)], f"{result}: fewer blocks than recorded"
 
 
+def test_faults_are_found(triton_gate):
+    """A tile that spills, and rows whose starts are not aligned."""
+    from hyperformer_fast.kernels import tiles
+
+    with tiles.forced("forward", tiles.Tile(32, 32, 4, 3)):
+        launches = triton_gate.launches_of(768, 24, torch.float32, 80)
+    forward = next(launch for launch in launches if launch.kernel.__name__ == "adapter_forward_kernel")
+    assert triton_gate.measure(triton_gate.compile_launch(forward, 80), 80)["spills"]
+
+    forward = next(
+        launch
+        for launch in triton_gate.launches_of(768, 24, torch.bfloat16, 90)
+        if launch.kernel.__name__ == "adapter_forward_kernel"
+    )
+    aligned = triton_gate.measure(triton_gate.compile_launch(forward, 90), 90)
+    forward.arguments["ALIGN"] = 1
+    ragged = triton_gate.measure(triton_gate.compile_launch(forward, 90), 90)
+    assert ragged["wide_loads"] < aligned["wide_loads"]
+
+
 def test_no_length_is_compiled_in(triton_gate):
     """A batch of another size, or another number of tasks, must find the kernels that are there."""
 
