@@ -114,17 +114,23 @@ def providers(stacks: list[Stack], backward: bool) -> dict[str, Callable[[], obj
     return {who: torch.no_grad()(call) for who, call in forward.items()}
 
 
-def measure(size: str, rounds: int) -> list[dict]:
+def stacks(size: str) -> list[Stack]:
+    """Encoder and decoder."""
     shape = T5_SHAPES[size]
     torch.manual_seed(0)
-    stacks = [Stack(shape["d_model"], shape["num_layers"]) for _ in range(2)]
-    difference = max(stack.difference() for stack in stacks)
+    return [Stack(shape["d_model"], shape["num_layers"]) for _ in range(2)]
+
+
+def measure(size: str, rounds: int) -> list[dict]:
+    both = stacks(size)
+    difference = max(stack.difference() for stack in both)
     results = []
     for backward in (False, True):
-        times = interleaved(providers(stacks, backward), rounds)
+        times = interleaved(providers(both, backward), rounds)
         ratios = {name: times[ORIGINAL] / times[name] for name in (GENERATE, FOLD)}
         results.append({
-            "size": size, "sites": 4 * shape["num_layers"], "backward": backward, "difference": difference, **ratios
+            "size": size, "sites": 4 * T5_SHAPES[size]["num_layers"], "backward": backward, "difference": difference,
+            **ratios,
         })  # fmt: skip
     return results
 

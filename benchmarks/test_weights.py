@@ -1,38 +1,32 @@
-"""Generation and folding of whole stacks: one call for all sites against one call per layer, as the authors' code."""
+"""Generation and folding of whole stacks: one call for all sites against the authors' calls, site by site."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from stack import per_layer, stacks
+from stack import FOLD, GENERATE, ORIGINAL, providers, stacks
 
 from hyperformer_fast import ops
+from hyperformer_fast.backends import use_backend
 from hyperformer_fast.parameters import T5_SHAPES
 
-TASKS = 1
 
-
-@pytest.mark.parametrize("provider", ["per layer", "hyperformer_fast"])
+@pytest.mark.parametrize("provider", [ORIGINAL, GENERATE, FOLD])
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
 @pytest.mark.parametrize("size", T5_SHAPES)
-def test_generate_and_fold(benchmark, size, provider):
-    benchmark.group = f"generate+fold {size} HyperFormer++"
-    nets, task = stacks(size), torch.randn(TASKS, 64)
-
-    def ours():
-        return [ops.fold(net(task), net.layout, torch.float32) for net in nets]
-
-    with torch.no_grad():
-        original = per_layer(nets)
-        benchmark(ours if provider == "hyperformer_fast" else lambda: original(task))
+def test_a_whole_t5(benchmark, size, backward, provider):
+    benchmark.group = f"generate {size} HyperFormer++, {'forward+backward' if backward else 'forward'}"
+    both = stacks(size)
+    for stack in both:
+        stack.difference()
+    benchmark(providers(both, backward)[provider])
 
 
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 def test_fold(benchmark, backend):
-    from hyperformer_fast.backends import use_backend
-
     benchmark.group = "fold T5-base, one stack"
-    net = stacks("T5-base")[0]
+    stack = stacks("T5-base")[0]
     with torch.no_grad():
-        packed = net(torch.randn(TASKS, 64))
+        packed = stack.generate(stack.ours)
     with use_backend(backend):
-        benchmark(lambda: ops.fold(packed, net.layout, torch.float32))
+        benchmark(lambda: ops.fold(packed, stack.layout, torch.float32))

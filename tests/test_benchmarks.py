@@ -38,3 +38,13 @@ def test_a_report_runs(command, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert list(tmp_path.glob("*.json"))
+
+
+def test_every_suite_is_collected():
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", str(BENCHMARKS)],
+        cwd=BENCHMARKS.parent, env={**os.environ, "HF_BENCH_QUICK": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:]
+    for group in ("test_adapter.py", "test_weights.py"):
+        assert group in done.stdout
