@@ -73,11 +73,14 @@ void backward_block(const Problem& p, const Weights<S>& w, const Block<S>& block
   for (int64_t i = 0; i < c * c; ++i) partial->inner[i] = s.inner[i] + (first ? 0.0f : partial->inner[i]);
 }
 
-// Rows whose sums one part holds: a function of their number alone, so that any number of threads adds in the same
-// order. One block where there are few, or a thread would have them all.
-inline int64_t part_length(int64_t n) {
-  const int64_t even = (n + 63) / 64, least = n <= 4 * BLOCK ? BLOCK : 2 * BLOCK;
-  return even <= least ? least : (even + BLOCK - 1) / BLOCK * BLOCK;
+// Rows whose sums, `size` floats, one part holds: a function of the shape alone, so that any number of threads adds in
+// the same order. One block where there are few, or a thread would have them all. Beyond 16 MiB of sums malloc maps and
+// pages them in anew at every call; but eight parts there may be.
+inline int64_t part_length(int64_t n, int64_t all_rows, int64_t size) {
+  const int64_t most = std::max<int64_t>(8, (int64_t(1) << 22) / size);
+  const int64_t least = n <= 4 * BLOCK ? BLOCK : 2 * BLOCK;
+  const int64_t rows = std::max({least, (n + 63) / 64, (all_rows + most - 1) / most});
+  return (rows + BLOCK - 1) / BLOCK * BLOCK;
 }
 
 template <class S>
@@ -85,8 +88,8 @@ void backward(const Problem& p, const Rows& g, const Rows& x, const SavedRows& s
               const FoldedWeights& folded, void* dx, float* dpacked, const Parallel& parallel) {
   const TaskRows tasks(p);
   const auto weights = unpack<S>(p, tasks, folded, parallel);
-  const auto units = cut(p, tasks, part_length);
   const int64_t size = Partial::size(p.layout);
+  const auto units = cut(p, tasks, [&](int64_t n) { return part_length(n, p.B * p.M, size); });
   const std::unique_ptr<float[]> sums(dpacked == nullptr ? nullptr : new float[size * units.size()]);
   parallel(int64_t(units.size()), [&](int64_t begin, int64_t end) {
     Scratch<S> scratch(p.layout, true);

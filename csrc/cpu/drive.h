@@ -31,7 +31,7 @@ struct Unit {
   int64_t task, first, last;
 };
 
-inline std::vector<Unit> cut(const Problem& p, const TaskRows& tasks, int64_t (*length)(int64_t)) {
+inline std::vector<Unit> cut(const Problem& p, const TaskRows& tasks, const std::function<int64_t(int64_t)>& length) {
   std::vector<Unit> units;
   for (int64_t t = 0; t < p.T; ++t) {
     const int64_t n = tasks.rows(t, p.M), step = length(n);

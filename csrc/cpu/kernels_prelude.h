@@ -1,9 +1,11 @@
 // What the kernels of every instruction set share, included before any target region.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <new>
 #include <vector>
