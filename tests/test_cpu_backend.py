@@ -16,7 +16,7 @@ from support.tolerance import assert_accurate
 
 from hyperformer_fast import backends, native, ops, reference
 from hyperformer_fast.activations import ACTIVATIONS
-from hyperformer_fast.backends.cpu import INSTRUCTION_SETS, ISA_VARIABLE
+from hyperformer_fast.backends.cpu import INSTRUCTION_SETS, ISA_VARIABLE, CpuBackend
 from hyperformer_fast.layout import AdapterLayout
 
 pytestmark = pytest.mark.skipif(
@@ -95,6 +95,21 @@ def test_shapes_that_meet_every_loop():
     check_cases()
 
 
+def check_a_nan_stays_one():
+    """Rounding up a payload of all ones would carry into the sign and store a zero."""
+    layout = AdapterLayout(40, 5)
+    packed = torch.randn(1, layout.numel)
+    layout.unpack(packed)["post_beta"][0, 7] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        backend, x = CpuBackend(), torch.randn(33, 40).to(dtype)
+        out, _ = backend.adapter_forward(x, backend.fold(packed, layout, dtype), layout, "gelu_new", None, False)
+        assert out[:, 7].isnan().all() and out[:, 8:].isfinite().all(), dtype
+
+
+def test_a_nan_stays_one():
+    check_a_nan_stays_one()
+
+
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_every_instruction_set(isa):
     code = (
@@ -107,7 +122,7 @@ def test_every_instruction_set(isa):
         f"    spec = u.spec_from_file_location('t', {__file__!r})\n"
         "    m = u.module_from_spec(spec)\n    spec.loader.exec_module(m)\n"
         "    m.check_cases()\n    m.check_activations()\n    m.check_sixteen_bits()\n"
-        "    m.check_rounding_is_unbiased()\n    print('checked')\n"
+        "    m.check_rounding_is_unbiased()\n    m.check_a_nan_stays_one()\n    print('checked')\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, ISA_VARIABLE: isa}, capture_output=True, text=True
