@@ -1,6 +1,6 @@
 """Compile every Triton kernel as its host launches it, for GPUs that are not there, and report what comes out.
 
-    python benchmarks/triton_gate.py [--write] [--arch 80 90 100] [--dtype bf16 fp16 fp32] [--shape base large/8]
+    python benchmarks/triton_gate.py [--write] [--arch 80 90 100] [--dtype bf16 fp16 fp32 tf32] [--shape base large/8]
 
 Nothing runs: the hosts are called with CPU tensors, each launch is caught and handed to ``triton.compile`` with the
 types and alignments that it would have had, and the tools of Triton's wheel take the machine code apart. Registers,
@@ -48,7 +48,10 @@ SHAPES = {
     "base, pre-norm": (768, 24, True),
 }
 ARCHITECTURES = (80, 90, 100)
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+#: tf32 is float32 under ``torch.set_float32_matmul_precision("high")``.
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
+#: Kernels of which tf32 makes another one.
+ROUNDED = ("adapter_forward", "rows", "weights")
 
 ROOT = Path(__file__).parents[1]
 RECORD, PAGE = ROOT / "benchmarks/results/triton_gate.json", ROOT / "docs/triton_gate.md"
@@ -57,7 +60,9 @@ RECORD, PAGE = ROOT / "benchmarks/results/triton_gate.json", ROOT / "docs/triton
 #: "compute capabilities"). All have 65,536 registers, given to warps by 256, 2,048 threads and 32 blocks at most.
 SHARED = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
 
-_TYPES = {**{dtype: name for name, dtype in DTYPES.items()}, torch.int64: "i64", torch.int32: "i32"}
+_TYPES = {
+    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32",
+}  # fmt: skip
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.M)
 
@@ -108,6 +113,16 @@ def caught_launches(arch: int) -> Iterator[list[Launch]]:
         yield launches
 
 
+@contextlib.contextmanager
+def matmul_precision(name: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def launches_of(
     d: int, b: int, dtype: torch.dtype, arch: int, pre_norm: bool = False, B: int = 4, rows: int = 64
 ) -> list[Launch]:
@@ -140,9 +155,12 @@ def compile_launch(launch: Launch, arch: int):
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
 
 
-def blocks_per_multiprocessor(registers: int, shared: int, warps: int, arch: int) -> int:
+def blocks_per_multiprocessor(
+    registers: int, shared: int, warps: int, arch: int, of: int | None = None, threads: int = 2048
+) -> int:
+    """Blocks that fit at a time; ``of`` is the multiprocessor's shared memory, by default as in ``SHARED``."""
     by_registers = 65536 // ((registers + 7) // 8 * 256 * warps)
-    return min(32, 64 // warps, by_registers, SHARED[arch] // (shared + 1024))
+    return min(32, threads // 32 // warps, by_registers, (of or SHARED[arch]) // (shared + 1024))
 
 
 def measure(binary, arch: int) -> dict[str, int]:
@@ -180,8 +198,12 @@ def gate(shapes=tuple(SHAPES), dtypes=tuple(DTYPES), architectures=ARCHITECTURES
         for shape in shapes:
             for dtype in dtypes:
                 d, b, pre_norm = SHAPES[shape]
-                for launch in launches_of(d, b, DTYPES[dtype], arch, pre_norm):
+                with matmul_precision("high" if dtype == "tf32" else "highest"):
+                    launches = launches_of(d, b, DTYPES[dtype], arch, pre_norm)
+                for launch in launches:
                     name = launch.kernel.__name__.removesuffix("_kernel")
+                    if dtype == "tf32" and name not in ROUNDED:
+                        continue
                     masters_only = name in ("generate", "finish")
                     if masters_only and dtype != dtypes[0]:
                         continue
@@ -198,9 +220,9 @@ def faults(compiled: Compiled) -> list[str]:
     known = compiled.kernel == "fold" and SHAPES[compiled.shape][1] > 64  # docs/triton_gate.md
     if (compiled.stack or compiled.spills) and not known:
         found.append(f"{compiled.stack} bytes of stack, {compiled.spills} local accesses")
-    if compiled.dtype != "fp32" and compiled.kernel in ("adapter_forward", "rows", "weights") and not compiled.tensor:
+    if compiled.dtype != "fp32" and compiled.kernel in ROUNDED and not compiled.tensor:
         found.append("no tensor-core products")
-    if compiled.kernel in ("adapter_forward", "rows") and compiled.tf32:
+    if compiled.kernel in ("adapter_forward", "rows") and compiled.dtype != "tf32" and compiled.tf32:
         found.append(f"{compiled.tf32} products in tf32, where columns that nearly cancel meet")
     # out or dx in wide pieces; z or dz, and the numbers that a row has one of, are narrow by nature
     if compiled.kernel in ("adapter_forward", "rows") and (not compiled.wide_stores or compiled.narrow_stores > 4):

@@ -32,7 +32,8 @@ from .common import (
     root_rows,
     row_start,
     rows_of,
-    store_rows,
+    rows_of_unit,
+    store_sum,
     task_of,
 )
 from .weight_gradients import weight_gradients
@@ -51,14 +52,6 @@ def _project(g, WG, GB, GAMMA, k, t, along_bias, along_gamma, D: tl.constexpr, B
     return t, along_bias, along_gamma
 
 
-@triton.jit
-def _finished(g, branch, base, k, row_ok, task, valid, D: tl.constexpr, BK: tl.constexpr, MIXED: tl.constexpr):
-    dx = (g.to(tl.float32) + branch).to(g.dtype)
-    if MIXED:
-        dx = tl.where(task == -1, g, tl.where(valid, dx, float("nan")))
-    store_rows(base, dx, k, row_ok, D, BK)
-
-
 @triton.jit(do_not_specialize=LENGTHS)
 def rows_kernel(
     G, X, Z, R, PRE_MEAN, PRE_RSTD, WD, WG, VECTORS, SCALE, ROOT, PACKED, TASK, DX, DZ, M2, S,
@@ -70,14 +63,10 @@ def rows_kernel(
 ):  # fmt: skip
     NK: tl.constexpr = (D + BK - 1) // BK
     V: tl.constexpr = BW + 2 * D if POST else BW + D
-    per_sample = (M + BM - 1) // BM
-    sample = tl.program_id(0) // per_sample
-    row = (tl.program_id(0) - sample * per_sample) * BM + tl.arange(0, BM)
-    row_ok = row < M
+    sample, row, row_ok, flat = rows_of_unit(tl.program_id(0), M, BM)
     task, weights, valid = task_of(TASK, sample, T, MIXED)
     g_rows = G + row_start(sample, row, g_stride_sample, g_stride_row, G_ALIGN)
     x_rows = X + row_start(sample, row, stride_sample, stride_row, ALIGN)
-    flat = sample.to(tl.int64) * M + row
     WD += weights * (BW * D)
     WG += weights * (BW * D)
     bias = VECTORS + weights * V + BW
@@ -139,7 +128,7 @@ def rows_kernel(
                 if PRE:
                     xhat = normalised(load_rows(x_rows, k, row_ok, D, BK).to(tl.float32), mean, rstd, k, D, BK)
                     branch = rstd[:, None] * (branch - total[:, None] - xhat * along[:, None])
-                _finished(kept[k], branch, dx_rows, k, row_ok, task, valid, D, BK, MIXED)
+                store_sum(dx_rows, kept[k], branch, k, row_ok, task, valid, D, BK, MIXED)
         else:
             for k in range(NK):
                 branch = tl.dot(dz, load_weight(WD, k, D, BW, BB, BK), input_precision=PRECISION)
@@ -147,7 +136,7 @@ def rows_kernel(
                     xhat = normalised(load_rows(x_rows, k, row_ok, D, BK).to(tl.float32), mean, rstd, k, D, BK)
                     branch = rstd[:, None] * (branch - total[:, None] - xhat * along[:, None])
                 g = load_rows(g_rows, k, row_ok, D, BK)
-                _finished(g, branch, dx_rows, k, row_ok, task, valid, D, BK, MIXED)
+                store_sum(dx_rows, g, branch, k, row_ok, task, valid, D, BK, MIXED)
 
 
 def adapter_backward(

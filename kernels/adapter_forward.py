@@ -28,7 +28,8 @@ from .common import (
     root_rows,
     row_start,
     rows_of,
-    store_rows,
+    rows_of_unit,
+    store_sum,
     task_of,
 )
 
@@ -52,15 +53,6 @@ def _merge_statistics(x, k, mean, squares, D: tl.constexpr, BK: tl.constexpr):
 
 
 @triton.jit
-def _finished(x, y, base, k, row_ok, task, valid, D: tl.constexpr, BK: tl.constexpr, MIXED: tl.constexpr):
-    """Write x + y; x itself, bit for bit, where the sample has no task; NaN where it has one that is not there."""
-    out = (x.to(tl.float32) + y).to(x.dtype)
-    if MIXED:
-        out = tl.where(task == -1, x, tl.where(valid, out, float("nan")))
-    store_rows(base, out, k, row_ok, D, BK)
-
-
-@triton.jit
 def _branch(w, r, WG, GB, BETA, k, D: tl.constexpr, BW: tl.constexpr, BB: tl.constexpr, BK: tl.constexpr,
             POST: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """What the adapter adds to columns k*BK .. of x."""
@@ -81,13 +73,9 @@ def adapter_forward_kernel(
 ):  # fmt: skip
     NK: tl.constexpr = (D + BK - 1) // BK
     V: tl.constexpr = BW + 2 * D if POST else BW + D
-    per_sample = (M + BM - 1) // BM
-    sample = tl.program_id(0) // per_sample
-    row = (tl.program_id(0) - sample * per_sample) * BM + tl.arange(0, BM)
-    row_ok = row < M
+    sample, row, row_ok, flat = rows_of_unit(tl.program_id(0), M, BM)
     task, weights, valid = task_of(TASK, sample, T, MIXED)
     x_rows = X + row_start(sample, row, stride_sample, stride_row, ALIGN)
-    flat = sample.to(tl.int64) * M + row
     WD += weights * (BW * D)
     WG += weights * (BW * D)
     VECTORS += weights * V
@@ -140,12 +128,12 @@ def adapter_forward_kernel(
     if KEEP:
         for k in tl.static_range(NK):
             y = _branch(w, r, WG, VECTORS + BW, VECTORS + BW + D, k, D, BW, BB, BK, POST, PRECISION)
-            _finished(kept[k], y, out_rows, k, row_ok, task, valid, D, BK, MIXED)
+            store_sum(out_rows, kept[k], y, k, row_ok, task, valid, D, BK, MIXED)
     else:
         for k in range(NK):
             y = _branch(w, r, WG, VECTORS + BW, VECTORS + BW + D, k, D, BW, BB, BK, POST, PRECISION)
             x = load_rows(x_rows, k, row_ok, D, BK)
-            _finished(x, y, out_rows, k, row_ok, task, valid, D, BK, MIXED)
+            store_sum(out_rows, x, y, k, row_ok, task, valid, D, BK, MIXED)
 
     if SAVE:
         absent = tl.where(task == -1, 0.0, float("nan"))

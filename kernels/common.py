@@ -83,6 +83,16 @@ def task_of(TASK, sample, T, MIXED: tl.constexpr):
 
 
 @triton.jit
+def rows_of_unit(unit, M, BM: tl.constexpr):
+    """The ``unit``-th tile of BM rows: its sample, the rows within it, which of them there are, and their places among
+    all rows, in 64 bits."""
+    per_sample = (M + BM - 1) // BM
+    sample = unit // per_sample
+    row = (unit - sample * per_sample) * BM + tl.arange(0, BM)
+    return sample, row, row < M, sample.to(tl.int64) * M + row
+
+
+@triton.jit
 def row_start(sample, row, stride_sample, stride_row, ALIGN: tl.constexpr):
     """Where rows start, in 64 bits: N d may pass 2^31."""
     return (sample.to(tl.int64) * stride_sample + row.to(tl.int64) * stride_row) * ALIGN
@@ -101,6 +111,15 @@ def store_rows(base, value, k, row_ok, D: tl.constexpr, BK: tl.constexpr):
     column = k * BK + tl.arange(0, BK)
     mask = row_ok[:, None] & (column < D)[None, :] if D % BK else row_ok[:, None]
     tl.store(base[:, None] + column[None, :], value.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_sum(base, a, branch, k, row_ok, task, valid, D: tl.constexpr, BK: tl.constexpr, MIXED: tl.constexpr):
+    """Write a + branch; a itself, bit for bit, where the sample has no task; NaN where it has one that is not there."""
+    out = (a.to(tl.float32) + branch).to(a.dtype)
+    if MIXED:
+        out = tl.where(task == -1, a, tl.where(valid, out, float("nan")))
+    store_rows(base, out, k, row_ok, D, BK)
 
 
 @triton.jit

@@ -33,6 +33,7 @@ from .common import (
     normalised,
     padded,
     row_start,
+    rows_of_unit,
     some_columns,
 )
 
@@ -63,9 +64,8 @@ def weights_kernel(
     chunk = tl.program_id(0) % (NK + 1)
     split = tl.program_id(0) // (NK + 1)
     task = tl.program_id(1)
-    per_sample = (M + BM - 1) // BM
     first = split * units_per_split
-    last = tl.minimum(first + units_per_split, B * per_sample)
+    last = tl.minimum(first + units_per_split, B * ((M + BM - 1) // BM))
     PART += (split.to(tl.int64) * T + task) * SIZE
     j = tl.arange(0, BB)
     if chunk < NK:
@@ -76,12 +76,9 @@ def weights_kernel(
         up_bias = tl.zeros((BK,), tl.float32)
         g_sum = tl.zeros((BK,), tl.float32)
         for unit in range(first, last):
-            sample = unit // per_sample
+            sample, row, row_ok, flat = rows_of_unit(unit, M, BM)
             mine = tl.load(TASK + sample) == task if MIXED else True
             if mine:
-                row = (unit - sample * per_sample) * BM + tl.arange(0, BM)
-                row_ok = row < M
-                flat = sample.to(tl.int64) * M + row
                 g = load_rows(G + row_start(sample, row, g_stride_sample, g_stride_row, G_ALIGN), chunk, row_ok, D, BK)
                 x = load_rows(X + row_start(sample, row, stride_sample, stride_row, ALIGN), chunk, row_ok, D, BK)
                 if PRE:
@@ -112,12 +109,9 @@ def weights_kernel(
         corner = tl.zeros((BM,), tl.float32)
         last_by_gamma = tl.zeros((BM,), tl.float32)
         for unit in range(first, last):
-            sample = unit // per_sample
+            sample, row, row_ok, flat = rows_of_unit(unit, M, BM)
             mine = tl.load(TASK + sample) == task if MIXED else True
             if mine:
-                row = (unit - sample * per_sample) * BM + tl.arange(0, BM)
-                row_ok = row < M
-                flat = sample.to(tl.int64) * M + row
                 ok = row_ok[:, None] & (j < BW)[None, :]
                 dz_sum += tl.sum(tl.load(DZ + flat[:, None] * BW + j[None, :], mask=ok, other=0.0).to(tl.float32), 0)
                 if POST:

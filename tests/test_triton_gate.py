@@ -26,10 +26,12 @@ def triton_gate():
     return module
 
 
-@pytest.mark.parametrize(("arch", "dtypes"), [(80, ["bf16"]), (90, ["bf16", "fp16", "fp32"]), (100, ["bf16"])])
+@pytest.mark.parametrize(("arch", "dtypes"), [(80, ["bf16"]), (90, ["bf16", "fp16", "fp32", "tf32"]), (100, ["bf16"])])
 def test_no_spills_and_tensor_cores(triton_gate, arch, dtypes):
     compiled = list(triton_gate.gate(["base"], dtypes, [arch]))
     assert len({result.kernel for result in compiled}) == 6
+    rounded = [result for result in compiled if result.dtype == "tf32"]
+    assert len(rounded) == ("tf32" in dtypes) * 3 and all(result.tf32 for result in rounded)
     recorded = triton_gate.recorded()
     for result in compiled:
         assert not triton_gate.faults(result), f"{result}: {triton_gate.faults(result)}"
