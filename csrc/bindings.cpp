@@ -1,12 +1,8 @@
-// The raw ops of the CPU library, and the only file with torch headers. LibTorch's stable ABI: one build serves every
-// torch from 2.11 on. No autograd and no fakes here; hyperformer_fast/ops.py has those.
+// The raw ops of the CPU library. LibTorch's stable ABI: one build serves every torch from 2.11 on. No autograd and no
+// fakes here; hyperformer_fast/ops.py has those.
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <limits>
 #include <optional>
@@ -14,44 +10,15 @@
 #include <tuple>
 #include <vector>
 
-#include "adapter.h"
 #include "cpu/adapter.h"
 #include "cpu/fold.h"
+#include "tensors.h"
 
 namespace hyperformer_fast {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 // Below this many multiply-adds a second thread costs more than it saves.
 constexpr int64_t kThreadWork = 1 << 16;
-
-int32_t code(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::BFloat16:
-      return aoti_torch_dtype_bfloat16();
-    case ScalarType::Half:
-      return aoti_torch_dtype_float16();
-    default:
-      return aoti_torch_dtype_float32();
-  }
-}
-
-// [lead..., tail...], contiguous, on the CPU. Not torch::stable::empty, whose trip through the dispatcher costs
-// microseconds.
-Tensor empty(const std::vector<int64_t>& lead, std::initializer_list<int64_t> tail, ScalarType dtype) {
-  std::vector<int64_t> sizes(lead);
-  sizes.insert(sizes.end(), tail);
-  std::vector<int64_t> strides(sizes.size());
-  int64_t stride = 1;
-  for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) strides[i] = stride;
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                         strides.data(), code(dtype), aoti_torch_device_type_cpu(), 0,
-                                                         &handle));
-  return Tensor(handle);
-}
 
 // Memory that malloc maps afresh on every call (above 32 MiB it always does) costs a page fault per 4 KiB, more than
 // the kernel's own work; huge pages make that one per 2 MiB. Advice only: where it is not taken, nothing changes.
@@ -67,21 +34,6 @@ Tensor empty_rows(const std::vector<int64_t>& lead, int64_t d, ScalarType dtype)
   }
 #endif
   return t;
-}
-
-const char* name(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return "float32";
-    case ScalarType::Double:
-      return "float64";
-    case ScalarType::BFloat16:
-      return "bfloat16";
-    case ScalarType::Half:
-      return "float16";
-    default:
-      return "another dtype";
-  }
 }
 
 Dtype kind_of(ScalarType dtype) {
@@ -173,8 +125,7 @@ Problem problem_of(const Tensor& x, int64_t T, const std::optional<Tensor>& task
   const ScalarType dtype = x.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
                   "x must be float32, bfloat16 or float16, got ", name(dtype));
-  STD_TORCH_CHECK(d >= 1 && b >= 1 && d < (1 << 24) && b < (1 << 24), "d and b must be from 1 to 16777215, got ", d,
-                  " and ", b);
+  expect_sizes(d, b);
   STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == d, "x must be [..., ", d, "]");
   STD_TORCH_CHECK(activation >= GELU_NEW && activation <= SILU, "activation must be from 0 to 3, got ", activation);
   STD_TORCH_CHECK(task_index.has_value() || T == 1, "weights of ", T, " tasks need a task_index");
@@ -215,39 +166,6 @@ FoldedWeights folded_of(const Tensor& wd, const Tensor& wg, const Tensor& vector
   return {wd.const_data_ptr(), wg.const_data_ptr(), f(vectors), f(scale), f(root), f(mean)};
 }
 
-// Kernels trust their arguments; this is the last place where wrong ones become an exception.
-void expect(const char* what, const Tensor& t, ScalarType dtype, const std::vector<int64_t>& shape) {
-  STD_TORCH_CHECK(t.scalar_type() == dtype, what, " must be ", name(dtype), ", got ", name(t.scalar_type()));
-  STD_TORCH_CHECK(t.is_contiguous(), what, " must be contiguous");
-  const auto sizes = t.sizes();
-  bool same = sizes.size() == shape.size();
-  for (size_t i = 0; same && i < shape.size(); ++i) same = sizes[i] == shape[i];
-  STD_TORCH_CHECK(same, what, " has the wrong shape for its adapter");
-}
-
-void expect_folded(const Problem& p, ScalarType dtype, const Tensor& wd, const Tensor& wg, const Tensor& vectors,
-                   const Tensor& scale, const Tensor& root, const Tensor& mean) {
-  const int64_t d = p.layout.d, b = p.layout.b, T = p.T, c = p.layout.post_norm ? b + 1 : 0;
-  expect("wd", wd, dtype, {T, b, d});
-  expect("wg", wg, dtype, {T, b, d});
-  expect("vectors", vectors, ScalarType::Float, {T, p.layout.vectors()});
-  expect("scale", scale, ScalarType::Float, {T, p.layout.post_norm ? b : 0});
-  expect("root", root, ScalarType::Float, {T, c, c});
-  expect("mean", mean, ScalarType::Float, {T, c});
-}
-
-// Sizes of the rows of a [..., d] tensor; of one without dimensions, which problem_of refuses, none.
-std::vector<int64_t> lead_of(const Tensor& t) {
-  const auto sizes = t.sizes();
-  return {sizes.begin(), sizes.begin() + (sizes.size() == 0 ? 0 : sizes.size() - 1)};
-}
-
-// T, the first size of the folded weights.
-int64_t tasks_of(const Tensor& wd) {
-  STD_TORCH_CHECK(wd.dim() == 3, "wd must be [T, b, d], got ", wd.dim(), " dimensions");
-  return wd.size(0);
-}
-
 using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Forward adapter_forward_op(const Tensor& x, const Tensor& wd, const Tensor& wg, const Tensor& vectors,
@@ -258,7 +176,7 @@ Forward adapter_forward_op(const Tensor& x, const Tensor& wd, const Tensor& wg, 
   const std::vector<int64_t> lead = lead_of(x), none;
   std::vector<int64_t> tasks;
   const Problem p = problem_of(x, tasks_of(wd), task_index, d, b, pre_norm, post_norm, activation, tasks);
-  expect_folded(p, dtype, wd, wg, vectors, scale, root, mean);
+  expect_folded(p.layout, p.T, dtype, wd, wg, vectors, scale, root, mean);
   Tensor out = empty_rows(lead, d, dtype), z = save ? empty(lead, {b}, dtype) : empty(none, {0}, dtype);
   const auto statistic = [&](bool on) {
     return save && on ? empty(lead, {}, ScalarType::Float) : empty(none, {0}, ScalarType::Float);
@@ -283,7 +201,7 @@ std::tuple<Tensor, Tensor> adapter_backward_op(const Tensor& g, const Tensor& x,
   const std::vector<int64_t> lead = lead_of(x), none;
   std::vector<int64_t> tasks;
   const Problem p = problem_of(x, tasks_of(wd), task_index, d, b, pre_norm, post_norm, activation, tasks);
-  expect_folded(p, x.scalar_type(), wd, wg, vectors, scale, root, mean);
+  expect_folded(p.layout, p.T, x.scalar_type(), wd, wg, vectors, scale, root, mean);
   expect("packed", packed, ScalarType::Float, {p.T, p.layout.numel()});
   std::vector<int64_t> z_shape(lead);
   z_shape.push_back(b);
@@ -328,8 +246,7 @@ using HyperAdapter =
 HyperAdapter hyper_adapter_op(const Tensor& x, const Tensor& E, const Tensor& G, const Tensor& g0,
                               std::optional<Tensor> task_index, int64_t d, int64_t b, bool pre_norm, bool post_norm,
                               int64_t activation, bool save) {
-  STD_TORCH_CHECK(d >= 1 && b >= 1 && d < (1 << 24) && b < (1 << 24), "d and b must be from 1 to 16777215, got ", d,
-                  " and ", b);
+  expect_sizes(d, b);
   STD_TORCH_CHECK(E.dim() == 2, "E must be [T, k]");
   const int64_t T = E.size(0), k = E.size(1), P = AdapterLayout{d, b, pre_norm, post_norm}.numel();
   expect("E", E, ScalarType::Float, {T, k});

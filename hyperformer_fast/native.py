@@ -1,7 +1,7 @@
 """The compiled libraries: found, loaded once, and, where they are missing or out of date, said so once.
 
-Importing this module imports no torch; :func:`cpu_library` does. Nothing here raises: without a library the package is
-pure Python.
+Importing this module imports no torch; asking it for a library does. Nothing here raises: without a library the package
+is pure Python.
 """
 
 from __future__ import annotations
@@ -83,6 +83,16 @@ def cpu_library():
     import torch
 
     return torch.ops.hyperformer_fast_cpu
+
+
+@functools.cache
+def cuda_library():
+    """``torch.ops.hyperformer_fast_cuda``, its library loaded; None where there is none (:func:`status` says why)."""
+    if _load("cuda"):
+        return None
+    import torch
+
+    return torch.ops.hyperformer_fast_cuda
 
 
 def status(library: str = "cpu") -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..activations import ACTIVATIONS
 from ..layout import AdapterLayout
 from ..reference import Folded, Saved
 
@@ -23,6 +24,11 @@ class Request(NamedTuple):
     dtype: torch.dtype
     d: int
     b: int
+
+
+def static_arguments(layout: AdapterLayout, activation: str) -> tuple[int, int, bool, bool, int]:
+    """What the compiled libraries' raw ops are told of an adapter."""
+    return layout.d, layout.b, layout.pre_norm, layout.post_norm, ACTIVATIONS.index(activation)
 
 
 class Backend(abc.ABC):
@@ -68,16 +74,3 @@ class FullBackend(Backend):
         folded = self.fold(packed, layout, x.dtype)
         out, saved = self.adapter_forward(x, folded, layout, activation, task_index, save)
         return out, saved, packed, folded
-
-
-class AbsentBackend(Backend):
-    """A backend that this version knows by name only."""
-
-    def __init__(self, name: str):
-        self.name = name
-
-    def unavailable(self) -> str | None:
-        return f"this version of hyperformer_fast has no {self.name} kernels; use backend 'auto' or 'reference'"
-
-    def refuses(self, request: Request) -> str | None:
-        return self.unavailable()

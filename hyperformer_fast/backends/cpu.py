@@ -9,18 +9,13 @@ from torch import Tensor
 
 from .. import native
 from .. import reference as truth
-from ..activations import ACTIVATIONS
 from ..layout import AdapterLayout
 from ..reference import Folded, Saved
-from .base import FullBackend, Request
+from .base import FullBackend, Request, static_arguments
 
 #: Forces an instruction set, for comparisons and tests; by default the widest that the CPU has.
 ISA_VARIABLE = "HYPERFORMER_FAST_CPU_ISA"
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16")
-
-
-def _static(layout: AdapterLayout, activation: str) -> tuple[int, int, bool, bool, int]:
-    return layout.d, layout.b, layout.pre_norm, layout.post_norm, ACTIVATIONS.index(activation)
 
 
 class CpuBackend(FullBackend):
@@ -69,7 +64,9 @@ class CpuBackend(FullBackend):
         self, x: Tensor, folded: Folded, layout: AdapterLayout, activation: str, task_index: Tensor | None, save: bool
     ) -> tuple[Tensor, Saved]:
         folded = (part.contiguous() for part in folded)
-        out, *saved = native.cpu_library().adapter_forward(x, *folded, task_index, *_static(layout, activation), save)
+        out, *saved = native.cpu_library().adapter_forward(
+            x, *folded, task_index, *static_arguments(layout, activation), save
+        )
         return out, Saved(*saved)
 
     def adapter_backward(
@@ -87,7 +84,7 @@ class CpuBackend(FullBackend):
     ) -> tuple[Tensor, Tensor]:
         parts = (part.contiguous() for part in (*saved, packed.float(), *folded))
         dx, dpacked = native.cpu_library().adapter_backward(
-            g, x, *parts, task_index, *_static(layout, activation), need_dx, need_dpacked
+            g, x, *parts, task_index, *static_arguments(layout, activation), need_dx, need_dpacked
         )
         return dx, dpacked.to(packed.dtype)
 
@@ -106,5 +103,7 @@ class CpuBackend(FullBackend):
         if not all(t.dtype == torch.float32 for t in (E, G, g0)):
             return super().hyper_adapter(x, E, G, g0, layout, activation, task_index, save)
         parts = (part.contiguous() for part in (E, G, g0))
-        out, *rest = native.cpu_library().hyper_adapter(x, *parts, task_index, *_static(layout, activation), save)
+        out, *rest = native.cpu_library().hyper_adapter(
+            x, *parts, task_index, *static_arguments(layout, activation), save
+        )
         return out, Saved(*rest[:4]), rest[4], Folded(*rest[5:])

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 
 import torch
 
-from .base import OPS, AbsentBackend, Backend, Request
+from .base import OPS, Backend, Request
 from .cpu import CpuBackend
+from .cuda import CudaBackend
 from .reference import ReferenceBackend
 from .triton import TritonBackend
 
@@ -20,7 +21,7 @@ ENVIRONMENT_VARIABLE = "HYPERFORMER_FAST_BACKEND"
 
 #: In the order in which ``auto`` prefers them; a backend refuses what is not its device's.
 _BACKENDS: dict[str, Backend] = {
-    backend.name: backend for backend in (AbsentBackend("cuda"), TritonBackend(), CpuBackend(), ReferenceBackend())
+    backend.name: backend for backend in (CudaBackend(), TritonBackend(), CpuBackend(), ReferenceBackend())
 }
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("hyperformer_fast_backend", default=None)

@@ -1,0 +1,97 @@
+"""The emulator itself: tensor-core products against PyTorch's, and every kind of fault it is there to find."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+
+import pytest
+import torch
+from support.emulated import EMULATOR, build, needs_compiler, thread_order
+
+pytestmark = needs_compiler
+
+FAULTS = ["none", "no barrier", "no wait", "divergent", "half", "beyond", "before", "lanes", "left over", "misaligned"]
+FOUND = {
+    "divergent": "divergent barrier",
+    "half": "divergent barrier",
+    "beyond": "wrote beyond shared memory",
+    "before": "wrote beyond shared memory",
+    "lanes": "divergent warp|waits for ever|ended while others wait|divergent barrier",
+    "left over": "copies in flight",
+    "misaligned": "misaligned",
+}
+ORDERS = ["forward", "reverse", "1", "2"]
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    library = ctypes.CDLL(str(build("kernels", [EMULATOR / "kernels.cu"], [], [])))
+    for name in ("reverse", "product", "product_tf32"):
+        getattr(library, name).restype = ctypes.c_char_p
+    return library
+
+
+def pointer(t: torch.Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(t.data_ptr())
+
+
+def reverse(kernels, fault: str) -> tuple[torch.Tensor, torch.Tensor, str]:
+    source, result = torch.arange(64.0), torch.full((64,), -1.0)
+    said = kernels.reverse(pointer(source), pointer(result), FAULTS.index(fault)).decode()
+    return source.flip(0), result, said
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_right_kernel(kernels, order):
+    with thread_order(order):
+        expected, result, said = reverse(kernels, "none")
+    assert said == "" and torch.equal(expected, result)
+
+
+@pytest.mark.parametrize("fault", ["no barrier", "no wait"])
+@pytest.mark.parametrize("order", ORDERS)
+def test_what_was_not_waited_for_is_not_there(kernels, fault, order):
+    with thread_order(order):
+        expected, result, said = reverse(kernels, fault)
+    assert said == "" and not torch.equal(expected, result) and result.isnan().any()
+
+
+@pytest.mark.parametrize("fault", FOUND)
+def test_faults_end_the_launch(kernels, fault):
+    import re
+
+    said = reverse(kernels, fault)[2]
+    assert said.startswith("emulator: ") and re.search(FOUND[fault], said), said
+    assert reverse(kernels, "none")[2] == ""  # and nothing of it is left
+
+
+def test_sanitizer_sees_what_is_beyond_global_memory(tmp_path):
+    program = tmp_path / "kernels"
+    made = subprocess.run(
+        [os.environ.get("CXX", "g++"), "-std=c++20", "-O1", "-g", "-fsanitize=address", "-DHF_MAIN", f"-I{EMULATOR}",
+         "-x", "c++", EMULATOR / "kernels.cu", "-o", program], capture_output=True, text=True,
+    )  # fmt: skip
+    if made.returncode and "asan" in made.stderr:
+        pytest.skip("needs libasan")
+    assert made.returncode == 0, made.stderr[-2000:]
+    right = subprocess.run([program, "0"], capture_output=True, text=True)
+    assert right.returncode == 0, right.stderr[-2000:]
+    wrong = subprocess.run([program, "10"], capture_output=True, text=True)
+    assert wrong.returncode and "heap-buffer-overflow" in wrong.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sixteen_bit_products(kernels, dtype):
+    a, b, c = torch.randn(16, 16).to(dtype), torch.randn(16, 8).to(dtype), torch.empty(16, 8)
+    assert kernels.product(pointer(a), pointer(b), pointer(c), int(dtype == torch.float16)) == b""
+    torch.testing.assert_close(c, a.float() @ b.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_tf32_products(kernels):
+    a, b, c = torch.randn(16, 8), torch.randn(8, 8), torch.empty(16, 8)
+    assert kernels.product_tf32(pointer(a), pointer(b), pointer(c)) == b""
+    cut = lambda t: (t.view(torch.int32) & ~0x1FFF).view(torch.float32)  # noqa: E731
+    torch.testing.assert_close(c, cut(a) @ cut(b), rtol=1e-5, atol=1e-5)
+    assert not torch.equal(c, a @ b)

@@ -1,0 +1,109 @@
+"""The CUDA backend on a CPU: its kernels compiled by the C++ compiler against the emulator in tests/emulator."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import importlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from hyperformer_fast.backends.cuda import CudaBackend
+
+ROOT = Path(__file__).resolve().parents[2]
+select = importlib.import_module("hyperformer_fast.backends.select")  # the package has a function of that name
+EMULATOR, CSRC = ROOT / "tests/emulator", ROOT / "csrc"
+BUILT = ROOT / "build/emulator"
+#: Added to the compiler's and the linker's command lines, as "-fsanitize=address".
+FLAGS = os.environ.get("HF_EMULATOR_FLAGS", "").split()
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler (g++, or CXX)"
+)
+
+
+def build(name: str, sources: list[Path], flags: list[str], link: list[str]) -> Path:
+    """A shared library of ``sources``, .cu files taken for C++; built once for their content, the flags and torch."""
+    compiler = os.environ.get("CXX", "g++")
+    common = [compiler, "-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", f"-I{EMULATOR}", *flags, *FLAGS]
+    read = sorted({*sources, *EMULATOR.glob("*.h"), *CSRC.rglob("*.h"), *CSRC.rglob("*.cuh")})
+    digest = hashlib.sha256(repr((common, link, torch.__version__)).encode())
+    for path in read:
+        digest.update(path.read_bytes())
+    library = BUILT / f"{name}-{digest.hexdigest()[:16]}.so"
+    BUILT.mkdir(parents=True, exist_ok=True)
+    with (BUILT / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the tests' processes need the same one
+        if not library.exists():
+            _make(library, sources, common, link)
+    return library
+
+
+def _make(library: Path, sources: list[Path], common: list[str], link: list[str]) -> None:
+    with tempfile.TemporaryDirectory(dir=BUILT) as folder:
+        objects = [Path(folder) / f"{path.name}.o" for path in sources]
+        jobs = [[*common, "-x", "c++", "-c", str(s), "-o", str(o)] for s, o in zip(sources, objects, strict=True)]
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(_run, jobs))
+        made = Path(folder) / library.name
+        _run([common[0], "-shared", *FLAGS, *map(str, objects), *link, "-o", str(made)])
+        made.replace(library)
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@functools.cache
+def library():
+    """The raw ops of the CUDA library, on CPU tensors."""
+    root = Path(torch.__file__).parent
+    sources = sorted((CSRC / "cuda").glob("*.cu")) + [CSRC / "cuda/bindings.cpp"]
+    target = "-DTORCH_TARGET_VERSION=0x020b000000000000"
+    path = build(
+        "cuda", sources, ["-DHF_EMULATED", target, "-isystem", str(root / "include")],
+        [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"],
+    )  # fmt: skip
+    torch.ops.load_library(str(path))
+    return torch.ops.hyperformer_fast_cuda_emulated
+
+
+class EmulatedCuda(CudaBackend):
+    name = "cuda-emulated"
+    device = "cpu"
+
+    def library(self):
+        return library()
+
+    def unavailable(self) -> str | None:
+        return None
+
+
+@contextlib.contextmanager
+def registered() -> Iterator[EmulatedCuda]:
+    """Within it ``use_backend("cuda-emulated")`` works."""
+    backend = EmulatedCuda()
+    with mock.patch.dict(select._BACKENDS, {backend.name: backend}):
+        select._select.cache_clear()
+        yield backend
+    select._select.cache_clear()
+
+
+@contextlib.contextmanager
+def thread_order(name: str, copies: str = "late") -> Iterator[None]:
+    """The order in which a block's threads run: "forward", "reverse", or a seed; and whether asynchronous copies arrive
+    "late", at their wait, or "early", at once."""
+    with mock.patch.dict(os.environ, {"HF_EMULATOR_ORDER": name, "HF_EMULATOR_COPIES": copies}):
+        yield
