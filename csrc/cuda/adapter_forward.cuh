@@ -149,9 +149,15 @@ __global__ void __launch_bounds__(256, 1) forward_kernel(const ForwardParams p) 
 
   float z[BB / 8][4] = {};
   each_chunk([&](int chunk, const Piece& above, const Piece& below) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+    if (BB * sizeof(T) > 32) __syncwarp();  // ptxas would start the loads of all chunks at once here, and spill
+#endif
     const Piece u = normalised(above, chunk, 0), v = normalised(below, chunk, 1);
 #pragma unroll
     for (int j = 0; j < BB / 8; ++j) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+      if (BB * sizeof(T) > 256 && j % 4 == 0) __syncwarp();
+#endif
       const int line = j * 8 + quad;
       const Piece w = load_piece<S, ALIGNED>(wd + int64_t(line) * d, mine + chunk * CHUNK, d, line < b);
       for (int s = 0; s < 4; s += 2) {
@@ -251,6 +257,9 @@ __global__ void __launch_bounds__(256, 1) forward_kernel(const ForwardParams p) 
 #pragma unroll
     for (int k = 0; k < BB / Traits::K; ++k) {
       uint32_t fresh[4];
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+      if (!HELD) __syncwarp();  // as above
+#endif
       if constexpr (!HELD) operand(k, fresh);
       const uint32_t (&w)[4] = HELD ? held[HELD ? k : 0] : fresh;
       if constexpr (sizeof(T) == 2) {
@@ -302,9 +311,9 @@ template <class S, int BB>
 void run(const ForwardParams& p, void* stream) {
   if (!p.aligned) return run<S, BB, 0, false>(p, stream);
   constexpr int WIDTH = 256 / int(sizeof(typename S::T));  // columns of a chunk, all parts
-  if constexpr (BB <= 64) {
+  if constexpr (BB <= (WIDTH == 128 ? 64 : 32)) {
     if (p.d == 512) return run<S, BB, 512 / WIDTH, true>(p, stream);
-    if constexpr (WIDTH == 128 || BB < 64)
+    if constexpr (WIDTH == 128 || BB < 32)
       if (p.d == 768) return run<S, BB, 768 / WIDTH, true>(p, stream);
     if constexpr (WIDTH == 128)
       if (p.d == 1024) return run<S, BB, 1024 / WIDTH, true>(p, stream);
