@@ -15,14 +15,14 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from triton_gate import _INSTRUCTION, _TOOLS, blocks_per_multiprocessor
+from machine_code import Code, blocks_per_multiprocessor, take_apart
 
 from hyperformer_fast import native
+from hyperformer_fast.backends.cuda import KERNELS
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/cuda_gate.md"
@@ -30,10 +30,13 @@ sys.path.insert(0, str(ROOT / "build_tools"))
 from toolchain import NVCC_FLAGS, find_cuda_home  # noqa: E402
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
-#: Bytes of shared memory on a multiprocessor, and threads (CUDA programming guide, "compute capabilities").
-SHARED = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}
-THREADS = {80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048, 120: 1536}
-_FORWARD = re.compile(r"forward_kernelINS_\d(F32|BF16|F16)ELi(\d+)ELi(\d+)ELb([01])")
+#: In a kernel's mangled name: the number type, and the template's arguments.
+_NAME = re.compile(
+    r"(generate|fold|forward|backward|weight_gradients|finish)_kernel(?:I(?:NS_\d(F32|BF16|F16)E)?(.*?)E?EE?v)?"
+)
+#: Of those that have the tensor cores at work, the threads of a block; the others'.
+ON_TENSOR_CORES = ("forward", "backward", "weight_gradients")
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 @dataclasses.dataclass
@@ -59,57 +62,39 @@ def compile_for(source: Path, arch: int, folder: Path) -> Path:
     return out
 
 
-def take_apart(cubin: Path, arch: int) -> list[Compiled]:
-    usage, code = (
-        subprocess.run([_TOOLS / tool, *flags, cubin], capture_output=True, text=True, check=True).stdout
-        for tool, flags in (("cuobjdump", ["-res-usage"]), ("nvdisasm", ["-c"]))
-    )
-    resources = {name: (int(r), int(s)) for name, r, s in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", usage)}
-    sections = re.split(r"^\.text\.(\S+):", code, flags=re.M)[1:]
-    found = []
-    for name, text in zip(sections[::2], sections[1::2]):
-        if name not in resources:
-            continue
-        registers, stack = resources[name]
-        instructions = Counter(_INSTRUCTION.findall(text))
-
-        def count(pattern: str, instructions=instructions) -> int:
-            return sum(n for instruction, n in instructions.items() if re.match(pattern, instruction))
-
-        forward = _FORWARD.search(name)
-        if forward:
-            dtype, b, kept, aligned = forward[1].lower(), *map(int, forward.groups()[1:])
-            kernel = f"forward, b <= {b}" + (f", {kept} pieces kept" if kept else "" if aligned else ", not aligned")
-            kind = torch.float32 if dtype == "f32" else torch.bfloat16
-            threads, shared = 256, native.cuda_library().forward_shared_bytes(b, kind)
-        else:
-            kernel = re.search(r"(fold|generate)", name)[1]
-            dtype = next((kind.lower() for kind in ("BF16", "F16", "F32") if kind in name), "f32")
-            # of the fold at b = 128, its largest
-            threads, shared = (256, 8 * (3 * 129 + 129 * 65 + 16 * 129)) if kernel == "fold" else (128, 18944)
-        fits = blocks_per_multiprocessor(registers, shared, threads // 32, arch, SHARED[arch] << 10, THREADS[arch])
-        found.append(
-            Compiled(
-                kernel, dtype, arch, registers, stack, shared, fits, count("LDL|STL"), count("[HD]MMA"),
-                count(r"LDG.*\.128"), count("LDGSTS"), count(r"STG.*\.128"),
-            )
-        )  # fmt: skip
-    return found
+def described(code: Code, arch: int) -> Compiled:
+    """A kernel of csrc/cuda by its mangled name."""
+    kernel, dtype, arguments = re.search(_NAME, code.name).groups()
+    numbers = [int(n) for n in re.findall(r"L[ib](\d+)E?", arguments or "")]
+    name, b = kernel, 128  # the largest, where a kernel is one for all
+    if kernel in ON_TENSOR_CORES:
+        b, *kept, aligned = numbers
+        name += f", b <= {b}" + (f", {kept[0]} pieces kept" if any(kept) else "" if aligned else ", not aligned")
+    elif kernel == "finish":
+        b = {32: 64, 16: 128}[numbers[0]]
+        name += f", b <= {b}"
+    shared = native.cuda_library().shared_bytes(KERNELS.index(kernel), b, DTYPES[dtype or "F32"])
+    fits = blocks_per_multiprocessor(code.registers, shared, 4 if kernel == "generate" else 8, arch)
+    return Compiled(
+        name, (dtype or "F32").lower(), arch, code.registers, code.stack, shared, fits, code.count("LDL|STL"),
+        code.count("[HD]MMA"), code.count(r"LDG.*\.128"), code.count("LDGSTS"), code.count(r"STG.*\.128"),
+    )  # fmt: skip
 
 
 def faults(compiled: Compiled) -> list[str]:
     found = []
     if compiled.stack or compiled.spills:
         found.append(f"{compiled.stack} bytes of stack, {compiled.spills} local accesses")
-    if compiled.kernel.startswith("forward"):
+    if not compiled.blocks:
+        found.append("does not fit on a multiprocessor")
+    if compiled.kernel.startswith(ON_TENSOR_CORES):
         if not compiled.tensor:
             found.append("no tensor-core products")
-        if "not aligned" not in compiled.kernel and not (
-            compiled.wide_loads and compiled.wide_stores and compiled.copies
-        ):
+        # the weights' gradients read by copies alone, and write sums of a few rows' width
+        loads = compiled.copies and (compiled.wide_loads or compiled.kernel.startswith("weight"))
+        stores = compiled.wide_stores or compiled.kernel.startswith("weight")
+        if "not aligned" not in compiled.kernel and not (loads and stores):
             found.append("no 16-byte accesses")
-        if not compiled.blocks:
-            found.append("does not fit on a multiprocessor")
     return found
 
 
@@ -123,7 +108,7 @@ def main() -> None:
         jobs = [(s, a) for a in options.arch for s in sorted((ROOT / "csrc/cuda").glob("*.cu"))]
         cubins = pool.map(lambda job: compile_for(*job, Path(folder)), jobs)
         for (_, arch), cubin in zip(jobs, cubins, strict=True):
-            for result in sorted(take_apart(cubin, arch), key=lambda r: r.kernel):
+            for result in sorted((described(code, arch) for code in take_apart(cubin)), key=lambda r: r.kernel):
                 results.append(result)
                 print(result, *faults(result), flush=True)
     if options.write:

@@ -12,12 +12,9 @@ them; how fast it is, only a GPU can say. ``--write`` records all combinations i
 from __future__ import annotations
 
 import argparse
-import collections
 import contextlib
 import dataclasses
 import json
-import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -26,6 +23,7 @@ from unittest import mock
 
 import torch
 import triton
+from machine_code import blocks_per_multiprocessor, take_apart
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
@@ -56,15 +54,9 @@ ROUNDED = ("adapter_forward", "rows", "weights")
 ROOT = Path(__file__).parents[1]
 RECORD, PAGE = ROOT / "benchmarks/results/triton_gate.json", ROOT / "docs/triton_gate.md"
 
-#: Bytes of shared memory on a multiprocessor, of which each block takes 1 KiB for the system (CUDA programming guide,
-#: "compute capabilities"). All have 65,536 registers, given to warps by 256, 2,048 threads and 32 blocks at most.
-SHARED = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
-
 _TYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32",
 }  # fmt: skip
-_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.M)
 
 
 @dataclasses.dataclass
@@ -155,40 +147,24 @@ def compile_launch(launch: Launch, arch: int):
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
 
 
-def blocks_per_multiprocessor(
-    registers: int, shared: int, warps: int, arch: int, of: int | None = None, threads: int = 2048
-) -> int:
-    """Blocks that fit at a time; ``of`` is the multiprocessor's shared memory, by default as in ``SHARED``."""
-    by_registers = 65536 // ((registers + 7) // 8 * 256 * warps)
-    return min(32, threads // 32 // warps, by_registers, (of or SHARED[arch]) // (shared + 1024))
-
-
 def measure(binary, arch: int) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(binary.asm["cubin"])
-        usage, code = (
-            subprocess.run([_TOOLS / tool, *flags, cubin], capture_output=True, text=True, check=True).stdout
-            for tool, flags in (("cuobjdump", ["-res-usage"]), ("nvdisasm", ["-c"]))
-        )
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    instructions = collections.Counter(_INSTRUCTION.findall(code))
-
-    def count(pattern: str) -> int:
-        return sum(n for name, n in instructions.items() if re.match(pattern, name))
-
+        (code,) = take_apart(cubin)
+    shared = binary.metadata.shared
     return {
-        "registers": registers,
-        "stack": stack,
-        "shared": binary.metadata.shared,
-        "blocks": blocks_per_multiprocessor(registers, binary.metadata.shared, binary.metadata.num_warps, arch),
-        "spills": count("LDL|STL"),
-        "tensor": count("[HD]MMA|HGMMA|UTC.*MMA"),
-        "tf32": count(".*MMA.*TF32"),
-        "wide_loads": count(r"(LDG|LDGSTS).*\.128"),
-        "narrow_loads": count(r"(LDG|LDGSTS)(?!.*\.128)"),
-        "wide_stores": count(r"STG.*\.128"),
-        "narrow_stores": count(r"STG(?!.*\.128)"),
+        "registers": code.registers,
+        "stack": code.stack,
+        "shared": shared,
+        "blocks": blocks_per_multiprocessor(code.registers, shared, binary.metadata.num_warps, arch),
+        "spills": code.count("LDL|STL"),
+        "tensor": code.count("[HD]MMA|HGMMA|UTC.*MMA"),
+        "tf32": code.count(".*MMA.*TF32"),
+        "wide_loads": code.count(r"(LDG|LDGSTS).*\.128"),
+        "narrow_loads": code.count(r"(LDG|LDGSTS)(?!.*\.128)"),
+        "wide_stores": code.count(r"STG.*\.128"),
+        "narrow_stores": code.count(r"STG(?!.*\.128)"),
     }
 
 

@@ -122,27 +122,17 @@ struct RowView {
 
 Problem problem_of(const Tensor& x, int64_t T, const std::optional<Tensor>& task_index, int64_t d, int64_t b,
                    bool pre_norm, bool post_norm, int64_t activation, std::vector<int64_t>& tasks) {
-  const ScalarType dtype = x.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
-                  "x must be float32, bfloat16 or float16, got ", name(dtype));
-  expect_sizes(d, b);
-  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == d, "x must be [..., ", d, "]");
-  STD_TORCH_CHECK(activation >= GELU_NEW && activation <= SILU, "activation must be from 0 to 3, got ", activation);
-  STD_TORCH_CHECK(task_index.has_value() || T == 1, "weights of ", T, " tasks need a task_index");
+  expect_rows(x, T, task_index, d, b, activation);
   const auto sizes = x.sizes();
   int64_t n = 1;
   for (size_t i = 0; i + 1 < sizes.size(); ++i) n *= sizes[i];
   Problem p{{d, b, pre_norm, post_norm}, int(activation), kind_of(x.scalar_type()), 1, n, T, nullptr};
   if (!task_index.has_value()) return p;
-  const ScalarType kind = task_index->scalar_type();
-  STD_TORCH_CHECK(kind == ScalarType::Long || kind == ScalarType::Int, "task_index must be int32 or int64");
-  STD_TORCH_CHECK(x.dim() >= 2 && task_index->dim() == 1 && task_index->size(0) == sizes[0],
-                  "task_index must have one entry per sample of x");
   const Tensor index = task_index->is_contiguous() ? *task_index : torch::stable::contiguous(*task_index);
   p.B = sizes[0];
   p.M = p.B == 0 ? 0 : n / p.B;
   tasks.resize(p.B);
-  const bool wide = kind == ScalarType::Long;
+  const bool wide = index.scalar_type() == ScalarType::Long;
   for (int64_t i = 0; i < p.B; ++i) {
     tasks[i] = wide ? static_cast<const int64_t*>(index.const_data_ptr())[i]
                     : static_cast<const int32_t*>(index.const_data_ptr())[i];
@@ -203,16 +193,8 @@ std::tuple<Tensor, Tensor> adapter_backward_op(const Tensor& g, const Tensor& x,
   const Problem p = problem_of(x, tasks_of(wd), task_index, d, b, pre_norm, post_norm, activation, tasks);
   expect_folded(p.layout, p.T, x.scalar_type(), wd, wg, vectors, scale, root, mean);
   expect("packed", packed, ScalarType::Float, {p.T, p.layout.numel()});
-  std::vector<int64_t> z_shape(lead);
-  z_shape.push_back(b);
-  expect("z", z, x.scalar_type(), z_shape);
-  if (post_norm) expect("r", r, ScalarType::Float, lead);
-  if (pre_norm) {
-    expect("pre_mean", pre_mean, ScalarType::Float, lead);
-    expect("pre_rstd", pre_rstd, ScalarType::Float, lead);
-  }
-  STD_TORCH_CHECK(g.scalar_type() == x.scalar_type() && g.dim() == x.dim(), "g must have x's dtype and shape");
-  for (int64_t i = 0; i < x.dim(); ++i) STD_TORCH_CHECK(g.size(i) == x.size(i), "g must have x's dtype and shape");
+  expect_saved(p.layout, x, z, r, pre_mean, pre_rstd);
+  expect_gradient(g, x);
   Tensor dx = need_dx ? empty_rows(lead, d, x.scalar_type()) : empty(none, {0}, x.scalar_type());
   Tensor dpacked =
       need_dpacked ? empty({p.T}, {p.layout.numel()}, ScalarType::Float) : empty(none, {0}, ScalarType::Float);
@@ -225,11 +207,8 @@ std::tuple<Tensor, Tensor> adapter_backward_op(const Tensor& g, const Tensor& x,
 }
 
 Tensor generate_weights_op(const Tensor& E, const Tensor& G, const Tensor& g0) {
-  STD_TORCH_CHECK(E.dim() == 3 && G.dim() == 3, "E must be [Q, n, k] and G [Q, P, k]");
+  expect_generator(E, G, g0);
   const int64_t Q = E.size(0), n = E.size(1), k = E.size(2), P = G.size(1);
-  expect("E", E, ScalarType::Float, {Q, n, k});
-  expect("G", G, ScalarType::Float, {Q, P, k});
-  expect("g0", g0, ScalarType::Float, {Q, P});
   Tensor packed = empty({Q}, {n, P}, ScalarType::Float);
   if (Q * n * P == 0) return packed;
   const auto f = [](const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); };
@@ -247,11 +226,9 @@ HyperAdapter hyper_adapter_op(const Tensor& x, const Tensor& E, const Tensor& G,
                               std::optional<Tensor> task_index, int64_t d, int64_t b, bool pre_norm, bool post_norm,
                               int64_t activation, bool save) {
   expect_sizes(d, b);
-  STD_TORCH_CHECK(E.dim() == 2, "E must be [T, k]");
-  const int64_t T = E.size(0), k = E.size(1), P = AdapterLayout{d, b, pre_norm, post_norm}.numel();
-  expect("E", E, ScalarType::Float, {T, k});
-  expect("G", G, ScalarType::Float, {P, k});
-  expect("g0", g0, ScalarType::Float, {P});
+  const AdapterLayout layout{d, b, pre_norm, post_norm};
+  expect_site_generator(layout, E, G, g0);
+  const int64_t T = E.size(0), k = E.size(1), P = layout.numel();
   const auto f = [](const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); };
   Tensor packed = empty({T}, {P}, ScalarType::Float);
   if (T > 0) generate_weights(f(E), f(G), f(g0), T, P, k, static_cast<float*>(packed.mutable_data_ptr()), run_parallel);
@@ -269,24 +246,7 @@ int64_t instruction_set_op() {
 
 STABLE_TORCH_LIBRARY(hyperformer_fast_cpu, m) {
   m.def("instruction_set() -> int");
-  m.def(
-      "adapter_forward(Tensor x, Tensor wd, Tensor wg, Tensor vectors, Tensor scale, Tensor root, Tensor mean, "
-      "Tensor? task_index, int d, int b, bool pre_norm, bool post_norm, int activation, bool save)"
-      " -> (Tensor out, Tensor z, Tensor r, Tensor pre_mean, Tensor pre_rstd)");
-  m.def(
-      "adapter_backward(Tensor g, Tensor x, Tensor z, Tensor r, Tensor pre_mean, Tensor pre_rstd, Tensor packed, "
-      "Tensor wd, Tensor wg, Tensor vectors, Tensor scale, Tensor root, Tensor mean, Tensor? task_index, "
-      "int d, int b, bool pre_norm, bool post_norm, int activation, bool need_dx, bool need_dpacked)"
-      " -> (Tensor dx, Tensor dpacked)");
-  m.def("generate_weights(Tensor E, Tensor G, Tensor g0) -> Tensor packed");
-  m.def(
-      "hyper_adapter(Tensor x, Tensor E, Tensor G, Tensor g0, Tensor? task_index, int d, int b, bool pre_norm, "
-      "bool post_norm, int activation, bool save)"
-      " -> (Tensor out, Tensor z, Tensor r, Tensor pre_mean, Tensor pre_rstd, Tensor packed, Tensor wd, Tensor wg, "
-      "Tensor vectors, Tensor scale, Tensor root, Tensor mean)");
-  m.def(
-      "fold(Tensor packed, int d, int b, bool pre_norm, bool post_norm, ScalarType dtype)"
-      " -> (Tensor wd, Tensor wg, Tensor vectors, Tensor scale, Tensor root, Tensor mean)");
+  define_ops(m);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(hyperformer_fast_cpu, CPU, m) {

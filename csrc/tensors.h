@@ -102,4 +102,77 @@ inline void expect_sizes(int64_t d, int64_t b) {
                   " and ", b);
 }
 
+// The rows of a call on either library: x [..., d], and the task of each of its samples.
+inline void expect_rows(const Tensor& x, int64_t T, const std::optional<Tensor>& task_index, int64_t d, int64_t b,
+                        int64_t activation) {
+  const ScalarType dtype = x.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
+                  "x must be float32, bfloat16 or float16, got ", name(dtype));
+  expect_sizes(d, b);
+  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == d, "x must be [..., ", d, "]");
+  STD_TORCH_CHECK(activation >= 0 && activation <= 3, "activation must be from 0 to 3, got ", activation);
+  STD_TORCH_CHECK(task_index.has_value() || T == 1, "weights of ", T, " tasks need a task_index");
+  if (!task_index.has_value()) return;
+  const ScalarType kind = task_index->scalar_type();
+  STD_TORCH_CHECK(kind == ScalarType::Long || kind == ScalarType::Int, "task_index must be int32 or int64");
+  STD_TORCH_CHECK(x.dim() >= 2 && task_index->dim() == 1 && task_index->size(0) == x.size(0),
+                  "task_index must have one entry per sample of x");
+}
+
+inline void expect_gradient(const Tensor& g, const Tensor& x) {
+  STD_TORCH_CHECK(g.scalar_type() == x.scalar_type() && g.dim() == x.dim(), "g must have x's dtype and shape");
+  for (int64_t i = 0; i < x.dim(); ++i) STD_TORCH_CHECK(g.size(i) == x.size(i), "g must have x's dtype and shape");
+}
+
+inline void expect_saved(const AdapterLayout& layout, const Tensor& x, const Tensor& z, const Tensor& r,
+                         const Tensor& pre_mean, const Tensor& pre_rstd) {
+  const std::vector<int64_t> lead = lead_of(x);
+  std::vector<int64_t> z_shape(lead);
+  z_shape.push_back(layout.b);
+  expect("z", z, x.scalar_type(), z_shape);
+  if (layout.post_norm) expect("r", r, ScalarType::Float, lead);
+  if (!layout.pre_norm) return;
+  expect("pre_mean", pre_mean, ScalarType::Float, lead);
+  expect("pre_rstd", pre_rstd, ScalarType::Float, lead);
+}
+
+inline void expect_generator(const Tensor& E, const Tensor& G, const Tensor& g0) {
+  STD_TORCH_CHECK(E.dim() == 3 && G.dim() == 3, "E must be [Q, n, k] and G [Q, P, k]");
+  const int64_t Q = E.size(0), n = E.size(1), k = E.size(2), P = G.size(1);
+  expect("E", E, ScalarType::Float, {Q, n, k});
+  expect("G", G, ScalarType::Float, {Q, P, k});
+  expect("g0", g0, ScalarType::Float, {Q, P});
+}
+
+inline void expect_site_generator(const AdapterLayout& layout, const Tensor& E, const Tensor& G, const Tensor& g0) {
+  STD_TORCH_CHECK(E.dim() == 2, "E must be [T, k]");
+  const int64_t T = E.size(0), k = E.size(1), P = layout.numel();
+  expect("E", E, ScalarType::Float, {T, k});
+  expect("G", G, ScalarType::Float, {P, k});
+  expect("g0", g0, ScalarType::Float, {P});
+}
+
+// The raw ops that both libraries have: one schema, as backends/cpu.py and backends/cuda.py call them.
+template <class Library>
+void define_ops(Library& m) {
+  m.def("generate_weights(Tensor E, Tensor G, Tensor g0) -> Tensor packed");
+  m.def(
+      "fold(Tensor packed, int d, int b, bool pre_norm, bool post_norm, ScalarType dtype)"
+      " -> (Tensor wd, Tensor wg, Tensor vectors, Tensor scale, Tensor root, Tensor mean)");
+  m.def(
+      "adapter_forward(Tensor x, Tensor wd, Tensor wg, Tensor vectors, Tensor scale, Tensor root, Tensor mean, "
+      "Tensor? task_index, int d, int b, bool pre_norm, bool post_norm, int activation, bool save)"
+      " -> (Tensor out, Tensor z, Tensor r, Tensor pre_mean, Tensor pre_rstd)");
+  m.def(
+      "adapter_backward(Tensor g, Tensor x, Tensor z, Tensor r, Tensor pre_mean, Tensor pre_rstd, Tensor packed, "
+      "Tensor wd, Tensor wg, Tensor vectors, Tensor scale, Tensor root, Tensor mean, Tensor? task_index, "
+      "int d, int b, bool pre_norm, bool post_norm, int activation, bool need_dx, bool need_dpacked)"
+      " -> (Tensor dx, Tensor dpacked)");
+  m.def(
+      "hyper_adapter(Tensor x, Tensor E, Tensor G, Tensor g0, Tensor? task_index, int d, int b, bool pre_norm, "
+      "bool post_norm, int activation, bool save)"
+      " -> (Tensor out, Tensor z, Tensor r, Tensor pre_mean, Tensor pre_rstd, Tensor packed, Tensor wd, Tensor wg, "
+      "Tensor vectors, Tensor scale, Tensor root, Tensor mean)");
+}
+
 }  // namespace hyperformer_fast

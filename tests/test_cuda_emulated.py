@@ -1,4 +1,4 @@
-"""The CUDA kernels in the emulator: weights and forward against the float64 truth, by the one rule."""
+"""The CUDA kernels in the emulator against the float64 truth, by the one rule."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.cases import HOSTILE, hostile_packed, random_packed
 from support.emulated import EmulatedCuda, needs_compiler, registered, thread_order
+from support.sweep import draw_case
 from support.tolerance import assert_accurate
 from test_native import check_root
-from test_ops import DTYPES, LAYOUTS, op_arguments, static
+from test_ops import DTYPES, check_against_truth
 
-from hyperformer_fast import explain, reference, use_backend
-from hyperformer_fast.activations import ACTIVATIONS
+from hyperformer_fast import reference
 from hyperformer_fast.layout import AdapterLayout
 
 pytestmark = needs_compiler
@@ -76,23 +76,10 @@ def check(x, packed, layout, activation, index, save=True):
 )  # fmt: skip
 @given(data=st.data())
 def test_sweep(data):
-    """Small shapes of every kind: below a tile, ragged, odd, b on and off a power of two."""
-    draw = data.draw
-    torch.manual_seed(draw(st.integers(0, 2**31), label="seed"))
-    layout = AdapterLayout(
-        draw(st.one_of(st.integers(4, 40), st.integers(41, 150)), label="d"),
-        draw(st.sampled_from([1, 3, 5, 16, 17, 24, 32, 48, 65]), label="b"),
-        draw(st.booleans()),
-        draw(st.booleans()),
-    )
-    dtype = draw(st.sampled_from(DTYPES), label="dtype")
-    shape = (draw(st.integers(1, 3), label="B"), draw(st.sampled_from([1, 3, 31, 33]), label="L"), layout.d)
-    T = draw(st.integers(1, 3), label="T")
-    kind = draw(st.sampled_from([torch.int32, torch.int64]), label="index")
-    index = torch.randint(-1, T, shape[:1]).to(kind) if T > 1 or draw(st.booleans(), label="mixed") else None
-    x = LAYOUTS[draw(st.sampled_from(sorted(LAYOUTS)), label="layout of x")](shape, dtype)
-    packed = random_packed(layout, T).float()
-    check(x, packed, layout, draw(st.sampled_from(ACTIVATIONS), label="activation"), index, draw(st.booleans()))
+    case = draw_case(data.draw, [1, 3, 5, 16, 17, 24, 32, 48, 65])
+    check(case.x, *case[2:], data.draw(st.booleans(), label="save"))
+    with registered():
+        check_against_truth(*case, backend="cuda-emulated")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -101,8 +88,35 @@ def test_sweep(data):
 def test_every_instantiation(d, b, dtype):
     """Widths that registers hold, a wider one in whole pieces, and one that is not aligned; each bottleneck's tile."""
     layout = AdapterLayout(d, b, pre_norm=b == 24)
-    x = torch.randn(1, 3, d).to(dtype)
-    check(x, random_packed(layout).float(), layout, "gelu_new", None)
+    x, packed = torch.randn(1, 3, d).to(dtype), random_packed(layout).float()
+    check(x, packed, layout, "gelu_new", None)
+    with registered():
+        check_against_truth(x, torch.randn_like(x), packed, layout, "gelu_new", None, backend="cuda-emulated")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "index"), [((1, 300), None), ((7, 40), [1, 0, 1, 1, -1, 0, 1])])
+def test_rows_of_several_stretches(shape, index, dtype):
+    """Each row in one partial sum, and each partial sum once."""
+    layout = AdapterLayout(40, 3)
+    x, g = (torch.randn(*shape, 40).to(dtype) for _ in range(2))
+    index, T = (None, 1) if index is None else (torch.tensor(index), 2)
+    with registered():
+        check_against_truth(x, g, random_packed(layout, T).float(), layout, "silu", index, backend="cuda-emulated")
+
+
+@pytest.mark.parametrize(("std", "wide"), [(1e-5, 30), (1e-3, 30), (30.0, 30), (1e-7, 1000)])
+def test_float16_range(std, wide):
+    """r h and gamma * Wc each leave float16's range here; gradients must not."""
+    layout = AdapterLayout(64, 8)
+    packed = random_packed(layout).float()
+    parts = layout.unpack(packed)
+    parts["up_weight"].mul_(std / 0.3)
+    parts["up_bias"].mul_(std / 0.3)
+    parts["down_weight"].mul_(wide)
+    x, g = (torch.randn(40, 64).half() for _ in range(2))
+    with registered():
+        check_against_truth(x, g, packed, layout, "gelu_new", None, backend="cuda-emulated")
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
@@ -132,7 +146,8 @@ def test_weights_that_float16_has_no_range_for():
 @pytest.mark.parametrize(("pre", "post", "b"), [(*norms, 24) for norms in NORMS] + [(False, True, 80)])
 def test_neither_threads_nor_copies_in_another_order_change_a_bit(pre, post, b, dtype):
     layout, index = AdapterLayout(520, b, pre, post), torch.tensor([1, -1, 0])
-    x, packed = torch.randn(3, 34, 520).to(dtype), random_packed(layout, 2).float()
+    x, g = (torch.randn(3, 34, 520).to(dtype) for _ in range(2))
+    packed = random_packed(layout, 2).float()
     results = []
     for order, copies in (
         ("forward", "late"),
@@ -143,14 +158,11 @@ def test_neither_threads_nor_copies_in_another_order_change_a_bit(pre, post, b, 
     ):
         with thread_order(order, copies):
             folded = EmulatedCuda().fold(packed, layout, dtype)
-            results.append((*folded, *_flat(EmulatedCuda().adapter_forward(x, folded, layout, "silu", index, True))))
+            out, saved = EmulatedCuda().adapter_forward(x, folded, layout, "silu", index, True)
+            gradients = EmulatedCuda().adapter_backward(g, x, saved, packed, folded, layout, "silu", index, True, True)
+            results.append((*folded, out, *saved, *gradients))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
-def _flat(result):
-    out, saved = result
-    return out, *saved
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -187,12 +199,18 @@ backend = EmulatedCuda()
 for d in (40, 39):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         layout = AdapterLayout(d, 5, True, True)
-        folded = backend.fold(guarded(random_packed(layout, 2).float()), layout, dtype)
+        packed = guarded(random_packed(layout, 2).float())
+        folded = backend.fold(packed, layout, dtype)
         x, index = guarded(torch.randn(3, 7, d).to(dtype)), guarded(torch.tensor([0, 1, 1]))
-        out, _ = backend.adapter_forward(x, folded, layout, "gelu", index, True)
+        out, saved = backend.adapter_forward(x, folded, layout, "gelu", index, True)
+        arguments = packed, folded, layout, "gelu", index, True, True
+        gradients = backend.adapter_backward(x, x, saved, *arguments)
         folded = type(folded)(*map(guarded, folded))
         again, _ = backend.adapter_forward(x, folded, layout, "gelu", index, True)
         assert torch.equal(out, again)
+        arguments = packed, folded, *arguments[2:]
+        again = backend.adapter_backward(guarded(x), x, type(saved)(*map(guarded, saved)), *arguments)
+        assert all(map(torch.equal, gradients, again))
 E, G, g0 = (guarded(torch.randn(s)) for s in ((1, 3, 5), (1, 130, 5), (1, 130)))
 backend.generate_weights(E, G, g0)
 print("nothing beyond")
@@ -219,6 +237,10 @@ def test_an_unknown_task_becomes_nan(dtype):
         for part in (out, *saved):
             assert part[1].isnan().all() and part[[0, 2, 3]].isfinite().all()
         assert torch.equal(out[2], x[2]) and (saved.z[2] == 0).all() and (saved.r[2] == 0).all()
+        g = torch.randn_like(x)
+        dx, dpacked = EmulatedCuda().adapter_backward(g, x, saved, packed, folded, layout, "relu", index, True, True)
+        assert dx[1].isnan().all() and torch.equal(dx[2], g[2]) and dx[[0, 3]].isfinite().all()
+        assert dpacked.isfinite().all() and dpacked.any(1).all()
 
 
 @pytest.mark.parametrize(
@@ -245,42 +267,22 @@ def test_nothing_to_do():
         assert out.shape == shape and saved.z.shape == (*shape[:-1], 5)
 
 
-def test_opcheck():
-    """The public ops' fakes tell what these kernels return."""
-    public = torch.ops.hyperformer_fast
-    with registered(), use_backend("cuda-emulated"):
-        for (pre, post), mixed in itertools.product(NORMS, [False, True]):
-            layout = AdapterLayout(13, 4, pre, post)
-            x, packed, folded, index = op_arguments(layout, mixed=mixed)
-            x, packed = x.detach(), packed.detach()
-            for save in (False, True):
-                torch.library.opcheck(
-                    public.adapter_forward.default, (x, packed, *folded, index, *static(layout), save)
-                )
-            for dtype in DTYPES:
-                torch.library.opcheck(public.fold.default, (packed.float(), *static(layout)[:4], dtype))
-        E, G, g0 = (torch.randn(s) for s in ((2, 3, 4), (2, 5, 4), (2, 5)))
-        torch.library.opcheck(public.generate_weights.default, (E, G, g0))
-
-
-def test_the_public_op_takes_it():
-    layout = AdapterLayout(40, 5)
-    packed, x = random_packed(layout).float(), torch.randn(3, 40)
-    with registered(), use_backend("cuda-emulated"):
-        from hyperformer_fast import ops
-
-        assert explain("adapter_forward", x).chosen == "cuda-emulated"
-        refused = explain("adapter_backward", x)
-        assert refused.chosen is None and "no kernel for adapter_backward" in refused.reasons["cuda-emulated"]
-        mine = ops.adapter(x, packed, layout, "gelu_new")
-    assert_accurate(
-        mine, ops.adapter(x, packed, layout, "gelu_new"), ops.adapter(x.double(), packed.double(), layout, "gelu_new")
-    )
+@pytest.mark.parametrize(("need_dx", "need_dpacked"), NORMS)
+@pytest.mark.parametrize("post", [False, True])
+def test_what_is_not_needed_is_empty(need_dx, need_dpacked, post):
+    backend, layout = EmulatedCuda(), AdapterLayout(20, 3, True, post)
+    packed, x = random_packed(layout).float(), torch.randn(3, 20)
+    folded = backend.fold(packed, layout, torch.float32)
+    _, saved = backend.adapter_forward(x, folded, layout, "silu", None, True)
+    both = backend.adapter_backward(x, x, saved, packed, folded, layout, "silu", None, True, True)
+    some = backend.adapter_backward(x, x, saved, packed, folded, layout, "silu", None, need_dx, need_dpacked)
+    for needed, mine, full in zip((need_dx, need_dpacked), some, both):
+        assert torch.equal(mine, full) if needed else mine.numel() == 0
 
 
 WRONG = [
-    ("x must be", lambda a: a | {"x": torch.randn(3, 41)}),
-    ("dtype must be float32", lambda a: a | {"x": torch.randn(3, 40).double()}),
+    ("x must be \\[..., 40", lambda a: a | {"x": torch.randn(3, 41)}),
+    ("float32, bfloat16 or float16, got float64", lambda a: a | {"x": torch.randn(3, 40).double()}),
     ("wd must be float32, got bfloat16", lambda a: a | {"wd": a["wd"].bfloat16()}),
     ("root has the wrong shape", lambda a: a | {"root": a["root"][:, :-1].contiguous()}),
     ("wg must be contiguous", lambda a: a | {"wg": a["wg"].mT.contiguous().mT}),
@@ -301,3 +303,18 @@ def test_wrong_arguments_are_errors(words, spoil):
     op(*right.values())
     with pytest.raises(RuntimeError, match=words):
         op(*spoil(right).values())
+
+
+def test_wrong_gradients_are_errors():
+    layout, x = AdapterLayout(40, 5), torch.randn(3, 40)
+    packed = torch.randn(1, layout.numel)
+    folded = EmulatedCuda().fold(packed, layout, torch.float32)
+    _, saved = EmulatedCuda().adapter_forward(x, folded, layout, "relu", None, True)
+    for words, g, kept in (
+        ("g must have x's dtype and shape", torch.randn(3, 41), saved),
+        ("g must have x's dtype and shape", x.half(), saved),
+        ("z has the wrong shape", x, saved._replace(z=saved.z[:2])),
+        ("r must be float32, got float64", x, saved._replace(r=saved.r.double())),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            EmulatedCuda().adapter_backward(g, x, kept, packed, folded, layout, "relu", None, True, True)

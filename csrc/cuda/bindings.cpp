@@ -60,11 +60,8 @@ const float* floats(const Tensor& t) { return static_cast<const float*>(t.const_
 float* floats(Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
 
 Tensor generate_weights_op(const Tensor& E, const Tensor& G, const Tensor& g0) {
-  STD_TORCH_CHECK(E.dim() == 3 && G.dim() == 3, "E must be [Q, n, k] and G [Q, P, k]");
+  expect_generator(E, G, g0);
   const int64_t Q = E.size(0), n = E.size(1), k = E.size(2), P = G.size(1);
-  expect("E", E, ScalarType::Float, {Q, n, k});
-  expect("G", G, ScalarType::Float, {Q, P, k});
-  expect("g0", g0, ScalarType::Float, {Q, P});
   Tensor packed = empty({Q}, {n, P}, ScalarType::Float, &E);
   if (Q * n * P == 0) return packed;
   const OnDeviceOf device(E);
@@ -72,9 +69,14 @@ Tensor generate_weights_op(const Tensor& E, const Tensor& G, const Tensor& g0) {
   return packed;
 }
 
-using Folded = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using FoldedTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Folded fold_op(const Tensor& packed, int64_t d, int64_t b, bool pre_norm, bool post_norm, ScalarType dtype) {
+PackedParts parts_of(const AdapterLayout& layout) {
+  return {layout.numel(),   layout.down_bias(),  layout.up_weight(),
+          layout.up_bias(), layout.post_gamma(), layout.pre_gamma()};
+}
+
+FoldedTensors fold_op(const Tensor& packed, int64_t d, int64_t b, bool pre_norm, bool post_norm, ScalarType dtype) {
   expect_adapter(d, b);
   const AdapterLayout layout{d, b, pre_norm, post_norm};
   const Kind kind = kind_of(dtype);
@@ -91,8 +93,7 @@ Folded fold_op(const Tensor& packed, int64_t d, int64_t b, bool pre_norm, bool p
   if (M > 0) {
     const OnDeviceOf device(packed);
     fold({floats(packed), wd.mutable_data_ptr(), wg.mutable_data_ptr(), floats(vectors), floats(scale), floats(root),
-          floats(mean), M, layout.numel(), layout.vectors(), layout.down_bias(), layout.up_weight(), layout.up_bias(),
-          layout.post_gamma(), layout.pre_gamma(), int(d), int(b), pre_norm, post_norm},
+          floats(mean), M, layout.vectors(), parts_of(layout), int(d), int(b), pre_norm, post_norm},
          kind, device.stream);
   }
   return {wd, wg, vectors, scale, root, mean};
@@ -128,6 +129,8 @@ struct RowView {
     return true;
   }
 
+  Rows rows() const { return {keep.const_data_ptr(), stride_sample, stride_row}; }
+
   bool aligned(int64_t d) const {
     const int64_t bytes = keep.scalar_type() == ScalarType::Float ? 4 : 2;
     return reinterpret_cast<uintptr_t>(keep.const_data_ptr()) % 16 == 0 && d * bytes % 16 == 0 &&
@@ -137,65 +140,148 @@ struct RowView {
 
 bool starts_aligned(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0; }
 
+// What every kernel over rows is told of a call, checked.
+struct Call {
+  AdapterLayout layout;
+  Kind kind;
+  Adapter adapter;
+  Tasks tasks{};
+  Folded folded{};
+  std::optional<Tensor> index;
+
+  Call(const Tensor& x, int64_t T, std::optional<Tensor> task_index, int64_t d, int64_t b, bool pre_norm,
+       bool post_norm, int64_t activation)
+      : layout{d, b, pre_norm, post_norm}, kind(kind_of(x.scalar_type())), index(std::move(task_index)) {
+    expect_adapter(d, b);
+    expect_rows(x, T, index, d, b, activation);
+    adapter = {int(d), int(b), int(activation), pre_norm, post_norm};
+    tasks.T = T;
+    if (!index.has_value()) return;
+    expect_device(x, {&*index});
+    if (!index->is_contiguous()) index = torch::stable::contiguous(*index);
+    tasks.index = index->const_data_ptr();
+    tasks.wide = index->scalar_type() == ScalarType::Long;
+  }
+
+  static void expect_device(const Tensor& x, std::initializer_list<const Tensor*> others) {
+    for (const Tensor* t : others)
+      STD_TORCH_CHECK(t->get_device_index() == x.get_device_index(), "all tensors must be on x's device, ",
+                      x.get_device_index(), ", got one on ", t->get_device_index());
+  }
+
+  void use(const Tensor& x, const Tensor& wd, const Tensor& wg, const Tensor& vectors, const Tensor& scale,
+           const Tensor& root, const Tensor& mean) {
+    expect_folded(layout, tasks.T, x.scalar_type(), wd, wg, vectors, scale, root, mean);
+    expect_device(x, {&wd, &wg, &vectors, &scale, &root, &mean});
+    folded = {wd.const_data_ptr(), wg.const_data_ptr(), floats(vectors), floats(scale), floats(root)};
+  }
+};
+
+struct ForwardTensors {
+  Tensor out, z, r, pre_mean, pre_rstd;
+
+  ForwardTensors(const Tensor& x, const AdapterLayout& layout, bool save)
+      : out(empty(lead_of(x), {layout.d}, x.scalar_type(), &x)),
+        z(empty(save ? lead_of(x) : Sizes{}, {save ? layout.b : 0}, x.scalar_type(), &x)),
+        r(statistic(x, save && layout.post_norm)),
+        pre_mean(statistic(x, save && layout.pre_norm)),
+        pre_rstd(statistic(x, save && layout.pre_norm)) {}
+
+ private:
+  using Sizes = std::vector<int64_t>;
+  static Tensor statistic(const Tensor& x, bool on) {
+    return on ? empty(lead_of(x), {}, ScalarType::Float, &x) : empty({}, {0}, ScalarType::Float, &x);
+  }
+};
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> adapter_forward_op(
     const Tensor& x, const Tensor& wd, const Tensor& wg, const Tensor& vectors, const Tensor& scale, const Tensor& root,
     const Tensor& mean, std::optional<Tensor> task_index, int64_t d, int64_t b, bool pre_norm, bool post_norm,
     int64_t activation, bool save) {
-  expect_adapter(d, b);
-  const ScalarType dtype = x.scalar_type();
-  const Kind kind = kind_of(dtype);
-  const int64_t T = tasks_of(wd);
-  expect_folded({d, b, pre_norm, post_norm}, T, dtype, wd, wg, vectors, scale, root, mean);
-  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == d, "x must be [..., ", d, "]");
-  STD_TORCH_CHECK(activation >= 0 && activation <= 3, "activation must be from 0 to 3, got ", activation);
-  STD_TORCH_CHECK(task_index.has_value() || T == 1, "weights of ", T, " tasks need a task_index");
-  for (const Tensor* t : {&wd, &wg, &vectors, &scale, &root, &mean})
-    STD_TORCH_CHECK(t->get_device_index() == x.get_device_index(), "all tensors must be on x's device");
-  bool wide = false;
-  if (task_index.has_value()) {
-    wide = task_index->scalar_type() == ScalarType::Long;
-    STD_TORCH_CHECK(wide || task_index->scalar_type() == ScalarType::Int, "task_index must be int32 or int64");
-    STD_TORCH_CHECK(x.dim() >= 2 && task_index->dim() == 1 && task_index->size(0) == x.size(0),
-                    "task_index must have one entry per sample of x");
-    STD_TORCH_CHECK(task_index->get_device_index() == x.get_device_index(), "task_index must be on x's device");
-    if (!task_index->is_contiguous()) task_index = torch::stable::contiguous(*task_index);
-  }
-  const std::vector<int64_t> lead = lead_of(x), none;
-  Tensor out = empty(lead, {d}, dtype, &x), z = save ? empty(lead, {b}, dtype, &x) : empty(none, {0}, dtype, &x);
-  const auto statistic = [&](bool on) {
-    return save && on ? empty(lead, {}, ScalarType::Float, &x) : empty(none, {0}, ScalarType::Float, &x);
-  };
-  Tensor r = statistic(post_norm), pre_mean = statistic(pre_norm), pre_rstd = statistic(pre_norm);
+  Call call(x, tasks_of(wd), task_index, d, b, pre_norm, post_norm, activation);
+  call.use(x, wd, wg, vectors, scale, root, mean);
+  ForwardTensors made(x, call.layout, save);
+  auto& [out, z, r, pre_mean, pre_rstd] = made;
   if (out.numel() == 0) return {out, z, r, pre_mean, pre_rstd};
   const OnDeviceOf device(x);
-  const RowView rows(x, task_index.has_value());
+  const RowView rows(x, call.index.has_value());
+  call.tasks.B = rows.B, call.tasks.M = rows.M;
   const bool aligned = rows.aligned(d) && starts_aligned(out) && starts_aligned(wd) && starts_aligned(wg);
-  forward({rows.keep.const_data_ptr(),
-           rows.stride_sample,
-           rows.stride_row,
-           out.mutable_data_ptr(),
-           save ? z.mutable_data_ptr() : nullptr,
-           floats(r),
-           floats(pre_mean),
-           floats(pre_rstd),
-           wd.const_data_ptr(),
-           wg.const_data_ptr(),
-           floats(vectors),
-           floats(scale),
-           floats(root),
-           task_index.has_value() ? task_index->const_data_ptr() : nullptr,
-           wide,
-           rows.B,
-           rows.M,
-           T,
-           int(d),
-           int(b),
-           int(activation),
-           pre_norm,
-           post_norm,
-           aligned},
-          kind, device.stream);
+  forward({call.adapter, rows.rows(), call.tasks, call.folded, out.mutable_data_ptr(),
+           save ? z.mutable_data_ptr() : nullptr, floats(r), floats(pre_mean), floats(pre_rstd), aligned},
+          call.kind, device.stream);
   return {out, z, r, pre_mean, pre_rstd};
+}
+
+std::tuple<Tensor, Tensor> adapter_backward_op(const Tensor& g, const Tensor& x, const Tensor& z, const Tensor& r,
+                                               const Tensor& pre_mean, const Tensor& pre_rstd, const Tensor& packed,
+                                               const Tensor& wd, const Tensor& wg, const Tensor& vectors,
+                                               const Tensor& scale, const Tensor& root, const Tensor& mean,
+                                               std::optional<Tensor> task_index, int64_t d, int64_t b, bool pre_norm,
+                                               bool post_norm, int64_t activation, bool need_dx, bool need_dpacked) {
+  Call call(x, tasks_of(wd), task_index, d, b, pre_norm, post_norm, activation);
+  call.use(x, wd, wg, vectors, scale, root, mean);
+  expect_gradient(g, x);
+  expect_saved(call.layout, x, z, r, pre_mean, pre_rstd);
+  const int64_t T = call.tasks.T, P = call.layout.numel();
+  expect("packed", packed, ScalarType::Float, {T, P});
+  Call::expect_device(x, {&g, &z, &r, &pre_mean, &pre_rstd, &packed});
+  const std::vector<int64_t> none;
+  Tensor dx = need_dx ? empty(lead_of(x), {d}, x.scalar_type(), &x) : empty(none, {0}, x.scalar_type(), &x);
+  Tensor dpacked = need_dpacked ? empty({T}, {P}, ScalarType::Float, &x) : empty(none, {0}, ScalarType::Float, &x);
+  const OnDeviceOf device(x);
+  if (x.numel() == 0) {
+    torch::stable::zero_(dpacked);
+    return {dx, dpacked};
+  }
+  const bool by_sample = call.index.has_value(), sums = need_dpacked && T > 0;
+  if (!need_dx && !sums) return {dx, dpacked};
+  const RowView gs(g, by_sample), xs(x, by_sample);
+  const int64_t B = call.tasks.B = xs.B, M = call.tasks.M = xs.M;
+  const bool aligned = gs.aligned(d) && xs.aligned(d) && starts_aligned(dx) && starts_aligned(wd) && starts_aligned(wg);
+  const PackedParts at = parts_of(call.layout);
+  Tensor dz = empty(none, {sums ? B * M * b : 0}, x.scalar_type(), &x);
+  Tensor m2 = empty(none, {sums && post_norm ? B * M : 0}, ScalarType::Float, &x);
+  Tensor s = empty(none, {sums && post_norm ? B * M : 0}, ScalarType::Float, &x);
+  backward({call.adapter, gs.rows(), xs.rows(), call.tasks, call.folded, z.const_data_ptr(), floats(r),
+            floats(pre_mean), floats(pre_rstd), floats(packed), P, at.gamma, need_dx ? dx.mutable_data_ptr() : nullptr,
+            sums ? dz.mutable_data_ptr() : nullptr, floats(m2), floats(s), aligned},
+           call.kind, device.stream);
+  if (!sums) return {dx, dpacked};
+  const int64_t units = B * ((M + kUnit - 1) / kUnit), wanted = stretches(call.adapter, units, T, call.kind);
+  const int64_t units_per_split = (units + wanted - 1) / wanted,
+                splits = (units + units_per_split - 1) / units_per_split;
+  Tensor part = empty({splits, T}, {partial_sums(d, b)}, ScalarType::Float, &x);
+  weight_gradients(
+      {call.adapter, gs.rows(), xs.rows(), call.tasks, z.const_data_ptr(), dz.const_data_ptr(), floats(r),
+       floats(pre_mean), floats(pre_rstd), floats(m2), floats(s), floats(part), int(splits), units_per_split, aligned},
+      call.kind, device.stream);
+  finish({call.adapter, floats(part), floats(packed), floats(mean), floats(dpacked), T, at, int(splits)},
+         device.stream);
+  return {dx, dpacked};
+}
+
+using HyperAdapter =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// Generation, folding and application of one site: what the three ops give, in one call.
+HyperAdapter hyper_adapter_op(const Tensor& x, const Tensor& E, const Tensor& G, const Tensor& g0,
+                              std::optional<Tensor> task_index, int64_t d, int64_t b, bool pre_norm, bool post_norm,
+                              int64_t activation, bool save) {
+  expect_adapter(d, b);
+  const AdapterLayout layout{d, b, pre_norm, post_norm};
+  expect_site_generator(layout, E, G, g0);
+  Call::expect_device(x, {&E, &G, &g0});
+  const int64_t T = E.size(0), P = layout.numel();
+  Tensor packed = empty({T}, {P}, ScalarType::Float, &x);
+  if (T > 0) {
+    const OnDeviceOf device(x);
+    generate({floats(E), floats(G), floats(g0), floats(packed), 1, T, P, E.size(1)}, device.stream);
+  }
+  const auto [wd, wg, vectors, scale, root, mean] = fold_op(packed, d, b, pre_norm, post_norm, x.scalar_type());
+  const auto [out, z, r, pre_mean, pre_rstd] = adapter_forward_op(x, wd, wg, vectors, scale, root, mean, task_index, d,
+                                                                  b, pre_norm, post_norm, activation, save);
+  return {out, z, r, pre_mean, pre_rstd, packed, wd, wg, vectors, scale, root, mean};
 }
 
 // How many devices the driver gives; below zero the CUDA error, as where there is no driver.
@@ -209,35 +295,40 @@ int64_t device_count_op() {
 #endif
 }
 
-int64_t forward_shared_bytes_op(int64_t b, ScalarType dtype) {
+// Of a block, in the order of backends/cuda.py's KERNELS.
+int64_t shared_bytes_op(int64_t kernel, int64_t b, ScalarType dtype) {
   expect_adapter(1, b);
-  return forward_shared_bytes(int(b), kind_of(dtype));
+  const int n = int(b);
+  const Kind kind = kind_of(dtype);
+  const int bytes[] = {generate_shared_bytes(),
+                       fold_shared_bytes(n),
+                       forward_shared_bytes(n, kind),
+                       backward_shared_bytes(n, kind),
+                       weight_gradients_shared_bytes(n, kind),
+                       finish_shared_bytes(n)};
+  STD_TORCH_CHECK(kernel >= 0 && kernel < int64_t(std::size(bytes)), "no such kernel: ", kernel);
+  return bytes[kernel];
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY(HF_LIBRARY, m) {
   m.def("device_count() -> int");
-  m.def("forward_shared_bytes(int b, ScalarType dtype) -> int");
-  m.def("generate_weights(Tensor E, Tensor G, Tensor g0) -> Tensor packed");
-  m.def(
-      "fold(Tensor packed, int d, int b, bool pre_norm, bool post_norm, ScalarType dtype)"
-      " -> (Tensor wd, Tensor wg, Tensor vectors, Tensor scale, Tensor root, Tensor mean)");
-  m.def(
-      "adapter_forward(Tensor x, Tensor wd, Tensor wg, Tensor vectors, Tensor scale, Tensor root, Tensor mean, "
-      "Tensor? task_index, int d, int b, bool pre_norm, bool post_norm, int activation, bool save)"
-      " -> (Tensor out, Tensor z, Tensor r, Tensor pre_mean, Tensor pre_rstd)");
+  m.def("shared_bytes(int kernel, int b, ScalarType dtype) -> int");
+  define_ops(m);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(HF_LIBRARY, HF_DEVICE, m) {
   m.impl("generate_weights", TORCH_BOX(&generate_weights_op));
   m.impl("fold", TORCH_BOX(&fold_op));
   m.impl("adapter_forward", TORCH_BOX(&adapter_forward_op));
+  m.impl("adapter_backward", TORCH_BOX(&adapter_backward_op));
+  m.impl("hyper_adapter", TORCH_BOX(&hyper_adapter_op));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(HF_LIBRARY, CompositeExplicitAutograd, m) {
   m.impl("device_count", TORCH_BOX(&device_count_op));
-  m.impl("forward_shared_bytes", TORCH_BOX(&forward_shared_bytes_op));
+  m.impl("shared_bytes", TORCH_BOX(&shared_bytes_op));
 }
 
 }  // namespace hyperformer_fast

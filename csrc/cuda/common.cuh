@@ -10,6 +10,7 @@ namespace hyperformer_fast {
 // four 32-bit words; four lanes hold 64 bytes of a row, in any order that both operands of a product share.
 struct BF16 {
   using T = uint16_t;
+  static constexpr bool SHORT_RANGE = false;
   static __device__ __forceinline__ float wide(T x) { return wide_bf16(x); }
   static __device__ __forceinline__ T narrow(float x) { return narrow_bf16(x); }
   static __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -19,6 +20,7 @@ struct BF16 {
 
 struct F16 {
   using T = uint16_t;
+  static constexpr bool SHORT_RANGE = true;  // of exponents
   static __device__ __forceinline__ float wide(T x) { return wide_f16(x); }
   static __device__ __forceinline__ T narrow(float x) { return narrow_f16(x); }
   static __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -34,17 +36,18 @@ __device__ __forceinline__ To bits(From x) {
   return y;
 }
 
-// A float32 is the sum of two tf32, of 11 bits each, to 2^-23: the large one rounded to nearest, what is left of the
-// other cut off by the tensor core. The product of the two small parts, below 2^-22, is dropped.
+// A float32 is the sum of two tf32, of 11 bits each, both rounded to nearest: a product loses 2^-23 of itself. What the
+// tensor core cuts off need not be cleared; the product of the two small parts, below 2^-24, is dropped.
 struct F32 {
   using T = float;
+  static constexpr bool SHORT_RANGE = false;
   static __device__ __forceinline__ float wide(T x) { return x; }
   static __device__ __forceinline__ T narrow(float x) { return x; }
   static __device__ __forceinline__ bool finite(uint32_t x) { return (x & 0x7F800000u) != 0x7F800000u; }
   static __device__ __forceinline__ uint32_t large(uint32_t x) { return (finite(x) ? x + 0x1000u : x) & 0xFFFFE000u; }
   static __device__ __forceinline__ uint32_t small(uint32_t x) {
     if (!finite(x)) return 0;  // inf - inf would make it NaN
-    return bits<uint32_t>(bits<float>(x) - bits<float>(large(x)));
+    return bits<uint32_t>(bits<float>(x) - bits<float>(large(x))) + 0x1000u;
   }
   static __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     const uint32_t a_large[4] = {large(a[0]), large(a[1]), large(a[2]), large(a[3])};
@@ -55,7 +58,15 @@ struct F32 {
   }
 };
 
-struct Piece {
+// Keeps the compiler for an architecture from FROM on from moving loads across.
+template <int FROM>
+__device__ __forceinline__ void keep_order() {
+#ifdef __CUDA_ARCH__
+  if constexpr (__CUDA_ARCH__ >= FROM) __syncwarp();
+#endif
+}
+
+struct alignas(16) Piece {
   uint32_t word[4];
 };
 
@@ -127,6 +138,59 @@ __device__ __forceinline__ float activate(float z, int activation) {
   if (activation == 1) return 0.5f * z * (1.0f + erff(z * 0.7071067811865476f));
   if (activation == 2) return z <= 0.0f ? 0.0f : z;
   return z * sigmoid(z);
+}
+
+// d act(z) / dz.
+__device__ __forceinline__ float activate_grad(float z, int activation) {
+  if (activation == 1)
+    return 0.5f * (1.0f + erff(z * 0.7071067811865476f)) + z * expf(-0.5f * z * z) * 0.3989422804014327f;
+  if (activation == 2) return z > 0.0f ? 1.0f : 0.0f;
+  // z sigmoid(u): 1 - sigmoid is e s, which does not cancel
+  const float u = activation == 0 ? 1.5957691216057308f * (z + 0.044715f * z * z * z) : z;
+  const float slope = activation == 0 ? 1.5957691216057308f * (1.0f + 0.134145f * z * z) : 1.0f;
+  const float e = expf(u < -80.0f ? 80.0f : -u), s = 1.0f / (1.0f + e);
+  return s + z * s * (e * s) * slope;
+}
+
+// The task of a sample; -1 and what lies outside 0 .. T-1 as they are.
+__device__ __forceinline__ int64_t task_of(const Tasks& tasks, int64_t sample) {
+  if (tasks.index == nullptr) return 0;
+  return tasks.wide ? static_cast<const int64_t*>(tasks.index)[sample]
+                    : static_cast<const int32_t*>(tasks.index)[sample];
+}
+
+constexpr float kEps = 1e-5f;
+
+// xhat of a piece from `column` on, zero beyond d, where -mean / std could be infinite in float16.
+template <class S>
+__device__ __forceinline__ Piece normalised(const Piece& piece, int column, int d, float mean, float rstd) {
+  float value[kPiece<S>];
+  for (int c = 0; c < kPiece<S>; ++c) value[c] = column + c < d ? (number<S>(piece, c) - mean) * rstd : 0.0f;
+  return pack<S>(value);
+}
+
+// Row i < b of R [h ; 1], R upper triangular [b+1, b+1].
+__device__ __forceinline__ float root_row(const float* root, int b, int i, const float* h) {
+  float q = root[i * (b + 1) + b];
+  for (int j = i; j < b; ++j) q += root[i * (b + 1) + j] * h[j];
+  return q;
+}
+
+// Some rows of one sample: `rows` of them from its row `first` on, which is row `flat` of all.
+struct Place {
+  int64_t sample, first, flat;
+  int rows;
+};
+
+__device__ __forceinline__ Place place_of(const Tasks& tasks, int64_t unit) {
+  const int64_t per_sample = (tasks.M + kUnit - 1) / kUnit, sample = unit / per_sample;
+  const int64_t first = (unit - sample * per_sample) * kUnit, left = tasks.M - first;
+  return {sample, first, sample * tasks.M + first, left < kUnit ? int(left) : kUnit};
+}
+
+template <class T>
+__device__ __forceinline__ const T* start_of(const Rows& rows, const Place& place) {
+  return static_cast<const T*>(rows.data) + place.sample * rows.stride_sample + place.first * rows.stride_row;
 }
 
 }  // namespace hyperformer_fast

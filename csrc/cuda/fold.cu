@@ -39,7 +39,7 @@ __device__ void square_root(double* G, double* diagonal, int n) {
 }
 
 template <class S>
-__global__ void __launch_bounds__(THREADS) fold_kernel(const FoldParams p) {
+__global__ void __launch_bounds__(THREADS, 1) fold_kernel(const FoldParams p) {
   using T = typename S::T;
   HF_SHARED(shared);
   const int d = p.d, b = p.b, n = b + 1, thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
@@ -49,9 +49,9 @@ __global__ void __launch_bounds__(THREADS) fold_kernel(const FoldParams p) {
   double* const gram = diagonal + n;
   double* const tile = gram + n * (n + 1) / 2;
   const int64_t m = blockIdx.x;
-  const float* const packed = p.packed + m * p.P;
-  const float *const up = packed + p.up, *const up_bias = packed + p.up_bias;
-  const float *const gamma = packed + p.gamma, *const pre_gamma = packed + p.pre_gamma;
+  const float* const packed = p.packed + m * p.at.P;
+  const float *const up = packed + p.at.up, *const up_bias = packed + p.at.up_bias;
+  const float *const gamma = packed + p.at.gamma, *const pre_gamma = packed + p.at.pre_gamma;
   T* const wd = static_cast<T*>(p.wd) + m * b * d;
   T* const wg = static_cast<T*>(p.wg) + m * b * d;
   float* const vectors = p.vectors + m * p.V;
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(THREADS) fold_kernel(const FoldParams p) {
       for (int i = lane; i < d; i += 32) shift += double(packed[j * d + i]) * pre_gamma[d + i];
       shift = lane_sum<32>(shift);
     }
-    if (lane == 0) vectors[j] = float(packed[p.down_bias + j] + shift);
+    if (lane == 0) vectors[j] = float(packed[p.at.down_bias + j] + shift);
   }
   if (!p.post_norm) {
     for (int i = thread; i < b * d; i += THREADS) wg[i] = S::narrow(up[i % d * b + i / d]);
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(THREADS) fold_kernel(const FoldParams p) {
 
 template <class S>
 void run(const FoldParams& p, void* stream) {
-  launch(fold_kernel<S>, "fold", dim3{unsigned(p.M), 1, 1}, THREADS, shared_doubles(p.b + 1) * 8, stream, p);
+  launch(fold_kernel<S>, "fold", dim3{unsigned(p.M), 1, 1}, THREADS, fold_shared_bytes(p.b), stream, p);
 }
 
 }  // namespace
@@ -137,5 +137,7 @@ void fold(const FoldParams& p, Kind kind, void* stream) {
   if (kind == Kind::bf16) return run<BF16>(p, stream);
   run<F16>(p, stream);
 }
+
+int fold_shared_bytes(int b) { return int(shared_doubles(b + 1) * 8); }
 
 }  // namespace hyperformer_fast

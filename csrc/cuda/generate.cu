@@ -46,7 +46,9 @@ void generate(const GenerateParams& p, void* stream) {
   if (columns > INT32_MAX || lines > 65535)
     throw std::runtime_error("generate_weights: too many embeddings for one launch");
   launch(generate_kernel, "generate_weights", dim3{unsigned(columns), unsigned(lines), 1}, NUMBERS,
-         (NUMBERS * (DEPTH + 1) + EMBEDDINGS * DEPTH) * sizeof(float), stream, p);
+         generate_shared_bytes(), stream, p);
 }
+
+int generate_shared_bytes() { return (NUMBERS * (DEPTH + 1) + EMBEDDINGS * DEPTH) * int(sizeof(float)); }
 
 }  // namespace hyperformer_fast

@@ -16,6 +16,11 @@ from ..reference import Folded, Saved
 OPS = ("generate_weights", "fold", "adapter_forward", "adapter_backward", "hyper_adapter")
 
 
+#: What the GPU kernels serve of bottlenecks: beyond it R h~ (b^2 a row) is no longer small beside the two projections
+#: (2 d b). csrc/cuda/params.h says the same.
+LARGEST_GPU_BOTTLENECK = 128
+
+
 class Request(NamedTuple):
     """The static facts of a call, on which alone the choice of a backend rests: never the number of rows."""
 
@@ -29,6 +34,15 @@ class Request(NamedTuple):
 def static_arguments(layout: AdapterLayout, activation: str) -> tuple[int, int, bool, bool, int]:
     """What the compiled libraries' raw ops are told of an adapter."""
     return layout.d, layout.b, layout.pre_norm, layout.post_norm, ACTIVATIONS.index(activation)
+
+
+def refused_by_gpu_kernels(request: Request) -> str | None:
+    """Why neither Triton's nor the CUDA library's kernels can serve a request of their own device."""
+    if request.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"dtype {request.dtype} is not float32, bfloat16 or float16; use backend 'auto' or 'reference'"
+    if request.b > LARGEST_GPU_BOTTLENECK:
+        return f"bottleneck {request.b} is beyond {LARGEST_GPU_BOTTLENECK}; use backend 'auto' or 'reference'"
+    return None
 
 
 class Backend(abc.ABC):

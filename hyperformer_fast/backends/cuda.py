@@ -9,20 +9,21 @@ from .. import native
 from .. import reference as truth
 from ..layout import AdapterLayout
 from ..reference import Folded, Saved
-from .base import FullBackend, Request, static_arguments
-
-#: Beyond it R h~ (b^2 a row) is no longer small beside the two projections (2 d b); csrc/cuda/params.h says the same.
-LARGEST_BOTTLENECK = 128
+from .base import FullBackend, Request, refused_by_gpu_kernels, static_arguments
 
 #: compute capability of the oldest architecture with cp.async and bfloat16 products (Ampere)
 OLDEST = (8, 0)
 
 
+#: The library's kernels, as its op ``shared_bytes`` counts them.
+KERNELS = ("generate", "fold", "forward", "backward", "weight_gradients", "finish")
+
+
 class CudaBackend(FullBackend):
-    """The compiled library ``_hf_cuda``: weights and the forward; the backward is another backend's.
+    """The compiled library ``_hf_cuda``.
 
     float64 is left to the reference. Rows with a common stride are read where they lie; others are copied once. float32
-    products are three tf32 products each (to 2^-22), whatever ``torch.get_float32_matmul_precision()`` says.
+    products are three tf32 products each (to 2^-23), whatever ``torch.get_float32_matmul_precision()`` says.
     """
 
     name = "cuda"
@@ -47,13 +48,7 @@ class CudaBackend(FullBackend):
     def refuses(self, request: Request) -> str | None:
         if request.device != self.device:
             return f"the inputs are on {request.device}, not on {self.device}"
-        if request.op not in self.serves:
-            return f"it has no kernel for {request.op} yet; use backend 'auto' or 'reference'"
-        if request.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            return f"dtype {request.dtype} is not float32, bfloat16 or float16; use backend 'auto' or 'reference'"
-        if request.b > LARGEST_BOTTLENECK:
-            return f"bottleneck {request.b} is beyond {LARGEST_BOTTLENECK}; use backend 'auto' or 'reference'"
-        return None
+        return refused_by_gpu_kernels(request)
 
     def passes(self, request: Request) -> str | None:
         return "no measurement on a GPU says that it is faster: ask for it by name"
@@ -75,3 +70,22 @@ class CudaBackend(FullBackend):
         static = static_arguments(layout, activation)
         out, *saved = self.library().adapter_forward(x, *folded, task_index, *static, save)
         return out, Saved(*saved)
+
+    def adapter_backward(
+        self,
+        g: Tensor,
+        x: Tensor,
+        saved: Saved,
+        packed: Tensor,
+        folded: Folded,
+        layout: AdapterLayout,
+        activation: str,
+        task_index: Tensor | None,
+        need_dx: bool,
+        need_dpacked: bool,
+    ) -> tuple[Tensor, Tensor]:
+        parts = (part.contiguous() for part in (*saved, packed.float(), *folded))
+        dx, dpacked = self.library().adapter_backward(
+            g, x, *parts, task_index, *static_arguments(layout, activation), need_dx, need_dpacked
+        )
+        return dx, dpacked.to(packed.dtype)

@@ -11,15 +11,10 @@ from torch import Tensor
 
 from ..layout import AdapterLayout
 from ..reference import Folded, Saved
-from .base import FullBackend, Request
+from .base import FullBackend, Request, refused_by_gpu_kernels
 
 #: Read by Triton itself when a kernel is decorated: set it before the first call.
 INTERPRET_VARIABLE = "TRITON_INTERPRET"
-
-#: Beyond it R h~ (b^2 a row) is no longer small beside the two projections (2 d b).
-LARGEST_BOTTLENECK = 128
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def interpreted() -> bool:
@@ -60,11 +55,7 @@ class TritonBackend(FullBackend):
         device = "cpu" if interpreted() else "cuda"
         if request.device != device:
             return f"the inputs are on {request.device}, not on {device}"
-        if request.dtype not in _DTYPES:
-            return f"dtype {request.dtype} is not float32, bfloat16 or float16; use backend 'auto' or 'reference'"
-        if request.b > LARGEST_BOTTLENECK:
-            return f"bottleneck {request.b} is beyond {LARGEST_BOTTLENECK}; use backend 'auto' or 'reference'"
-        return None
+        return refused_by_gpu_kernels(request)
 
     def passes(self, request: Request) -> str | None:
         return "its interpreter is for tests: ask for it by name" if interpreted() else None

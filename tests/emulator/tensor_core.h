@@ -84,9 +84,10 @@ void product(Product& mine, const emulator::Where& where, Number number) {
     for (int lane = 0; lane < 32; ++lane)
       for (int e = 0; e < 4; ++e) {
         const int row = lane / 4 + e / 2 * 8, column = lane % 4 * 2 + e % 2;
-        float sum = all[lane]->d[e];
-        for (int k = 0; k < K; ++k) sum += A[row][k] * B[k][column];
-        all[lane]->d[e] = sum;
+        // products are exact and the sum is rounded once: PTX leaves both open, tensor cores are near that
+        double sum = all[lane]->d[e];
+        for (int k = 0; k < K; ++k) sum += double(A[row][k]) * B[k][column];
+        all[lane]->d[e] = float(sum);
       }
   });
 }

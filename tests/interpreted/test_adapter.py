@@ -7,12 +7,13 @@ import os
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.cases import HOSTILE, hostile_packed, random_packed
+from support.sweep import draw_case
 from support.tolerance import assert_accurate
 from support.watch import watch
-from test_ops import DTYPES, LAYOUTS, away_from_the_kink, check_against_truth
+from test_ops import DTYPES, check_against_truth
 
 from hyperformer_fast import backends, ops, reference
 from hyperformer_fast.activations import ACTIVATIONS
@@ -37,27 +38,7 @@ def _watched():
 )
 @given(data=st.data())
 def test_sweep(data):
-    """Small shapes of every kind: below a tile, ragged, odd, b on and off a power of two."""
-    draw = data.draw
-    torch.manual_seed(draw(st.integers(0, 2**31), label="seed"))
-    layout = AdapterLayout(
-        draw(st.one_of(st.integers(4, 40), st.integers(41, 150)), label="d"),
-        draw(st.sampled_from([1, 3, 5, 16, 17, 24, 32]), label="b"),
-        draw(st.booleans()),
-        draw(st.booleans()),
-    )
-    dtype = draw(st.sampled_from(DTYPES), label="dtype")
-    shape = (draw(st.integers(1, 3), label="B"), draw(st.sampled_from([1, 3, 31, 33]), label="L"), layout.d)
-    T = draw(st.integers(1, 3), label="T")
-    mixed = T > 1 or draw(st.booleans(), label="mixed")
-    index = torch.randint(-1, T, shape[:1]) if mixed else None
-    x = LAYOUTS[draw(st.sampled_from(sorted(LAYOUTS)), label="layout of x")](shape, dtype)
-    g = LAYOUTS[draw(st.sampled_from(sorted(LAYOUTS)), label="layout of g")](shape, dtype)
-    packed = random_packed(layout, T).float()
-    activation = draw(st.sampled_from(ACTIVATIONS), label="activation")
-    if activation == "relu":
-        assume(away_from_the_kink(x, packed, layout, index))
-    check_against_truth(x, g, packed, layout, activation, index, backend="triton")
+    check_against_truth(*draw_case(data.draw, [1, 3, 5, 16, 17, 24, 32]), backend="triton")
 
 
 # Several tiles of columns and rows, wide and odd d, b of exactly a tile, the largest bottleneck; kept rows and not.

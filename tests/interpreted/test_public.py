@@ -7,7 +7,8 @@ import torch
 import triton
 import triton.language as tl
 from support.cases import random_packed
-from test_official import CASES, load_case, relative_error
+from support.golden import assert_golden
+from test_official import CASES
 from test_ops import (  # noqa: F401
     static,
     test_any_number_of_rows,
@@ -44,25 +45,7 @@ def test_opcheck_fold(dtype):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
 def test_golden_outputs_and_gradients(case):
-    """The authors' numbers, in float32: no further off than the reference backend, but for rounding."""
-
-    def errors(backend):
-        stack, tensors = load_case(case)
-        stack.float()
-        found = {}
-        with backends.use_backend(backend):
-            for name in [name for name in tensors if name.startswith("x.")]:
-                _, task, layer, position = name.split(".")
-                x = tensors[name].float().requires_grad_()
-                out = stack(x, task, int(layer), position)
-                found[f"y.{name[2:]}"] = relative_error(out.detach(), tensors[f"y.{name[2:]}"])
-                out.backward(tensors[f"v.{name[2:]}"].float())
-                found[f"dx.{name[2:]}"] = relative_error(x.grad, tensors[f"dx.{name[2:]}"])
-        return found
-
-    mine, plain = errors("triton"), errors("reference")
-    for name, error in mine.items():
-        assert error <= 4 * plain[name] + 8 * torch.finfo(torch.float32).eps, name
+    assert_golden(case, "triton")
 
 
 def test_the_mend_notices_another_interpreter(monkeypatch):

@@ -1,0 +1,160 @@
+// The adapter's backward, row by row: one block for 32 rows of one sample makes dx, and leaves dz, m2 and s of each row
+// for the weights' gradients (weight_gradients.cuh). The products are the forward's with Wg and Wd exchanged.
+#pragma once
+
+#include "row_tile.cuh"
+
+namespace hyperformer_fast {
+
+template <class S, int BB, int KEPT, bool ALIGNED>
+__global__ void __launch_bounds__(256, 1) backward_kernel(const BackwardParams p) {
+  using Tile = RowTile<S, BB, KEPT, ALIGNED>;
+  using Traits = typename Tile::Traits;
+  using T = typename S::T;
+  constexpr int PIECE = Traits::PIECE, CHUNK = Traits::CHUNK, ROWS = Traits::ROWS;
+  HF_SHARED(shared);
+  float* const partial = reinterpret_cast<float*>(shared);
+  float* const Q = partial + ROWS * BB;  // behind the sums, which end in the first quarter
+  float* const H = reinterpret_cast<float*>(shared + Traits::AT_H);
+  unsigned char* const W = shared + Traits::AT_W;
+  float* const along_bias = reinterpret_cast<float*>(shared + Traits::AT_SUMS);
+  float* const along_gamma = along_bias + Traits::PARTS * ROWS;
+
+  const int d = p.d, b = p.b, thread = threadIdx.x;
+  const Place place = place_of(p.tasks, blockIdx.x);
+  const int64_t flat = place.flat, task = task_of(p.tasks, place.sample);
+  T* const dx = static_cast<T*>(p.dx) + (p.dx == nullptr ? 0 : flat * d);
+  if (task < 0 || task >= p.tasks.T) {
+    if (p.dx != nullptr) pass<S, ALIGNED>(start_of<T>(p.g, place), p.g.stride_row, dx, place.rows, d, task == -1);
+    return;
+  }
+
+  const T* const wd = static_cast<const T*>(p.folded.wd) + task * b * d;
+  const T* const wg = static_cast<const T*>(p.folded.wg) + task * b * d;
+  const float* const up_bias = p.folded.vectors + task * (b + (p.post_norm ? 2 : 1) * int64_t(d)) + b;
+  const float* const scale = p.folded.scale + task * b;
+  const float* const root = p.folded.root + task * (b + 1) * (b + 1);
+  const float* const gamma = p.packed + task * p.P + p.gamma;
+  const Tile tile(start_of<T>(p.g, place), p.g.stride_row, place.rows, d, b);
+  const int rows = place.rows;
+
+  float by_bias[2] = {0, 0}, by_gamma[2] = {0, 0};
+  tile.down(wg, partial, [&](const Piece& piece, int chunk, int i, bool once) {
+    if (p.post_norm && once) {
+      const int column = tile.mine + chunk * CHUNK;
+      for (int c = 0; c < PIECE; ++c) {
+        if (column + c >= d) break;
+        by_bias[i] += number<S>(piece, c) * up_bias[column + c];
+        if (p.dz != nullptr) by_gamma[i] += number<S>(piece, c) * gamma[column + c];
+      }
+    }
+    return piece;
+  });
+  if (p.post_norm) {
+    tile.partial_sum(by_bias, along_bias);
+    tile.partial_sum(by_gamma, along_gamma);
+  }
+  __syncthreads();
+
+  // Of the bottleneck's numbers eight neighbouring threads have a row; nobody else reads what they write until W.
+  const int line = thread / 8, first = thread % 8;
+  const bool there = line < rows;
+  const T* const z = static_cast<const T*>(p.z) + (flat + line) * b;
+  float* const h = H + line * Traits::H_ROW;
+  float* const t = partial + line * BB;
+  float* const q = Q + line * Traits::H_ROW;
+  for (int j = first; j < b; j += 8) {
+    const int i = line * BB + j;
+    const float sum = partial[i] + partial[ROWS * BB + i] + partial[2 * ROWS * BB + i] + partial[3 * ROWS * BB + i];
+    t[j] = p.post_norm ? sum * scale[j] : sum;
+    h[j] = there ? activate(S::wide(z[j]), p.activation) : 0.0f;
+  }
+  float r = 1.0f, m2 = 0.0f;
+  __syncthreads();  // Q lies on the other quarters
+  if (p.post_norm) {
+    r = there ? p.r[flat + line] : 0.0f;
+    for (int i = first; i < b; i += 8) {
+      q[i] = root_row(root, b, i, h);
+      m2 += t[i] * h[i];
+    }
+    m2 = (lane_sum<8>(m2) + Tile::whole(along_bias, line)) * r / float(d);
+    if (p.dz != nullptr && there && first == 0) {
+      p.m2[flat + line] = m2;
+      p.s[flat + line] = Tile::whole(along_gamma, line);
+    }
+    __syncwarp();
+  }
+  for (int j = first; j < BB; j += 8) {
+    T rounded = S::narrow(0.0f);
+    if (there && j < b) {
+      float dh = t[j];
+      if (p.post_norm) {
+        float u = 0.0f;
+        for (int i = 0; i <= j; ++i) u += q[i] * root[i * (b + 1) + j];
+        dh = r * (dh - m2 * float(d) * r * u);
+      }
+      rounded = S::narrow(dh * activate_grad(S::wide(z[j]), p.activation));
+      if (p.dz != nullptr) static_cast<T*>(p.dz)[(flat + line) * b + j] = rounded;
+    }
+    reinterpret_cast<T*>(W + line * Traits::W_ROW)[j] = rounded;
+  }
+  if (p.dx == nullptr) return;
+  __syncthreads();
+
+  // Through a pre-norm in two passes: its backward needs two sums over the row first.
+  const T* const x = start_of<T>(p.x, place);
+  float mean[2] = {0, 0}, rstd[2] = {0, 0}, total[2] = {0, 0}, along[2] = {0, 0};
+  if (p.pre_norm)
+    for (int i = 0; i < 2; ++i) {
+      if (tile.row[i] >= rows) continue;
+      mean[i] = p.pre_mean[flat + tile.row[i]];
+      rstd[i] = p.pre_rstd[flat + tile.row[i]];
+    }
+#pragma unroll 1
+  for (int last = p.pre_norm ? 0 : 1; last < 2; ++last) {
+    tile.up(wd, shared, W, [&](int chunk, const Piece& above, const Piece& below, const auto& y) {
+      const int column = tile.mine + chunk * CHUNK;
+      for (int i = 0; i < 2; ++i) {
+        Piece xhat = {{0, 0, 0, 0}};
+        if (p.pre_norm) xhat = normalised<S>(tile.piece_of(x, p.x.stride_row, chunk, i), column, d, mean[i], rstd[i]);
+        float value[PIECE];
+        for (int c = 0; c < PIECE; ++c) {
+          float branch = y[c / 2][2 * i + c % 2];
+          if (!last) total[i] += branch, along[i] += branch * number<S>(xhat, c);
+          if (p.pre_norm) branch = rstd[i] * (branch - total[i] - number<S>(xhat, c) * along[i]);
+          value[c] = number<S>(i ? below : above, c) + branch;
+        }
+        store_piece<S, ALIGNED>(dx + int64_t(tile.row[i]) * d, column, d, last && tile.row[i] < rows, pack<S>(value));
+      }
+    });
+    if (last) break;
+    tile.sum_rows(total, along_bias);
+    tile.sum_rows(along, along_gamma);
+    for (int i = 0; i < 2; ++i) total[i] /= float(d), along[i] /= float(d);
+  }
+}
+
+template <class S>
+struct LaunchBackward {
+  const BackwardParams& p;
+  void* stream;
+
+  template <int BB, int KEPT, bool ALIGNED>
+  void at() const {
+    launch(backward_kernel<S, BB, KEPT, ALIGNED>, "adapter_backward",
+           dim3{blocks_of(p.tasks, "adapter_backward"), 1, 1}, TileTraits<S, BB>::THREADS, TileTraits<S, BB>::BYTES,
+           stream, p);
+  }
+};
+
+template <class S>
+void backward_of(const BackwardParams& p, void* stream) {
+  // g is read again from the L2 cache: with it in registers, too, the kernel spills
+  choose_tile<S, false>(p.d, p.b, p.aligned, LaunchBackward<S>{p, stream});
+}
+
+extern template void backward_of<F32>(const BackwardParams&, void*);
+extern template void backward_of<BF16>(const BackwardParams&, void*);
+extern template void backward_of<F16>(const BackwardParams&, void*);
+
+}  // namespace hyperformer_fast

@@ -1,0 +1,48 @@
+// The number type of a call, and what is settled on the host for every kernel.
+#include <algorithm>
+
+#include "adapter_backward.cuh"
+#include "adapter_forward.cuh"
+#include "weight_gradients.cuh"
+
+namespace hyperformer_fast {
+
+void forward(const ForwardParams& p, Kind kind, void* stream) {
+  if (kind == Kind::f32) return forward_of<F32>(p, stream);
+  if (kind == Kind::bf16) return forward_of<BF16>(p, stream);
+  forward_of<F16>(p, stream);
+}
+
+void backward(const BackwardParams& p, Kind kind, void* stream) {
+  if (kind == Kind::f32) return backward_of<F32>(p, stream);
+  if (kind == Kind::bf16) return backward_of<BF16>(p, stream);
+  backward_of<F16>(p, stream);
+}
+
+void weight_gradients(const WeightGradientParams& p, Kind kind, void* stream) {
+  if (kind == Kind::f32) return weight_gradients_of<F32>(p, stream);
+  if (kind == Kind::bf16) return weight_gradients_of<BF16>(p, stream);
+  weight_gradients_of<F16>(p, stream);
+}
+
+int stretches(const Adapter& adapter, int64_t units, int64_t T, Kind kind) {
+  // Two blocks for each of 132 multiprocessors; more stretches only make more partial sums.
+  constexpr int64_t kBlocks = 264;
+  const int64_t columns = kind == Kind::f32 ? 64 : 128, chunks = (adapter.d + columns - 1) / columns;
+  const int64_t of_a_split = chunks + (adapter.post_norm && adapter.b > 32 ? adapter.b > 64 ? 4 : 2 : 1);
+  return int(std::max<int64_t>(1, std::min((units + 3) / 4, kBlocks / (of_a_split * std::max<int64_t>(T, 1)))));
+}
+
+int forward_shared_bytes(int b, Kind kind) {
+  return kind == Kind::f32 ? tile_shared_bytes<F32>(b) : tile_shared_bytes<BF16>(b);
+}
+
+int backward_shared_bytes(int b, Kind kind) { return forward_shared_bytes(b, kind); }
+
+int weight_gradients_shared_bytes(int b, Kind kind) {
+  return kind == Kind::f32    ? weight_gradients_bytes<F32>(b)
+         : kind == Kind::bf16 ? weight_gradients_bytes<BF16>(b)
+                              : weight_gradients_bytes<F16>(b);
+}
+
+}  // namespace hyperformer_fast

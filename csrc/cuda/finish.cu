@@ -1,0 +1,144 @@
+// dpacked from the sums of all stretches, added in order: one block for some columns of one task (docs/design.md has
+// the formulas). The column mean that C subtracts from the up-projection's gradient needs no pass over d: Wa is
+// centred, so it is sum_n s_n (r h~)_n / d with s_n = g_n . gamma.
+#include "common.cuh"
+
+namespace hyperformer_fast {
+namespace {
+
+constexpr int THREADS = 256;
+
+// M's [b, b] leaves less of a block's shared memory to a wide bottleneck.
+constexpr int columns_for(int b) { return b > 64 ? 16 : 32; }
+
+constexpr int shared_floats(int b, int columns) {
+  return b * b + 3 * b + 2 + 2 * columns * (b + 1) + 5 * columns + 2 * THREADS;
+}
+
+template <int COLUMNS>
+__global__ void __launch_bounds__(THREADS) finish_kernel(const FinishParams p) {
+  HF_SHARED(shared);
+  const int d = p.d, b = p.b, thread = threadIdx.x;
+  const int64_t matrix = int64_t(b) * d, size = partial_sums(d, b), task = blockIdx.y;
+  float* const M = reinterpret_cast<float*>(shared);  // [b, b]
+  float* const border = M + b * b;                    // [b], and then these in one piece as in `part`
+  float* const by_s = border + b;                     // [b]
+  float* const dz_sum = by_s + b;                     // [b]
+  float* const corner = dz_sum + b;                   // M's, and r . s
+  float* const wa = corner + 2;                       // [COLUMNS, b+1]: the centred up-projection and bias
+  float* const A = wa + COLUMNS * (b + 1);            // [COLUMNS, b+1]: g^T (r h~)
+  float* const gamma = A + COLUMNS * (b + 1);         // [COLUMNS], as all that follow
+  float* const g_sum = gamma + COLUMNS;
+  float* const pre_gamma = g_sum + COLUMNS;
+  float* const pre_beta = pre_gamma + COLUMNS;
+  float* const sums = pre_beta + COLUMNS;  // two of [THREADS / COLUMNS, COLUMNS]
+  const float* const packed = p.packed + task * p.at.P;
+  float* const dpacked = p.dpacked + task * p.at.P;
+  const int first = blockIdx.x * COLUMNS;
+  const auto sum = [&](int64_t at) {
+    float all = 0.0f;
+    for (int s = 0; s < p.splits; ++s) all += p.part[(s * p.T + task) * size + at];
+    return all;
+  };
+
+  const int small = b * b + 3 * b + 2;
+  for (int i = thread; i < small; i += THREADS)
+    if (p.post_norm || (i >= b * b + 2 * b && i < b * b + 3 * b)) M[i] = sum((2 * int64_t(b) + 2) * d + i);
+  for (int i = thread; i < COLUMNS; i += THREADS) {
+    const int column = first + i;
+    if (column >= d) continue;
+    A[i * (b + 1) + b] = sum(2 * matrix + column);
+    g_sum[i] = sum(2 * matrix + d + column);
+    if (p.pre_norm) pre_gamma[i] = packed[p.at.pre_gamma + column], pre_beta[i] = packed[p.at.pre_gamma + d + column];
+    if (!p.post_norm) continue;
+    gamma[i] = packed[p.at.gamma + column];
+    wa[i * (b + 1) + b] = packed[p.at.up_bias + column] - p.mean[task * (b + 1) + b];
+  }
+  for (int i = thread; i < COLUMNS * b; i += THREADS) {
+    const int column = i % COLUMNS, j = i / COLUMNS;
+    if (first + column < d) A[column * (b + 1) + j] = sum(matrix + int64_t(j) * d + first + column);
+  }
+  if (p.post_norm)
+    for (int i = thread; i < COLUMNS * b; i += THREADS) {
+      const int column = i / b, j = i % b;
+      if (first + column < d)
+        wa[column * (b + 1) + j] = packed[p.at.up + int64_t(first + column) * b + j] - p.mean[task * (b + 1) + j];
+    }
+  __syncthreads();
+
+  // The up-projection: four columns for each number read of M.
+  for (int i = thread; i < COLUMNS / 4 * b; i += THREADS) {
+    const int j = i % b, column = i / b * 4;
+    float product[4] = {};
+    if (p.post_norm)
+      for (int e = 0; e <= b; ++e) {
+        const float m = e < b ? M[e * b + j] : border[j];
+        for (int c = 0; c < 4; ++c) product[c] += wa[(column + c) * (b + 1) + e] * m;
+      }
+    for (int c = 0; c < 4; ++c) {
+      if (first + column + c >= d) continue;
+      float up = A[(column + c) * (b + 1) + j];
+      if (p.post_norm) up = gamma[column + c] * up - product[c] - by_s[j] / float(d);
+      dpacked[p.at.up + int64_t(first + column + c) * b + j] = up;
+    }
+  }
+  // Eight threads a column: its bias, gamma and beta.
+  if (const int column = thread / 8; column < COLUMNS) {
+    const bool there = first + column < d;
+    float dgamma = 0.0f, product = 0.0f;
+    if (there && p.post_norm)
+      for (int j = thread % 8; j <= b; j += 8) {
+        const float w = wa[column * (b + 1) + j];
+        dgamma += w * A[column * (b + 1) + j];
+        product += w * (j < b ? border[j] : corner[0]);
+      }
+    dgamma = lane_sum<8>(dgamma), product = lane_sum<8>(product);
+    if (there && thread % 8 == 0) {
+      float bias = A[column * (b + 1) + b];
+      if (p.post_norm) {
+        bias = gamma[column] * bias - product - corner[1] / float(d);
+        dpacked[p.at.gamma + first + column] = dgamma;
+        dpacked[p.at.gamma + d + first + column] = g_sum[column];
+      }
+      dpacked[p.at.up_bias + first + column] = bias;
+    }
+  }
+
+  const int column = thread % COLUMNS, group = thread / COLUMNS;
+  float by_weight = 0.0f, by_sum = 0.0f;
+  if (first + column < d)
+    for (int j = group; j < b; j += THREADS / COLUMNS) {
+      const int64_t at = int64_t(j) * d + first + column;
+      float down = sum(at);
+      if (p.pre_norm) {
+        by_weight += packed[at] * down;
+        by_sum += packed[at] * dz_sum[j];
+        down = down * pre_gamma[column] + dz_sum[j] * pre_beta[column];
+      }
+      dpacked[at] = down;
+    }
+  if (blockIdx.x == 0)
+    for (int j = thread; j < b; j += THREADS) dpacked[p.at.down_bias + j] = dz_sum[j];
+  if (!p.pre_norm) return;
+  sums[thread] = by_weight, sums[THREADS + thread] = by_sum;
+  __syncthreads();
+  if (group > 0 || first + column >= d) return;
+  for (int i = 1; i < THREADS / COLUMNS; ++i) {
+    by_weight += sums[i * COLUMNS + column];
+    by_sum += sums[THREADS + i * COLUMNS + column];
+  }
+  dpacked[p.at.pre_gamma + first + column] = by_weight;
+  dpacked[p.at.pre_gamma + d + first + column] = by_sum;
+}
+
+}  // namespace
+
+void finish(const FinishParams& p, void* stream) {
+  const int columns = columns_for(p.b);
+  launch(columns == 16 ? finish_kernel<16> : finish_kernel<32>, "adapter_backward (finish)",
+         dim3{unsigned((p.d + columns - 1) / columns), unsigned(p.T), 1}, THREADS, finish_shared_bytes(p.b), stream, p);
+}
+
+int finish_shared_bytes(int b) { return shared_floats(b, columns_for(b)) * 4; }
+
+}  // namespace hyperformer_fast
