@@ -46,7 +46,7 @@ def test_it_is_built(library):
 def test_it_loads_where_there_is_no_gpu(library):
     code = (
         f"import torch\ntorch.ops.load_library({str(library)!r})\nops = torch.ops.hyperformer_fast_cuda\n"
-        "print('devices', ops.device_count(), 'shared', ops.forward_shared_bytes(24, torch.bfloat16))\n"
+        "print('devices', ops.device_count(), 'shared', ops.shared_bytes(2, 24, torch.bfloat16))\n"
         "try:\n    ops.generate_weights(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), torch.zeros(1, 1))\n"
         "except NotImplementedError as error:\n    print('refused', 'CPU' in str(error))"
     )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,12 +18,9 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def triton_gate():
-    path = Path(__file__).parents[1] / "benchmarks/triton_gate.py"
-    spec = importlib.util.spec_from_file_location("triton_gate", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["triton_gate"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+        yield importlib.import_module("triton_gate")
 
 
 @pytest.mark.parametrize(("arch", "dtypes"), [(80, ["bf16"]), (90, ["bf16", "fp16", "fp32", "tf32"]), (100, ["bf16"])])
