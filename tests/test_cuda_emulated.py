@@ -6,23 +6,28 @@ import itertools
 import os
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.cases import HOSTILE, hostile_packed, random_packed
-from support.emulated import EmulatedCuda, needs_compiler, registered, thread_order
+from support.emulated import EmulatedCuda, device_of, few_rows, needs_compiler, registered, thread_order
 from support.sweep import draw_case
 from support.tolerance import assert_accurate
 from test_native import check_root
 from test_ops import DTYPES, check_against_truth
 
 from hyperformer_fast import reference
+from hyperformer_fast.backends.base import FullBackend
+from hyperformer_fast.backends.cuda import ONE_LAUNCH_ROWS
 from hyperformer_fast.layout import AdapterLayout
 
 pytestmark = needs_compiler
 NORMS = list(itertools.product([False, True], repeat=2))
+#: The forward has a kernel of its own for few rows: every shape is to go through both.
+FORWARDS = pytest.mark.parametrize("few", [0, 1000], ids=["rows by 32", "row by row"])
 
 
 def assert_folded(packed, layout, dtype):
@@ -77,8 +82,8 @@ def check(x, packed, layout, activation, index, save=True):
 @given(data=st.data())
 def test_sweep(data):
     case = draw_case(data.draw, [1, 3, 5, 16, 17, 24, 32, 48, 65])
-    check(case.x, *case[2:], data.draw(st.booleans(), label="save"))
-    with registered():
+    with few_rows(data.draw(st.sampled_from([0, 1000]), label="few")), registered():
+        check(case.x, *case[2:], data.draw(st.booleans(), label="save"))
         check_against_truth(*case, backend="cuda-emulated")
 
 
@@ -90,7 +95,8 @@ def test_every_instantiation(d, b, dtype):
     layout = AdapterLayout(d, b, pre_norm=b == 24)
     x, packed = torch.randn(1, 3, d).to(dtype), random_packed(layout).float()
     check(x, packed, layout, "gelu_new", None)
-    with registered():
+    with few_rows(0), registered():
+        check(x, packed, layout, "gelu_new", None)
         check_against_truth(x, torch.randn_like(x), packed, layout, "gelu_new", None, backend="cuda-emulated")
 
 
@@ -105,8 +111,9 @@ def test_rows_of_several_stretches(shape, index, dtype):
         check_against_truth(x, g, random_packed(layout, T).float(), layout, "silu", index, backend="cuda-emulated")
 
 
+@FORWARDS
 @pytest.mark.parametrize(("std", "wide"), [(1e-5, 30), (1e-3, 30), (30.0, 30), (1e-7, 1000)])
-def test_float16_range(std, wide):
+def test_float16_range(std, wide, few):
     """r h and gamma * Wc each leave float16's range here; gradients must not."""
     layout = AdapterLayout(64, 8)
     packed = random_packed(layout).float()
@@ -115,16 +122,18 @@ def test_float16_range(std, wide):
     parts["up_bias"].mul_(std / 0.3)
     parts["down_weight"].mul_(wide)
     x, g = (torch.randn(40, 64).half() for _ in range(2))
-    with registered():
+    with few_rows(few), registered():
         check_against_truth(x, g, packed, layout, "gelu_new", None, backend="cuda-emulated")
 
 
+@FORWARDS
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_hostile_weights(kind):
+def test_hostile_weights(kind, few):
     layout = AdapterLayout(96, 12)
     packed, x = hostile_packed(kind, layout).float(), torch.randn(64, 96)
     folded = assert_folded(packed, layout, x.dtype)
-    out, _ = EmulatedCuda().adapter_forward(x, folded, layout, "gelu_new", None, False)
+    with few_rows(few):
+        out, _ = EmulatedCuda().adapter_forward(x, folded, layout, "gelu_new", None, False)
     truth = reference.adapter(x.double(), packed.double(), layout, "gelu_new")
     plain = reference.adapter(x, packed, layout, "gelu_new")
     if kind in ("cancelling columns", "rank one"):
@@ -135,11 +144,13 @@ def test_hostile_weights(kind):
         assert_accurate(out, plain, truth, kind)
 
 
-def test_weights_that_float16_has_no_range_for():
+@FORWARDS
+def test_weights_that_float16_has_no_range_for(few):
     """r h may pass float16's range where W_u is tiny: the columns' powers of two must carry it."""
     layout = AdapterLayout(96, 12)
     packed = hostile_packed("tiny up", layout).float()
-    check(torch.randn(2, 17, 96).half(), packed, layout, "gelu_new", None)
+    with few_rows(few):
+        check(torch.randn(2, 17, 96).half(), packed, layout, "gelu_new", None)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -148,6 +159,7 @@ def test_neither_threads_nor_copies_in_another_order_change_a_bit(pre, post, b, 
     layout, index = AdapterLayout(520, b, pre, post), torch.tensor([1, -1, 0])
     x, g = (torch.randn(3, 34, 520).to(dtype) for _ in range(2))
     packed = random_packed(layout, 2).float()
+    generator = torch.randn(2, 6), torch.randn(layout.numel, 6) / 6, packed.mean(0)
     results = []
     for order, copies in (
         ("forward", "late"),
@@ -156,24 +168,71 @@ def test_neither_threads_nor_copies_in_another_order_change_a_bit(pre, post, b, 
         ("reverse", "early"),
         ("2", "late"),
     ):
-        with thread_order(order, copies):
+        with thread_order(order, copies), device_of(5):
             folded = EmulatedCuda().fold(packed, layout, dtype)
             out, saved = EmulatedCuda().adapter_forward(x, folded, layout, "silu", index, True)
             gradients = EmulatedCuda().adapter_backward(g, x, saved, packed, folded, layout, "silu", index, True, True)
-            results.append((*folded, out, *saved, *gradients))
+            row_by_row = EmulatedCuda().adapter_forward(x[:, :2], folded, layout, "silu", index, True)
+            at_once = EmulatedCuda().hyper_adapter(x, *generator, layout, "silu", index, True)
+            flat = [row_by_row[0], *row_by_row[1], at_once[0], *at_once[1], at_once[2], *at_once[3]]
+            results.append((*folded, out, *saved, *gradients, *flat))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("blocks", [1, 4, 50])
+@pytest.mark.parametrize(
+    ("d", "b", "k", "shape", "index"),
+    [
+        (40, 5, 8, (2, 40), [1, 0]),
+        (39, 5, 7, (3, 3), [-1, 2, 0]),
+        (512, 33, 64, (2, 35), [0, 2]),
+        (1024, 100, 4, (70,), None),
+        (64, 16, 70, (5, 1), [0, 1, 2, 3, 4]),
+        (24, 3, 3, (0, 4), []),
+        (24, 3, 4, (2, 4), [-1, -1]),
+    ],
+)
+def test_one_launch_is_its_parts(d, b, k, shape, index, blocks, dtype):
+    """Bit for bit, whatever part of the work a block has."""
+    layout, backend = AdapterLayout(d, b, pre_norm=b == 5), EmulatedCuda()
+    T = 1 if index is None else max(index, default=0) + 1
+    index = None if index is None else torch.tensor(index, dtype=torch.int32)
+    x, (E, G, g0) = (
+        torch.randn(*shape, d).to(dtype),
+        (torch.randn(s) for s in ((T, k), (layout.numel, k), (layout.numel,))),
+    )
+    with device_of(blocks):
+        out, saved, packed, folded = backend.hyper_adapter(x, E, G, g0, layout, "gelu", index, True)
+    parts = FullBackend.hyper_adapter(backend, x, E, G, g0, layout, "gelu", index, True)
+    for mine, other in zip((out, *saved, packed, *folded), (parts[0], *parts[1], parts[2], *parts[3]), strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_many_rows_take_a_launch_for_each_part():
+    """And give the same."""
+    layout, backend, x = AdapterLayout(8, 2), EmulatedCuda(), torch.randn(ONE_LAUNCH_ROWS + 1, 8)
+    site = torch.randn(1, 4), torch.randn(layout.numel, 4), torch.randn(layout.numel), layout, "relu", None, False
+    library = mock.Mock(wraps=backend.library())
+    with mock.patch.object(EmulatedCuda, "library", lambda self: library):
+        out = backend.hyper_adapter(x, *site)[0]
+        assert not library.hyper_adapter.called and library.fold.called
+        assert torch.equal(out[:-1], backend.hyper_adapter(x[:-1], *site)[0]) and library.hyper_adapter.called
+
+
+@FORWARDS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_h_is_that_of_the_rounded_z(dtype):
+def test_h_is_that_of_the_rounded_z(dtype, few):
     """Which is all that the backward knows of it."""
     layout = AdapterLayout(128, 128, post_norm=False)
     packed = torch.zeros(1, layout.numel)
     parts = layout.unpack(packed)
     parts["down_bias"][:], parts["up_weight"][:] = torch.randn(128), torch.eye(128)
     folded = EmulatedCuda().fold(packed, layout, dtype)
-    out, saved = EmulatedCuda().adapter_forward(torch.zeros(1, 128).to(dtype), folded, layout, "gelu_new", None, True)
+    x = torch.zeros(1, 128).to(dtype)
+    with few_rows(few):
+        out, saved = EmulatedCuda().adapter_forward(x, folded, layout, "gelu_new", None, True)
     assert torch.equal(saved.z, parts["down_bias"].to(dtype))
     h = torch.nn.functional.gelu(saved.z.double(), approximate="tanh").to(dtype)
     assert (out == h).float().mean() > 0.98  # but for ties that float32 decides otherwise
@@ -182,7 +241,7 @@ def test_h_is_that_of_the_rounded_z(dtype):
 GUARDED = """
 import ctypes, mmap, sys, torch
 from support.cases import random_packed
-from support.emulated import EmulatedCuda
+from support.emulated import EmulatedCuda, few_rows
 from hyperformer_fast.layout import AdapterLayout
 
 def guarded(t, keep=[]):
@@ -208,6 +267,10 @@ for d in (40, 39):
         folded = type(folded)(*map(guarded, folded))
         again, _ = backend.adapter_forward(x, folded, layout, "gelu", index, True)
         assert torch.equal(out, again)
+        with few_rows(0):
+            backend.adapter_forward(x, folded, layout, "gelu", index, True)
+        generator = (guarded(torch.randn(s)) for s in ((2, 6), (layout.numel, 6), (layout.numel,)))
+        backend.hyper_adapter(x, *generator, layout, "gelu", index, True)
         arguments = packed, folded, *arguments[2:]
         again = backend.adapter_backward(guarded(x), x, type(saved)(*map(guarded, saved)), *arguments)
         assert all(map(torch.equal, gradients, again))
@@ -225,15 +288,17 @@ def test_nothing_is_read_beyond_a_tensor():
     assert "nothing beyond" in done.stdout, f"exit {done.returncode}: {done.stderr[-2000:]}"
 
 
+@FORWARDS
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_an_unknown_task_becomes_nan(dtype):
+def test_an_unknown_task_becomes_nan(dtype, few):
     """Its rows, and no others; without a word to the host."""
     layout = AdapterLayout(40, 5, pre_norm=True)
     x, packed = torch.randn(4, 3, 40).to(dtype), random_packed(layout, 2).float()
     folded = EmulatedCuda().fold(packed, layout, dtype)
     for wrong in (2, -2, 2**31 - 1):
         index = torch.tensor([0, wrong, -1, 1])
-        out, saved = EmulatedCuda().adapter_forward(x, folded, layout, "relu", index, True)
+        with few_rows(few):
+            out, saved = EmulatedCuda().adapter_forward(x, folded, layout, "relu", index, True)
         for part in (out, *saved):
             assert part[1].isnan().all() and part[[0, 2, 3]].isfinite().all()
         assert torch.equal(out[2], x[2]) and (saved.z[2] == 0).all() and (saved.r[2] == 0).all()
@@ -303,6 +368,11 @@ def test_wrong_arguments_are_errors(words, spoil):
     op(*right.values())
     with pytest.raises(RuntimeError, match=words):
         op(*spoil(right).values())
+
+
+def test_limits_that_are_none_are_errors():
+    with pytest.raises(RuntimeError, match="rows must be from 0 to 2147483647, got -1"):
+        EmulatedCuda().library().use_few_rows(-1)
 
 
 def test_wrong_gradients_are_errors():

@@ -29,22 +29,18 @@ __global__ void __launch_bounds__(256, 1) backward_kernel(const BackwardParams p
     return;
   }
 
-  const T* const wd = static_cast<const T*>(p.folded.wd) + task * b * d;
-  const T* const wg = static_cast<const T*>(p.folded.wg) + task * b * d;
-  const float* const up_bias = p.folded.vectors + task * (b + (p.post_norm ? 2 : 1) * int64_t(d)) + b;
-  const float* const scale = p.folded.scale + task * b;
-  const float* const root = p.folded.root + task * (b + 1) * (b + 1);
+  const TaskWeights<T> weights(p, p.folded, task);
   const float* const gamma = p.packed + task * p.P + p.gamma;
   const Tile tile(start_of<T>(p.g, place), p.g.stride_row, place.rows, d, b);
   const int rows = place.rows;
 
   float by_bias[2] = {0, 0}, by_gamma[2] = {0, 0};
-  tile.down(wg, partial, [&](const Piece& piece, int chunk, int i, bool once) {
+  tile.down(weights.wg, partial, [&](const Piece& piece, int chunk, int i, bool once) {
     if (p.post_norm && once) {
       const int column = tile.mine + chunk * CHUNK;
       for (int c = 0; c < PIECE; ++c) {
         if (column + c >= d) break;
-        by_bias[i] += number<S>(piece, c) * up_bias[column + c];
+        by_bias[i] += number<S>(piece, c) * weights.up_bias[column + c];
         if (p.dz != nullptr) by_gamma[i] += number<S>(piece, c) * gamma[column + c];
       }
     }
@@ -66,7 +62,7 @@ __global__ void __launch_bounds__(256, 1) backward_kernel(const BackwardParams p
   for (int j = first; j < b; j += 8) {
     const int i = line * BB + j;
     const float sum = partial[i] + partial[ROWS * BB + i] + partial[2 * ROWS * BB + i] + partial[3 * ROWS * BB + i];
-    t[j] = p.post_norm ? sum * scale[j] : sum;
+    t[j] = p.post_norm ? sum * weights.scale[j] : sum;
     h[j] = there ? activate(S::wide(z[j]), p.activation) : 0.0f;
   }
   float r = 1.0f, m2 = 0.0f;
@@ -74,7 +70,7 @@ __global__ void __launch_bounds__(256, 1) backward_kernel(const BackwardParams p
   if (p.post_norm) {
     r = there ? p.r[flat + line] : 0.0f;
     for (int i = first; i < b; i += 8) {
-      q[i] = root_row(root, b, i, h);
+      q[i] = root_row(weights.root, b, i, h);
       m2 += t[i] * h[i];
     }
     m2 = (lane_sum<8>(m2) + Tile::whole(along_bias, line)) * r / float(d);
@@ -90,7 +86,7 @@ __global__ void __launch_bounds__(256, 1) backward_kernel(const BackwardParams p
       float dh = t[j];
       if (p.post_norm) {
         float u = 0.0f;
-        for (int i = 0; i <= j; ++i) u += q[i] * root[i * (b + 1) + j];
+        for (int i = 0; i <= j; ++i) u += q[i] * weights.root[i * (b + 1) + j];
         dh = r * (dh - m2 * float(d) * r * u);
       }
       rounded = S::narrow(dh * activate_grad(S::wide(z[j]), p.activation));
@@ -112,7 +108,7 @@ __global__ void __launch_bounds__(256, 1) backward_kernel(const BackwardParams p
     }
 #pragma unroll 1
   for (int last = p.pre_norm ? 0 : 1; last < 2; ++last) {
-    tile.up(wd, shared, W, [&](int chunk, const Piece& above, const Piece& below, const auto& y) {
+    tile.up(weights.wd, shared, W, [&](int chunk, const Piece& above, const Piece& below, const auto& y) {
       const int column = tile.mine + chunk * CHUNK;
       for (int i = 0; i < 2; ++i) {
         Piece xhat = {{0, 0, 0, 0}};

@@ -1,4 +1,4 @@
-// The adapter's forward: one block for 32 rows of one sample (docs/design.md).
+// The adapter's forward: one block for 32 rows of one sample (docs/design.md); few_rows.cuh has it for a few of all.
 #pragma once
 
 #include "row_tile.cuh"
@@ -21,12 +21,11 @@ __device__ void pass_forward(const ForwardParams& p, const Place& place, bool no
 }
 
 template <class S, int BB, int KEPT, bool ALIGNED>
-__global__ void __launch_bounds__(256, 1) forward_kernel(const ForwardParams p) {
+__device__ __forceinline__ void forward_rows(const ForwardParams& p, const Place& place, unsigned char* shared) {
   using Tile = RowTile<S, BB, KEPT, ALIGNED>;
   using Traits = typename Tile::Traits;
   using T = typename S::T;
   constexpr int PIECE = Traits::PIECE, CHUNK = Traits::CHUNK, ROWS = Traits::ROWS;
-  HF_SHARED(shared);
   float* const partial = reinterpret_cast<float*>(shared);
   float* const H = reinterpret_cast<float*>(shared + Traits::AT_H);
   unsigned char* const W = shared + Traits::AT_W;
@@ -34,16 +33,10 @@ __global__ void __launch_bounds__(256, 1) forward_kernel(const ForwardParams p) 
   float* const sums = reinterpret_cast<float*>(shared + Traits::AT_SUMS);
 
   const int d = p.d, b = p.b, thread = threadIdx.x;
-  const Place place = place_of(p.tasks, blockIdx.x);
   const int64_t flat = place.flat, task = task_of(p.tasks, place.sample);
   if (task < 0 || task >= p.tasks.T) return pass_forward<S, ALIGNED>(p, place, task == -1);
 
-  const T* const wd = static_cast<const T*>(p.folded.wd) + task * b * d;
-  const T* const wg = static_cast<const T*>(p.folded.wg) + task * b * d;
-  const float* const down_bias = p.folded.vectors + task * (b + (p.post_norm ? 2 : 1) * int64_t(d));
-  const float* const up_bias = down_bias + b;
-  const float* const scale = p.folded.scale + task * b;
-  const float* const root = p.folded.root + task * (b + 1) * (b + 1);
+  const TaskWeights<T> weights(p, p.folded, task);
   const Tile tile(start_of<T>(p.x, place), p.x.stride_row, place.rows, d, b);
   const int rows = place.rows;
 
@@ -69,7 +62,7 @@ __global__ void __launch_bounds__(256, 1) forward_kernel(const ForwardParams p) 
       p.pre_rstd[flat + tile.row[i]] = rstd[i];
     }
   }
-  tile.down(wd, partial, [&](const Piece& piece, int chunk, int i, bool) {
+  tile.down(weights.wd, partial, [&](const Piece& piece, int chunk, int i, bool) {
     return p.pre_norm ? normalised<S>(piece, tile.mine + chunk * CHUNK, d, mean[i], rstd[i]) : piece;
   });
   __syncthreads();
@@ -80,7 +73,7 @@ __global__ void __launch_bounds__(256, 1) forward_kernel(const ForwardParams p) 
     if (j < b) {
       const float sum = partial[i] + partial[ROWS * BB + i] + partial[2 * ROWS * BB + i] + partial[3 * ROWS * BB + i];
       // the backward sees the rounded z: both must have one h
-      const T rounded = S::narrow(sum + down_bias[j]);
+      const T rounded = S::narrow(sum + weights.down_bias[j]);
       h = activate(S::wide(rounded), p.activation);
       if (p.z != nullptr && line < rows) static_cast<T*>(p.z)[(flat + line) * b + j] = rounded;
     }
@@ -92,11 +85,11 @@ __global__ void __launch_bounds__(256, 1) forward_kernel(const ForwardParams p) 
     const int line = thread / 8;
     float squares = 0.0f;
     for (int i = thread % 8; i < b; i += 8) {
-      const float q = root_row(root, b, i, H + line * Traits::H_ROW);
+      const float q = root_row(weights.root, b, i, H + line * Traits::H_ROW);
       squares += q * q;
     }
     squares = lane_sum<8>(squares);
-    const float last = root[b * (b + 1) + b], r = rsqrtf(squares + last * last + kEps);
+    const float last = weights.root[b * (b + 1) + b], r = rsqrtf(squares + last * last + kEps);
     if (thread % 8 == 0) {
       R[line] = r;
       if (p.z != nullptr && line < rows) p.r[flat + line] = r;
@@ -107,11 +100,11 @@ __global__ void __launch_bounds__(256, 1) forward_kernel(const ForwardParams p) 
     const int line = i / BB, j = i % BB;
     float w = H[line * Traits::H_ROW + j];
     // scaled in float32 before it is rounded: r h may pass float16's range, the scaled row does not
-    if (p.post_norm && j < b) w *= scale[j] * R[line];
+    if (p.post_norm && j < b) w *= weights.scale[j] * R[line];
     reinterpret_cast<T*>(W + line * Traits::W_ROW)[j] = S::narrow(w);
   }
 
-  tile.up(wg, shared, W, [&](int chunk, const Piece& above, const Piece& below, const auto& y) {
+  tile.up(weights.wg, shared, W, [&](int chunk, const Piece& above, const Piece& below, const auto& y) {
     const int column = tile.mine + chunk * CHUNK;
     for (int i = 0; i < 2; ++i) {
       const Piece& from = i ? below : above;
@@ -120,8 +113,8 @@ __global__ void __launch_bounds__(256, 1) forward_kernel(const ForwardParams p) 
       for (int c = 0; c < PIECE; ++c) {
         float branch = y[c / 2][2 * i + c % 2];
         if (column + c < d) {
-          branch += r * up_bias[column + c];
-          if (p.post_norm) branch += up_bias[d + column + c];
+          branch += r * weights.up_bias[column + c];
+          if (p.post_norm) branch += weights.beta[column + c];
         }
         value[c] = number<S>(from, c) + branch;
       }
@@ -129,6 +122,12 @@ __global__ void __launch_bounds__(256, 1) forward_kernel(const ForwardParams p) 
                               pack<S>(value));
     }
   });
+}
+
+template <class S, int BB, int KEPT, bool ALIGNED>
+__global__ void __launch_bounds__(256, 1) forward_kernel(const ForwardParams p) {
+  HF_SHARED(shared);
+  forward_rows<S, BB, KEPT, ALIGNED>(p, place_of(p.tasks, blockIdx.x), shared);
 }
 
 template <class S>

@@ -59,13 +59,29 @@ void expect_adapter(int64_t d, int64_t b) {
 const float* floats(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }
 float* floats(Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
 
+bool starts_aligned(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0; }
+
+// packed [Q, n, P] of E [Q, n, k], G [Q, P, k] and g0 [Q, P].
+GenerateParams generate_params(const Tensor& E, const Tensor& G, const Tensor& g0, Tensor& packed, int64_t Q, int64_t n,
+                               int64_t P, int64_t k) {
+  return {floats(E),
+          floats(G),
+          floats(g0),
+          floats(packed),
+          Q,
+          n,
+          P,
+          k,
+          k % 4 == 0 && starts_aligned(E) && starts_aligned(G)};
+}
+
 Tensor generate_weights_op(const Tensor& E, const Tensor& G, const Tensor& g0) {
   expect_generator(E, G, g0);
   const int64_t Q = E.size(0), n = E.size(1), k = E.size(2), P = G.size(1);
   Tensor packed = empty({Q}, {n, P}, ScalarType::Float, &E);
   if (Q * n * P == 0) return packed;
   const OnDeviceOf device(E);
-  generate({floats(E), floats(G), floats(g0), floats(packed), Q, n, P, k}, device.stream);
+  generate(generate_params(E, G, g0, packed, Q, n, P, k), device.stream);
   return packed;
 }
 
@@ -76,27 +92,39 @@ PackedParts parts_of(const AdapterLayout& layout) {
           layout.up_bias(), layout.post_gamma(), layout.pre_gamma()};
 }
 
+FoldedTensors make_folded(const Tensor& packed, const AdapterLayout& layout, ScalarType dtype) {
+  const std::vector<int64_t> lead = lead_of(packed);
+  const int64_t d = layout.d, b = layout.b, n = layout.post_norm ? b + 1 : 0;
+  const auto make = [&](std::initializer_list<int64_t> tail, ScalarType type) {
+    return empty(lead, tail, type, &packed);
+  };
+  constexpr ScalarType exact = ScalarType::Float;
+  return {make({b, d}, dtype),      make({b, d}, dtype), make({layout.vectors()}, exact),
+          make({n ? b : 0}, exact), make({n, n}, exact), make({n}, exact)};
+}
+
+FoldParams fold_params(const Tensor& packed, const AdapterLayout& layout, FoldedTensors& made) {
+  auto& [wd, wg, vectors, scale, root, mean] = made;
+  const int64_t M = packed.numel() / layout.numel();
+  return {floats(packed),   wd.mutable_data_ptr(), wg.mutable_data_ptr(), floats(vectors),
+          floats(scale),    floats(root),          floats(mean),          M,
+          layout.vectors(), parts_of(layout),      int(layout.d),         int(layout.b),
+          layout.pre_norm,  layout.post_norm};
+}
+
 FoldedTensors fold_op(const Tensor& packed, int64_t d, int64_t b, bool pre_norm, bool post_norm, ScalarType dtype) {
   expect_adapter(d, b);
   const AdapterLayout layout{d, b, pre_norm, post_norm};
   const Kind kind = kind_of(dtype);
-  const std::vector<int64_t> lead = lead_of(packed);
-  std::vector<int64_t> whole(lead);
+  std::vector<int64_t> whole = lead_of(packed);
   whole.push_back(layout.numel());
   expect("packed", packed, ScalarType::Float, whole);
-  const int64_t n = post_norm ? b + 1 : 0;
-  Tensor wd = empty(lead, {b, d}, dtype, &packed), wg = empty(lead, {b, d}, dtype, &packed);
-  const auto make = [&](std::initializer_list<int64_t> tail) { return empty(lead, tail, ScalarType::Float, &packed); };
-  Tensor vectors = make({layout.vectors()}), scale = make({post_norm ? b : 0}), root = make({n, n}), mean = make({n});
-  int64_t M = 1;
-  for (const int64_t size : lead) M *= size;
-  if (M > 0) {
+  FoldedTensors made = make_folded(packed, layout, dtype);
+  if (packed.numel() > 0) {
     const OnDeviceOf device(packed);
-    fold({floats(packed), wd.mutable_data_ptr(), wg.mutable_data_ptr(), floats(vectors), floats(scale), floats(root),
-          floats(mean), M, layout.vectors(), parts_of(layout), int(d), int(b), pre_norm, post_norm},
-         kind, device.stream);
+    fold(fold_params(packed, layout, made), kind, device.stream);
   }
-  return {wd, wg, vectors, scale, root, mean};
+  return made;
 }
 
 // x's rows as B samples of M rows with a common stride; a tensor that has none is copied once.
@@ -138,7 +166,22 @@ struct RowView {
   }
 };
 
-bool starts_aligned(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0; }
+struct ForwardTensors {
+  Tensor out, z, r, pre_mean, pre_rstd;
+
+  ForwardTensors(const Tensor& x, const AdapterLayout& layout, bool save)
+      : out(empty(lead_of(x), {layout.d}, x.scalar_type(), &x)),
+        z(empty(save ? lead_of(x) : Sizes{}, {save ? layout.b : 0}, x.scalar_type(), &x)),
+        r(statistic(x, save && layout.post_norm)),
+        pre_mean(statistic(x, save && layout.pre_norm)),
+        pre_rstd(statistic(x, save && layout.pre_norm)) {}
+
+ private:
+  using Sizes = std::vector<int64_t>;
+  static Tensor statistic(const Tensor& x, bool on) {
+    return on ? empty(lead_of(x), {}, ScalarType::Float, &x) : empty({}, {0}, ScalarType::Float, &x);
+  }
+};
 
 // What every kernel over rows is told of a call, checked.
 struct Call {
@@ -148,6 +191,7 @@ struct Call {
   Tasks tasks{};
   Folded folded{};
   std::optional<Tensor> index;
+  bool weights_aligned = false;
 
   Call(const Tensor& x, int64_t T, std::optional<Tensor> task_index, int64_t d, int64_t b, bool pre_norm,
        bool post_norm, int64_t activation)
@@ -174,23 +218,23 @@ struct Call {
     expect_folded(layout, tasks.T, x.scalar_type(), wd, wg, vectors, scale, root, mean);
     expect_device(x, {&wd, &wg, &vectors, &scale, &root, &mean});
     folded = {wd.const_data_ptr(), wg.const_data_ptr(), floats(vectors), floats(scale), floats(root)};
+    weights_aligned = starts_aligned(wd) && starts_aligned(wg);
   }
-};
 
-struct ForwardTensors {
-  Tensor out, z, r, pre_mean, pre_rstd;
-
-  ForwardTensors(const Tensor& x, const AdapterLayout& layout, bool save)
-      : out(empty(lead_of(x), {layout.d}, x.scalar_type(), &x)),
-        z(empty(save ? lead_of(x) : Sizes{}, {save ? layout.b : 0}, x.scalar_type(), &x)),
-        r(statistic(x, save && layout.post_norm)),
-        pre_mean(statistic(x, save && layout.pre_norm)),
-        pre_rstd(statistic(x, save && layout.pre_norm)) {}
-
- private:
-  using Sizes = std::vector<int64_t>;
-  static Tensor statistic(const Tensor& x, bool on) {
-    return on ? empty(lead_of(x), {}, ScalarType::Float, &x) : empty({}, {0}, ScalarType::Float, &x);
+  ForwardParams forward_params(const RowView& rows, ForwardTensors& made, bool save) {
+    tasks.B = rows.B, tasks.M = rows.M;
+    auto& [out, z, r, pre_mean, pre_rstd] = made;
+    const bool aligned = rows.aligned(layout.d) && starts_aligned(out) && weights_aligned;
+    return {adapter,
+            rows.rows(),
+            tasks,
+            folded,
+            out.mutable_data_ptr(),
+            save ? z.mutable_data_ptr() : nullptr,
+            floats(r),
+            floats(pre_mean),
+            floats(pre_rstd),
+            aligned};
   }
 };
 
@@ -201,16 +245,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> adapter_forward_op(
   Call call(x, tasks_of(wd), task_index, d, b, pre_norm, post_norm, activation);
   call.use(x, wd, wg, vectors, scale, root, mean);
   ForwardTensors made(x, call.layout, save);
-  auto& [out, z, r, pre_mean, pre_rstd] = made;
-  if (out.numel() == 0) return {out, z, r, pre_mean, pre_rstd};
-  const OnDeviceOf device(x);
-  const RowView rows(x, call.index.has_value());
-  call.tasks.B = rows.B, call.tasks.M = rows.M;
-  const bool aligned = rows.aligned(d) && starts_aligned(out) && starts_aligned(wd) && starts_aligned(wg);
-  forward({call.adapter, rows.rows(), call.tasks, call.folded, out.mutable_data_ptr(),
-           save ? z.mutable_data_ptr() : nullptr, floats(r), floats(pre_mean), floats(pre_rstd), aligned},
-          call.kind, device.stream);
-  return {out, z, r, pre_mean, pre_rstd};
+  if (x.numel() > 0) {
+    const OnDeviceOf device(x);
+    const RowView rows(x, call.index.has_value());
+    forward(call.forward_params(rows, made, save), call.kind, device.stream);
+  }
+  return {made.out, made.z, made.r, made.pre_mean, made.pre_rstd};
 }
 
 std::tuple<Tensor, Tensor> adapter_backward_op(const Tensor& g, const Tensor& x, const Tensor& z, const Tensor& r,
@@ -238,7 +278,7 @@ std::tuple<Tensor, Tensor> adapter_backward_op(const Tensor& g, const Tensor& x,
   if (!need_dx && !sums) return {dx, dpacked};
   const RowView gs(g, by_sample), xs(x, by_sample);
   const int64_t B = call.tasks.B = xs.B, M = call.tasks.M = xs.M;
-  const bool aligned = gs.aligned(d) && xs.aligned(d) && starts_aligned(dx) && starts_aligned(wd) && starts_aligned(wg);
+  const bool aligned = gs.aligned(d) && xs.aligned(d) && starts_aligned(dx) && call.weights_aligned;
   const PackedParts at = parts_of(call.layout);
   Tensor dz = empty(none, {sums ? B * M * b : 0}, x.scalar_type(), &x);
   Tensor m2 = empty(none, {sums && post_norm ? B * M : 0}, ScalarType::Float, &x);
@@ -264,24 +304,28 @@ std::tuple<Tensor, Tensor> adapter_backward_op(const Tensor& g, const Tensor& x,
 using HyperAdapter =
     std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// Generation, folding and application of one site: what the three ops give, in one call.
+// Generation, folding and application of one site in one launch: what the three ops give.
 HyperAdapter hyper_adapter_op(const Tensor& x, const Tensor& E, const Tensor& G, const Tensor& g0,
                               std::optional<Tensor> task_index, int64_t d, int64_t b, bool pre_norm, bool post_norm,
                               int64_t activation, bool save) {
-  expect_adapter(d, b);
-  const AdapterLayout layout{d, b, pre_norm, post_norm};
-  expect_site_generator(layout, E, G, g0);
+  STD_TORCH_CHECK(E.dim() == 2, "E must be [T, k]");
+  const int64_t T = E.size(0), k = E.size(1);
+  Call call(x, T, task_index, d, b, pre_norm, post_norm, activation);
+  expect_site_generator(call.layout, E, G, g0);
   Call::expect_device(x, {&E, &G, &g0});
-  const int64_t T = E.size(0), P = layout.numel();
+  const int64_t P = call.layout.numel();
   Tensor packed = empty({T}, {P}, ScalarType::Float, &x);
-  if (T > 0) {
-    const OnDeviceOf device(x);
-    generate({floats(E), floats(G), floats(g0), floats(packed), 1, T, P, E.size(1)}, device.stream);
-  }
-  const auto [wd, wg, vectors, scale, root, mean] = fold_op(packed, d, b, pre_norm, post_norm, x.scalar_type());
-  const auto [out, z, r, pre_mean, pre_rstd] = adapter_forward_op(x, wd, wg, vectors, scale, root, mean, task_index, d,
-                                                                  b, pre_norm, post_norm, activation, save);
-  return {out, z, r, pre_mean, pre_rstd, packed, wd, wg, vectors, scale, root, mean};
+  FoldedTensors folded = make_folded(packed, call.layout, x.scalar_type());
+  auto& [wd, wg, vectors, scale, root, mean] = folded;
+  call.use(x, wd, wg, vectors, scale, root, mean);
+  ForwardTensors made(x, call.layout, save);
+  const OnDeviceOf device(x);
+  const RowView rows(x, call.index.has_value());
+  SiteParams p{generate_params(E, G, g0, packed, 1, T, P, k), fold_params(packed, call.layout, folded),
+               call.forward_params(rows, made, save), false};
+  p.few = rows.B * rows.M <= few_rows;
+  site(p, call.kind, device.stream);
+  return {made.out, made.z, made.r, made.pre_mean, made.pre_rstd, packed, wd, wg, vectors, scale, root, mean};
 }
 
 // How many devices the driver gives; below zero the CUDA error, as where there is no driver.
@@ -295,9 +339,15 @@ int64_t device_count_op() {
 #endif
 }
 
+// Sets up to how many rows the kernel for few rows serves; returns what it was.
+int64_t use_few_rows_op(int64_t rows) {
+  STD_TORCH_CHECK(rows >= 0 && rows <= INT32_MAX, "rows must be from 0 to 2147483647, got ", rows);
+  return few_rows.exchange(rows);
+}
+
 // Of a block, in the order of backends/cuda.py's KERNELS.
-int64_t shared_bytes_op(int64_t kernel, int64_t b, ScalarType dtype) {
-  expect_adapter(1, b);
+int64_t shared_bytes_op(int64_t kernel, int64_t d, int64_t b, ScalarType dtype) {
+  expect_adapter(d, b);
   const int n = int(b);
   const Kind kind = kind_of(dtype);
   const int bytes[] = {generate_shared_bytes(),
@@ -305,7 +355,9 @@ int64_t shared_bytes_op(int64_t kernel, int64_t b, ScalarType dtype) {
                        forward_shared_bytes(n, kind),
                        backward_shared_bytes(n, kind),
                        weight_gradients_shared_bytes(n, kind),
-                       finish_shared_bytes(n)};
+                       finish_shared_bytes(n),
+                       few_rows_shared_bytes(int(d), n, kind),
+                       site_shared_bytes(int(d), n, kind)};
   STD_TORCH_CHECK(kernel >= 0 && kernel < int64_t(std::size(bytes)), "no such kernel: ", kernel);
   return bytes[kernel];
 }
@@ -314,7 +366,8 @@ int64_t shared_bytes_op(int64_t kernel, int64_t b, ScalarType dtype) {
 
 STABLE_TORCH_LIBRARY(HF_LIBRARY, m) {
   m.def("device_count() -> int");
-  m.def("shared_bytes(int kernel, int b, ScalarType dtype) -> int");
+  m.def("shared_bytes(int kernel, int d, int b, ScalarType dtype) -> int");
+  m.def("use_few_rows(int rows) -> int");
   define_ops(m);
 }
 
@@ -329,6 +382,7 @@ STABLE_TORCH_LIBRARY_IMPL(HF_LIBRARY, HF_DEVICE, m) {
 STABLE_TORCH_LIBRARY_IMPL(HF_LIBRARY, CompositeExplicitAutograd, m) {
   m.impl("device_count", TORCH_BOX(&device_count_op));
   m.impl("shared_bytes", TORCH_BOX(&shared_bytes_op));
+  m.impl("use_few_rows", TORCH_BOX(&use_few_rows_op));
 }
 
 }  // namespace hyperformer_fast

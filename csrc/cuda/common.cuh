@@ -159,6 +159,24 @@ __device__ __forceinline__ int64_t task_of(const Tasks& tasks, int64_t sample) {
                     : static_cast<const int32_t*>(tasks.index)[sample];
 }
 
+// One task's folded weights.
+template <class T>
+struct TaskWeights {
+  const T *wd, *wg;  // [b, d]
+  const float *down_bias, *up_bias, *beta, *scale, *root;
+
+  __device__ __forceinline__ TaskWeights(const Adapter& p, const Folded& folded, int64_t task) {
+    const int64_t b = p.b, d = p.d;
+    wd = static_cast<const T*>(folded.wd) + task * b * d;
+    wg = static_cast<const T*>(folded.wg) + task * b * d;
+    down_bias = folded.vectors + task * (b + (p.post_norm ? 2 : 1) * d);
+    up_bias = down_bias + b;
+    beta = up_bias + d;
+    scale = folded.scale + task * b;
+    root = folded.root + task * (b + 1) * (b + 1);
+  }
+};
+
 constexpr float kEps = 1e-5f;
 
 // xhat of a piece from `column` on, zero beyond d, where -mean / std could be infinite in float16.
@@ -181,6 +199,10 @@ struct Place {
   int64_t sample, first, flat;
   int rows;
 };
+
+__host__ __device__ __forceinline__ int64_t units_of(const Tasks& tasks) {
+  return tasks.B * ((tasks.M + kUnit - 1) / kUnit);
+}
 
 __device__ __forceinline__ Place place_of(const Tasks& tasks, int64_t unit) {
   const int64_t per_sample = (tasks.M + kUnit - 1) / kUnit, sample = unit / per_sample;

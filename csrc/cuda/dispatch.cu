@@ -3,14 +3,29 @@
 
 #include "adapter_backward.cuh"
 #include "adapter_forward.cuh"
+#include "site.cuh"
 #include "weight_gradients.cuh"
 
 namespace hyperformer_fast {
 
+// What a decoding step has of rows; where a GPU has as many multiprocessors, each has one.
+std::atomic<int64_t> few_rows{64};
+
 void forward(const ForwardParams& p, Kind kind, void* stream) {
+  if (p.tasks.B * p.tasks.M <= few_rows) {
+    if (kind == Kind::f32) return few_rows_of<F32>(p, stream);
+    if (kind == Kind::bf16) return few_rows_of<BF16>(p, stream);
+    return few_rows_of<F16>(p, stream);
+  }
   if (kind == Kind::f32) return forward_of<F32>(p, stream);
   if (kind == Kind::bf16) return forward_of<BF16>(p, stream);
   forward_of<F16>(p, stream);
+}
+
+void site(const SiteParams& p, Kind kind, void* stream) {
+  if (kind == Kind::f32) return site_of<F32>(p, stream);
+  if (kind == Kind::bf16) return site_of<BF16>(p, stream);
+  site_of<F16>(p, stream);
 }
 
 void backward(const BackwardParams& p, Kind kind, void* stream) {
@@ -35,6 +50,17 @@ int stretches(const Adapter& adapter, int64_t units, int64_t T, Kind kind) {
 
 int forward_shared_bytes(int b, Kind kind) {
   return kind == Kind::f32 ? tile_shared_bytes<F32>(b) : tile_shared_bytes<BF16>(b);
+}
+
+// As the widest form of its b has it, aligned.
+int few_rows_shared_bytes(int d, int b, Kind kind) {
+  return kind == Kind::f32 ? FewRowsTraits<F32, kLargestBottleneck, true>::bytes(d, b)
+                           : FewRowsTraits<BF16, kLargestBottleneck, true>::bytes(d, b);
+}
+
+int site_shared_bytes(int d, int b, Kind kind) {
+  return std::max({generate_shared_bytes(), fold_shared_bytes(b), forward_shared_bytes(b, kind),
+                   few_rows_shared_bytes(d, b, kind)});
 }
 
 int backward_shared_bytes(int b, Kind kind) { return forward_shared_bytes(b, kind); }

@@ -1,6 +1,7 @@
 // What the CUDA kernels are given, and who launches them. Raw pointers, no torch.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 
 namespace hyperformer_fast {
@@ -16,6 +17,7 @@ struct GenerateParams {
   const float* g0;  // [Q, P]
   float* packed;    // [Q, n, P]
   int64_t Q, n, P, k;
+  bool aligned;  // rows of E and G start at multiples of 16 bytes
 };
 
 // Where the parts of an adapter lie in its P packed numbers (csrc/adapter.h); 0 for those that it lacks.
@@ -70,6 +72,13 @@ struct ForwardParams : Adapter {
   bool aligned;                    // every row of x starts at a multiple of 16 bytes, and d fills such pieces
 };
 
+struct SiteParams {
+  GenerateParams generate;
+  FoldParams fold;
+  ForwardParams forward;
+  bool few;  // rows
+};
+
 struct BackwardParams : Adapter {
   Rows g, x;
   Tasks tasks;
@@ -113,10 +122,14 @@ constexpr int64_t partial_sums(int64_t d, int64_t b) { return ((2 * b + 2) * d +
 // summation, and every bit, is the same on every GPU.
 int stretches(const Adapter&, int64_t units, int64_t T, Kind);
 
+// Up to how many rows a forward takes the kernel that has a block for each; a process may set it (0: never).
+extern std::atomic<int64_t> few_rows;
+
 // Each throws std::runtime_error that names what the driver refused.
 void generate(const GenerateParams&, void* stream);
 void fold(const FoldParams&, Kind, void* stream);
 void forward(const ForwardParams&, Kind, void* stream);
+void site(const SiteParams&, Kind, void* stream);
 void backward(const BackwardParams&, Kind, void* stream);
 void weight_gradients(const WeightGradientParams&, Kind, void* stream);
 void finish(const FinishParams&, void* stream);
@@ -125,6 +138,8 @@ void finish(const FinishParams&, void* stream);
 int generate_shared_bytes();
 int fold_shared_bytes(int b);
 int forward_shared_bytes(int b, Kind);
+int few_rows_shared_bytes(int d, int b, Kind);
+int site_shared_bytes(int d, int b, Kind);
 int backward_shared_bytes(int b, Kind);
 int weight_gradients_shared_bytes(int b, Kind);
 int finish_shared_bytes(int b);

@@ -3,10 +3,12 @@
 #pragma once
 
 #ifdef __CUDACC__
+#include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <stdexcept>
@@ -64,17 +66,45 @@ HF_MMA(mma_f16, "m16n8k16.row.col.f32.f16.f16.f32")
 HF_MMA(mma_tf32, "m16n8k8.row.col.f32.tf32.tf32.f32")
 #undef HF_MMA
 
+// Until all blocks of a launch_together are here, and each sees what the others wrote.
+__device__ __forceinline__ void wait_for_grid() { cooperative_groups::this_grid().sync(); }
+
 inline void check_cuda(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+template <class P>
+void ask_for_shared(void (*kernel)(P), const char* name, size_t shared) {
+  if (shared > 48 << 10)  // more is given only to those that ask
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), name);
 }
 
 // Launches `kernel`; std::runtime_error names what the driver refused.
 template <class P>
 void launch(void (*kernel)(P), const char* name, dim3 blocks, int threads, size_t shared, void* stream, const P& p) {
-  if (shared > 48 << 10)  // more is given only to those that ask
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), name);
+  ask_for_shared(kernel, name, shared);
   kernel<<<blocks, threads, shared, static_cast<cudaStream_t>(stream)>>>(p);
   check_cuda(cudaGetLastError(), name);
+}
+
+// Launches up to `useful` blocks that may wait for one another: as many as the device holds at a time.
+template <class P>
+void launch_together(void (*kernel)(P), const char* name, int64_t useful, int threads, size_t shared, void* stream,
+                     const P& p) {
+  int device = 0, able = 0, multiprocessors = 0, fit = 0;
+  ask_for_shared(kernel, name, shared);
+  check_cuda(cudaGetDevice(&device), name);
+  check_cuda(cudaDeviceGetAttribute(&able, cudaDevAttrCooperativeLaunch, device), name);
+  check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), name);
+  check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&fit, kernel, threads, shared), name);
+  if (!able) throw std::runtime_error(std::string(name) + ": this device has no cooperative launches");
+  if (!fit) throw std::runtime_error(std::string(name) + ": a block does not fit on this device");
+  const unsigned blocks = unsigned(std::min<int64_t>(useful, int64_t(fit) * multiprocessors));
+  void* arguments[] = {const_cast<P*>(&p)};
+  check_cuda(
+      cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3{blocks, 1, 1},
+                                  dim3{unsigned(threads), 1, 1}, arguments, shared, static_cast<cudaStream_t>(stream)),
+      name);
 }
 
 }  // namespace hyperformer_fast

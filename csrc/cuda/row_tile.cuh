@@ -228,25 +228,30 @@ __device__ void pass(const typename S::T* from, int64_t stride, typename S::T* t
 // Registers hold rows of the widths of T5-small, base and large, where the bottleneck leaves room and MAY_KEEP: calls
 // run.template at<BB, KEPT, ALIGNED>().
 template <class S, bool MAY_KEEP, int BB, class Run>
-void choose_kept(int d, bool aligned, const Run& run) {
+void choose_kept(int d, const Run& run) {
   constexpr int WIDTH = 256 / int(sizeof(typename S::T));  // columns of a chunk, all parts
   if constexpr (MAY_KEEP && BB <= (WIDTH == 128 ? 64 : 32)) {
-    if (aligned && d == 512) return run.template at<BB, 512 / WIDTH, true>();
+    if (d == 512) return run.template at<BB, 512 / WIDTH, true>();
     if constexpr (WIDTH == 128 || BB < 32)
-      if (aligned && d == 768) return run.template at<BB, 768 / WIDTH, true>();
+      if (d == 768) return run.template at<BB, 768 / WIDTH, true>();
     if constexpr (WIDTH == 128)
-      if (aligned && d == 1024) return run.template at<BB, 1024 / WIDTH, true>();
+      if (d == 1024) return run.template at<BB, 1024 / WIDTH, true>();
   }
-  if (aligned) return run.template at<BB, 0, true>();
-  run.template at<BB, 0, false>();
+  run.template at<BB, 0, true>();
 }
 
-template <class S, bool MAY_KEEP, class Run>
+// Rows off 16-byte boundaries have two forms only: each takes its share of every build.
+template <class S, bool MAY_KEEP, int SMALLEST = 16, class Run>
 void choose_tile(int d, int b, bool aligned, const Run& run) {
-  if (b <= 16) return choose_kept<S, MAY_KEEP, 16>(d, aligned, run);
-  if (b <= 32) return choose_kept<S, MAY_KEEP, 32>(d, aligned, run);
-  if (b <= 64) return choose_kept<S, MAY_KEEP, 64>(d, aligned, run);
-  choose_kept<S, MAY_KEEP, kLargestBottleneck>(d, aligned, run);
+  if (!aligned) {
+    if (b <= 32) return run.template at<32, 0, false>();
+    return run.template at<kLargestBottleneck, 0, false>();
+  }
+  if constexpr (SMALLEST <= 16)
+    if (b <= 16) return choose_kept<S, MAY_KEEP, 16>(d, run);
+  if (b <= 32) return choose_kept<S, MAY_KEEP, 32>(d, run);
+  if (b <= 64) return choose_kept<S, MAY_KEEP, 64>(d, run);
+  choose_kept<S, MAY_KEEP, kLargestBottleneck>(d, run);
 }
 
 template <class S>
@@ -258,7 +263,7 @@ int tile_shared_bytes(int b) {
 }
 
 inline unsigned blocks_of(const Tasks& tasks, const char* name) {
-  const int64_t blocks = tasks.B * ((tasks.M + kUnit - 1) / kUnit);
+  const int64_t blocks = units_of(tasks);
   if (blocks > INT32_MAX) throw std::runtime_error(std::string(name) + ": too many rows for one launch");
   return unsigned(blocks);
 }

@@ -6,7 +6,7 @@
 // double-buffered; ldmatrix turns both operands, for the sum runs over rows.
 #pragma once
 
-#include "common.cuh"
+#include "row_tile.cuh"
 
 namespace hyperformer_fast {
 
@@ -39,7 +39,7 @@ struct Stretch {
 
   __device__ __forceinline__ Stretch(const WeightGradientParams& p, int64_t split, int64_t task)
       : tasks(p.tasks), task(task), unit(split * p.units_per_split) {
-    const int64_t all = tasks.B * ((tasks.M + kUnit - 1) / kUnit);
+    const int64_t all = units_of(tasks);
     last = unit + p.units_per_split < all ? unit + p.units_per_split : all;
     skip();
   }
@@ -282,24 +282,26 @@ __global__ void __launch_bounds__(256, 1) weight_gradients_kernel(const WeightGr
   }
 }
 
-template <class S, int BB>
-void launch_weight_gradients(const WeightGradientParams& p, void* stream) {
-  using Traits = WeightTraits<S, BB>;
-  const int64_t chunks = (p.d + Traits::COLUMNS - 1) / Traits::COLUMNS;
-  const int64_t blocks = p.splits * (chunks + (p.post_norm ? BB / Traits::GRAM : 1));
-  if (blocks > INT32_MAX || p.tasks.T > 65535)
-    throw std::runtime_error("adapter_backward: too many tasks or columns for one launch");
-  const auto kernel = p.aligned ? weight_gradients_kernel<S, BB, true> : weight_gradients_kernel<S, BB, false>;
-  launch(kernel, "adapter_backward (weights)", dim3{unsigned(blocks), unsigned(p.tasks.T), 1}, Traits::THREADS,
-         Traits::BYTES, stream, p);
-}
+template <class S>
+struct LaunchWeightGradients {
+  const WeightGradientParams& p;
+  void* stream;
+
+  template <int BB, int, bool ALIGNED>
+  void at() const {
+    using Traits = WeightTraits<S, BB>;
+    const int64_t chunks = (p.d + Traits::COLUMNS - 1) / Traits::COLUMNS;
+    const int64_t blocks = p.splits * (chunks + (p.post_norm ? BB / Traits::GRAM : 1));
+    if (blocks > INT32_MAX || p.tasks.T > 65535)
+      throw std::runtime_error("adapter_backward: too many tasks or columns for one launch");
+    launch(weight_gradients_kernel<S, BB, ALIGNED>, "adapter_backward (weights)",
+           dim3{unsigned(blocks), unsigned(p.tasks.T), 1}, Traits::THREADS, Traits::BYTES, stream, p);
+  }
+};
 
 template <class S>
 void weight_gradients_of(const WeightGradientParams& p, void* stream) {
-  if (p.b <= 16) return launch_weight_gradients<S, 16>(p, stream);
-  if (p.b <= 32) return launch_weight_gradients<S, 32>(p, stream);
-  if (p.b <= 64) return launch_weight_gradients<S, 64>(p, stream);
-  launch_weight_gradients<S, kLargestBottleneck>(p, stream);
+  choose_tile<S, false>(p.d, p.b, p.aligned, LaunchWeightGradients<S>{p, stream});
 }
 
 template <class S>

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..activations import ACTIVATIONS
 from ..layout import AdapterLayout
 from ..reference import Folded, Saved
 
@@ -29,11 +28,6 @@ class Request(NamedTuple):
     dtype: torch.dtype
     d: int
     b: int
-
-
-def static_arguments(layout: AdapterLayout, activation: str) -> tuple[int, int, bool, bool, int]:
-    """What the compiled libraries' raw ops are told of an adapter."""
-    return layout.d, layout.b, layout.pre_norm, layout.post_norm, ACTIVATIONS.index(activation)
 
 
 def refused_by_gpu_kernels(request: Request) -> str | None:

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from .. import native
-from .. import reference as truth
 from ..layout import AdapterLayout
 from ..reference import Folded, Saved
-from .base import FullBackend, Request, refused_by_gpu_kernels, static_arguments
+from .base import FullBackend, Request, refused_by_gpu_kernels
+from .compiled import CompiledBackend
 
 #: compute capability of the oldest architecture with cp.async and bfloat16 products (Ampere)
 OLDEST = (8, 0)
 
 
 #: The library's kernels, as its op ``shared_bytes`` counts them.
-KERNELS = ("generate", "fold", "forward", "backward", "weight_gradients", "finish")
+KERNELS = ("generate", "fold", "forward", "backward", "weight_gradients", "finish", "few_rows", "site")
 
 
-class CudaBackend(FullBackend):
+#: Up to how many rows ``hyper_adapter`` is one launch: beyond, application outlasts the gaps between three, and its own
+#: kernel, which keeps the rows in registers, does it sooner. An estimate, until a GPU measures it.
+ONE_LAUNCH_ROWS = 1024
+
+
+class CudaBackend(CompiledBackend):
     """The compiled library ``_hf_cuda``.
 
-    float64 is left to the reference. Rows with a common stride are read where they lie; others are copied once. float32
+    Rows with a common stride are read where they lie; others are copied once. float32
     products are three tf32 products each (to 2^-23), whatever ``torch.get_float32_matmul_precision()`` says.
     """
 
@@ -30,7 +37,6 @@ class CudaBackend(FullBackend):
     device = "cuda"
 
     def library(self):
-        """The raw ops."""
         return native.cuda_library()
 
     def unavailable(self) -> str | None:
@@ -53,39 +59,17 @@ class CudaBackend(FullBackend):
     def passes(self, request: Request) -> str | None:
         return "no measurement on a GPU says that it is faster: ask for it by name"
 
-    def generate_weights(self, E: Tensor, G: Tensor, g0: Tensor) -> Tensor:
-        if all(t.dtype == torch.float32 for t in (E, G, g0)):
-            return self.library().generate_weights(E.contiguous(), G.contiguous(), g0.contiguous())
-        with torch.autocast(E.device.type, enabled=False):
-            return truth.generate_weights(E, G, g0)
-
-    def fold(self, packed: Tensor, layout: AdapterLayout, dtype: torch.dtype) -> Folded:
-        packed = packed.float().contiguous()
-        return Folded(*self.library().fold(packed, layout.d, layout.b, layout.pre_norm, layout.post_norm, dtype))
-
-    def adapter_forward(
-        self, x: Tensor, folded: Folded, layout: AdapterLayout, activation: str, task_index: Tensor | None, save: bool
-    ) -> tuple[Tensor, Saved]:
-        folded = (part.contiguous() for part in folded)
-        static = static_arguments(layout, activation)
-        out, *saved = self.library().adapter_forward(x, *folded, task_index, *static, save)
-        return out, Saved(*saved)
-
-    def adapter_backward(
+    def hyper_adapter(
         self,
-        g: Tensor,
         x: Tensor,
-        saved: Saved,
-        packed: Tensor,
-        folded: Folded,
+        E: Tensor,
+        G: Tensor,
+        g0: Tensor,
         layout: AdapterLayout,
         activation: str,
         task_index: Tensor | None,
-        need_dx: bool,
-        need_dpacked: bool,
-    ) -> tuple[Tensor, Tensor]:
-        parts = (part.contiguous() for part in (*saved, packed.float(), *folded))
-        dx, dpacked = self.library().adapter_backward(
-            g, x, *parts, task_index, *static_arguments(layout, activation), need_dx, need_dpacked
-        )
-        return dx, dpacked.to(packed.dtype)
+        save: bool,
+    ) -> tuple[Tensor, Saved, Tensor, Folded]:
+        one_launch = x.numel() <= ONE_LAUNCH_ROWS * layout.d
+        run = super().hyper_adapter if one_launch else functools.partial(FullBackend.hyper_adapter, self)
+        return run(x, E, G, g0, layout, activation, task_index, save)

@@ -1,17 +1,20 @@
-// Runs CUDA kernels on the CPU: a stack per thread, one block after the other. For tests: slow, and strict.
+// Runs CUDA kernels on the CPU: a stack per thread, one block after the other, or all of a cooperative launch in turns.
+// For tests: slow, and strict.
 //
 // Shared memory starts as NaN and is guarded; an asynchronous copy arrives at its wait and not before, or, as it may on
-// a GPU too, at once (HF_EMULATOR_COPIES "late" or "early"); threads run in the order of HF_EMULATOR_ORDER ("forward",
-// "reverse" or a seed), each until it must wait. A barrier that not all threads reach at the same place, a warp-wide
-// operation that not all lanes reach, copies never waited for, and writes beyond shared memory end the launch with a
-// std::runtime_error.
+// a GPU too, at once (HF_EMULATOR_COPIES "late" or "early"); threads, and blocks, run in the order of HF_EMULATOR_ORDER
+// ("forward", "reverse" or a seed), each until it must wait. A barrier that not all threads reach at the same place, a
+// warp-wide operation that not all lanes reach, copies never waited for, and writes beyond shared memory end the launch
+// with a std::runtime_error.
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <functional>
 #include <memory>
 #include <numeric>
@@ -19,6 +22,7 @@
 #include <source_location>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "../../csrc/cpu/convert.h"
@@ -59,7 +63,7 @@ struct Thread {
   Context context;
   dim3 index;
   int rank = 0;
-  enum { READY, BARRIER, WARP, DONE } state = READY;
+  enum { READY, BARRIER, WARP, GRID, DONE } state = READY;
   Where where;
   std::vector<Copy> copies;
   std::vector<std::vector<Copy>> groups;
@@ -79,8 +83,8 @@ struct Block {
   std::vector<int> order;
   dim3 index, size, grid;
   unsigned char* shared = nullptr;
-  int arrived = 0, done = 0;
-  bool early_copies = false;
+  int arrived = 0, at_grid = 0, done = 0;
+  bool early_copies = false, together = false;
   std::string fault;
   std::function<void()> kernel;
   Context scheduler;
@@ -147,6 +151,12 @@ void warp_wide(Argument& argument, const Where& where, Together together) {
     if (b.threads[i].state == Thread::WARP) b.threads[i].state = Thread::READY;
 }
 
+inline void grid_barrier(const Where& where) {
+  if (!block->together) fail("a barrier of the grid in a launch that is not cooperative");
+  ++block->at_grid;
+  wait_as(Thread::GRID, where);
+}
+
 inline void entry() {
   block->kernel();
   if (!self->copies.empty() || !self->groups.empty())
@@ -156,16 +166,20 @@ inline void entry() {
   wait_as(Thread::DONE, Where::current());
 }
 
-inline void run_block(Block& b) {
-  block = &b;
-  b.arrived = b.done = 0;
+inline void start(Block& b) {
+  b.arrived = b.at_grid = b.done = 0;
   for (Warp& w : b.warps) w.arrived = 0;
   for (Thread& t : b.threads) {
     t.state = Thread::READY;
     t.copies.clear(), t.groups.clear();
     t.context.start(entry);
   }
-  while (b.done < int(b.threads.size())) {
+}
+
+// Runs b's threads until each has ended or waits for the grid.
+inline void advance(Block& b) {
+  block = &b;
+  while (b.done + b.at_grid < int(b.threads.size())) {
     bool progress = false;
     for (const int i : b.order) {
       if (b.threads[i].state != Thread::READY) continue;
@@ -176,16 +190,21 @@ inline void run_block(Block& b) {
     }
     if (progress) continue;
     for (const Thread& t : b.threads)
-      if (t.state != Thread::DONE)
+      if (t.state == Thread::BARRIER || t.state == Thread::WARP)
         throw std::runtime_error("emulator: " + name_of(t) + " waits for ever at " + place(t.where));
   }
 }
 
-inline std::vector<int> thread_order(int n) {
+inline std::string setting(const char* variable, const char* otherwise) {
+  const char* asked = std::getenv(variable);
+  return asked ? asked : otherwise;
+}
+
+// Of a block's threads, and of a grid's blocks.
+inline std::vector<int> order_of(int n) {
   std::vector<int> order(n);
   std::iota(order.begin(), order.end(), 0);
-  const char* asked = std::getenv("HF_EMULATOR_ORDER");
-  const std::string name = asked ? asked : "forward";
+  const std::string name = setting("HF_EMULATOR_ORDER", "forward");
   if (name == "reverse")
     std::reverse(order.begin(), order.end());
   else if (name != "forward")
@@ -193,32 +212,111 @@ inline std::vector<int> thread_order(int n) {
   return order;
 }
 
-inline void run_grid(dim3 blocks, int threads, size_t shared, const std::function<void()>& kernel) {
-  if (threads < 32 || threads > 1024 || threads % 32) throw std::runtime_error("emulator: bad block size");
-  if (shared > 227 << 10) throw std::runtime_error("emulator: too much shared memory");
-  Block b;
-  b.threads = std::vector<Thread>(threads);
-  b.warps.resize(threads / 32);
-  b.order = thread_order(threads);
-  const char* copies = std::getenv("HF_EMULATOR_COPIES");
-  b.early_copies = copies != nullptr && std::string(copies) == "early";
-  b.size = {unsigned(threads), 1, 1};
-  b.grid = blocks;
-  b.kernel = kernel;
-  for (int i = 0; i < threads; ++i) b.threads[i].rank = i, b.threads[i].index = {unsigned(i), 0, 0};
-  const std::unique_ptr<unsigned char, void (*)(void*)> memory(
-      static_cast<unsigned char*>(std::aligned_alloc(128, (shared + 2 * kGuard + 127) / 128 * 128)), std::free);
-  b.shared = memory.get() + kGuard;
-  for (unsigned y = 0; y < blocks.y; ++y)
-    for (unsigned x = 0; x < blocks.x; ++x) {
-      b.index = {x, y, 0};
-      std::memset(memory.get(), kGuardByte, shared + 2 * kGuard);
-      std::memset(b.shared, 0xFF, shared);  // NaN in every type
-      run_block(b);
-      for (size_t i = 0; i < kGuard; ++i)
-        if (memory.get()[i] != kGuardByte || b.shared[shared + i] != kGuardByte)
-          throw std::runtime_error("emulator: block " + std::to_string(x) + " wrote beyond shared memory");
+struct Launch {
+  dim3 blocks;
+  int threads;
+  size_t shared;
+  const std::function<void()>& kernel;
+};
+
+// A block and its shared memory.
+struct Place {
+  Block block;
+  std::unique_ptr<unsigned char, void (*)(void*)> memory{nullptr, std::free};
+  size_t shared;
+
+  Place(const Launch& launch, bool together) : shared(launch.shared) {
+    block.threads = std::vector<Thread>(launch.threads);
+    block.warps.resize(launch.threads / 32);
+    block.order = order_of(launch.threads);
+    block.early_copies = setting("HF_EMULATOR_COPIES", "late") == "early";
+    block.together = together;
+    block.size = {unsigned(launch.threads), 1, 1};
+    block.grid = launch.blocks;
+    block.kernel = launch.kernel;
+    for (int i = 0; i < launch.threads; ++i) block.threads[i].rank = i, block.threads[i].index = {unsigned(i), 0, 0};
+    memory.reset(static_cast<unsigned char*>(std::aligned_alloc(128, (shared + 2 * kGuard + 127) / 128 * 128)));
+    block.shared = memory.get() + kGuard;
+  }
+
+  void begin(unsigned x, unsigned y) {
+    block.index = {x, y, 0};
+    std::memset(memory.get(), kGuardByte, shared + 2 * kGuard);
+    std::memset(block.shared, 0xFF, shared);  // NaN in every type
+    start(block);
+  }
+
+  void end() const {
+    for (size_t i = 0; i < kGuard; ++i)
+      if (memory.get()[i] != kGuardByte || block.shared[shared + i] != kGuardByte)
+        throw std::runtime_error("emulator: block " + std::to_string(block.index.x) + " wrote beyond shared memory");
+  }
+};
+
+inline void check(const Launch& launch) {
+  if (launch.threads < 32 || launch.threads > 1024 || launch.threads % 32)
+    throw std::runtime_error("emulator: bad block size");
+  if (launch.shared > 227 << 10) throw std::runtime_error("emulator: too much shared memory");
+}
+
+// Block by block, on each of HF_EMULATOR_THREADS host threads.
+inline void run_grid(const Launch& launch) {
+  check(launch);
+  const int hosts = std::stoi(setting("HF_EMULATOR_THREADS", "1"));
+  const unsigned all = launch.blocks.x * launch.blocks.y;
+  const std::vector<int> order = order_of(int(all));
+  std::vector<std::exception_ptr> faults(hosts);
+  const auto share = [&](int host) {
+    try {
+      Place place(launch, false);
+      for (unsigned i = host; i < all; i += hosts) {
+        place.begin(order[i] % launch.blocks.x, order[i] / launch.blocks.x);
+        advance(place.block);
+        place.end();
+      }
+    } catch (...) {
+      faults[host] = std::current_exception();
     }
+  };
+  std::vector<std::thread> others;
+  for (int host = 1; host < hosts; ++host) others.emplace_back(share, host);
+  share(0);
+  for (std::thread& other : others) other.join();
+  for (const std::exception_ptr& fault : faults)
+    if (fault) std::rethrow_exception(fault);
+}
+
+// All blocks at once, each until it ends or waits for the others.
+inline void run_together(const Launch& launch) {
+  check(launch);
+  std::vector<std::unique_ptr<Place>> places;
+  for (unsigned x = 0; x < launch.blocks.x; ++x) {
+    places.push_back(std::make_unique<Place>(launch, true));
+    places.back()->begin(x, 0);
+  }
+  const std::vector<int> order = order_of(int(places.size()));
+  for (;;) {
+    int done = 0;
+    const Thread* waiting = nullptr;
+    for (const int x : order) {
+      Block& b = places[x]->block;
+      advance(b);
+      done += b.done;
+      for (const Thread& t : b.threads)
+        if (t.state == Thread::GRID) waiting = &t;
+    }
+    if (waiting == nullptr) break;
+    const Where where = waiting->where;
+    for (const auto& of : places) {
+      for (Thread& t : of->block.threads) {
+        if (done || !same_place(t.where, where))
+          throw std::runtime_error("emulator: divergent barrier of the grid: not all threads came to " + place(where));
+        t.state = Thread::READY;
+      }
+      of->block.at_grid = 0;
+    }
+  }
+  for (const auto& of : places) of->end();
 }
 
 }  // namespace emulator
@@ -248,6 +346,28 @@ T __shfl_xor_sync(unsigned mask, T value, int lanes, const emulator::Where& wher
   return exchange.theirs;
 }
 
+template <class T>
+T atomicAdd(T* address, T value) {
+  return std::atomic_ref<T>(*address).fetch_add(value);
+}
+
+template <class T>
+T atomicMax(T* address, T value) {
+  std::atomic_ref<T> all(*address);
+  T seen = all.load();
+  while (seen < value && !all.compare_exchange_weak(seen, value)) {
+  }
+  return seen;
+}
+
+template <class T>
+T atomicCAS(T* address, T expected, T value) {
+  std::atomic_ref<T>(*address).compare_exchange_strong(expected, value);
+  return expected;
+}
+
+inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline double rsqrt(double x) { return 1.0 / std::sqrt(x); }
 
@@ -257,7 +377,16 @@ namespace hyperformer_fast {
 
 template <class P>
 void launch(void (*kernel)(P), const char*, dim3 blocks, int threads, size_t shared, void*, const P& p) {
-  emulator::run_grid(blocks, threads, shared, [&] { kernel(p); });
+  emulator::run_grid({blocks, threads, shared, [&] { kernel(p); }});
+}
+
+inline void wait_for_grid(const emulator::Where& where = emulator::Where::current()) { emulator::grid_barrier(where); }
+
+// The device holds HF_EMULATOR_BLOCKS at a time.
+template <class P>
+void launch_together(void (*kernel)(P), const char*, int64_t useful, int threads, size_t shared, void*, const P& p) {
+  const int64_t fit = std::stoi(emulator::setting("HF_EMULATOR_BLOCKS", "3"));
+  emulator::run_together({{unsigned(std::min(useful, fit)), 1, 1}, threads, shared, [&] { kernel(p); }});
 }
 
 }  // namespace hyperformer_fast

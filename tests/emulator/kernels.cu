@@ -40,6 +40,35 @@ __global__ void reverse_kernel(const Params p) {
   if (fault == NO_WAIT) copy_wait<0>();
 }
 
+struct GridParams {
+  int* counts;  // [3]: added to by all threads; the largest block; blocks that saw all of the first
+  int fault;
+};
+
+// Threads of all blocks count, wait for one another, and look.
+__global__ void count_kernel(const GridParams p) {
+  const int all = int(gridDim.x * blockDim.x), fault = p.fault;
+  atomicAdd(p.counts, 1);
+  atomicMax(p.counts + 1, int(blockIdx.x));
+  if (fault == DIVERGENT) {
+    if (blockIdx.x == 0) wait_for_grid();
+  } else if (fault == HALF) {
+    blockIdx.x == 0 ? wait_for_grid() : wait_for_grid();
+    if (blockIdx.x != 0) wait_for_grid();
+  } else if (fault != NO_BARRIER) {
+    wait_for_grid();
+  }
+  if (threadIdx.x == 0 && p.counts[0] == all) atomicAdd(p.counts + 2, 1);
+}
+
+// Every block adds; no barrier between them.
+__global__ void add_kernel(const GridParams p) {
+  for (int i = 0; i < 100; ++i) atomicAdd(p.counts, 1);
+  int seen = 0;
+  while (atomicCAS(p.counts + 1, seen, seen + 1) != seen) seen = p.counts[1];
+  atomicMax(p.counts + 2, int(blockIdx.x * blockDim.x + threadIdx.x));
+}
+
 struct ProductParams {
   const uint16_t* a;  // [16, 16]
   const uint16_t* b;  // [16, 8]
@@ -99,6 +128,21 @@ const char* outcome(F run) {
 HF_EXPORT const char* reverse(const float* from, float* to, int fault) {
   return outcome(
       [&] { launch(reverse_kernel, "", dim3{1, 1, 1}, THREADS, THREADS * 4, nullptr, Params{from, to, fault}); });
+}
+
+// blocks 0: a launch that is not cooperative.
+HF_EXPORT const char* count(int* counts, int blocks, int fault) {
+  return outcome([&] {
+    if (blocks == 0)
+      launch(count_kernel, "", dim3{2, 1, 1}, THREADS, 0, nullptr, GridParams{counts, fault});
+    else
+      launch_together(count_kernel, "", blocks, THREADS, 0, nullptr, GridParams{counts, fault});
+  });
+}
+
+HF_EXPORT const char* add(int* counts, int blocks) {
+  return outcome(
+      [&] { launch(add_kernel, "", dim3{unsigned(blocks), 1, 1}, THREADS, 0, nullptr, GridParams{counts, 0}); });
 }
 
 HF_EXPORT const char* product(const uint16_t* a, const uint16_t* b, float* c, int half) {

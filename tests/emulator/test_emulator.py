@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 import torch
-from support.emulated import EMULATOR, build, needs_compiler, thread_order
+from support.emulated import EMULATOR, build, device_of, needs_compiler, thread_order
 
 pytestmark = needs_compiler
 
@@ -25,10 +25,12 @@ FOUND = {
 ORDERS = ["forward", "reverse", "1", "2"]
 
 
-@pytest.fixture(scope="module")
-def kernels():
-    library = ctypes.CDLL(str(build("kernels", [EMULATOR / "kernels.cu"], [], [])))
-    for name in ("reverse", "product", "product_tf32"):
+@pytest.fixture(scope="module", params=["", "-DHF_UCONTEXT"], ids=["own switch", "ucontext"])
+def kernels(request):
+    """With the stacks switched as on this machine, and as on one that is not x86-64."""
+    flags = [request.param] if request.param else []
+    library = ctypes.CDLL(str(build("kernels", [EMULATOR / "kernels.cu"], flags, [])))
+    for name in ("reverse", "count", "add", "product", "product_tf32"):
         getattr(library, name).restype = ctypes.c_char_p
     return library
 
@@ -65,6 +67,41 @@ def test_faults_end_the_launch(kernels, fault):
     said = reverse(kernels, fault)[2]
     assert said.startswith("emulator: ") and re.search(FOUND[fault], said), said
     assert reverse(kernels, "none")[2] == ""  # and nothing of it is left
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_grid_waits_for_all_its_blocks(kernels, order):
+    counts = torch.zeros(3, dtype=torch.int32)
+    with thread_order(order), device_of(3):
+        assert kernels.count(pointer(counts), 10, FAULTS.index("none")) == b""
+    assert counts.tolist() == [3 * 64, 2, 3]  # of ten useful blocks as many as the device holds
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_grid_without_a_barrier_sees_too_little(kernels, order):
+    counts = torch.zeros(3, dtype=torch.int32)
+    with thread_order(order):
+        assert kernels.count(pointer(counts), 3, FAULTS.index("no barrier")) == b""
+    assert counts[0] == 3 * 64 and counts[2] < 3
+
+
+@pytest.mark.parametrize(
+    ("fault", "blocks", "words"),
+    [("divergent", 3, "divergent barrier of the grid"), ("half", 2, "divergent barrier of the grid"),
+     ("none", 0, "in a launch that is not cooperative")],
+)  # fmt: skip
+def test_faults_of_a_grid_end_the_launch(kernels, fault, blocks, words):
+    counts = torch.zeros(3, dtype=torch.int32)
+    assert words in kernels.count(pointer(counts), blocks, FAULTS.index(fault)).decode()
+    assert kernels.count(pointer(counts), 3, FAULTS.index("none")) == b""
+
+
+@pytest.mark.parametrize("hosts", ["1", "4"])
+def test_blocks_on_several_host_threads_add_up(kernels, hosts, monkeypatch):
+    monkeypatch.setenv("HF_EMULATOR_THREADS", hosts)
+    counts = torch.zeros(3, dtype=torch.int32)
+    assert kernels.add(pointer(counts), 40) == b""
+    assert counts.tolist() == [40 * 64 * 100, 40 * 64, 40 * 64 - 1]
 
 
 def test_sanitizer_sees_what_is_beyond_global_memory(tmp_path):

@@ -36,7 +36,8 @@ needs_compiler = pytest.mark.skipif(
 def build(name: str, sources: list[Path], flags: list[str], link: list[str]) -> Path:
     """A shared library of ``sources``, .cu files taken for C++; built once for their content, the flags and torch."""
     compiler = os.environ.get("CXX", "g++")
-    common = [compiler, "-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", f"-I{EMULATOR}", *flags, *FLAGS]
+    always = ["-std=c++20", "-O1", "-g1", "-pthread", "-fPIC", "-fvisibility=hidden"]
+    common = [compiler, *always, f"-I{EMULATOR}", *flags, *FLAGS]
     read = sorted({*sources, *EMULATOR.glob("*.h"), *CSRC.rglob("*.h"), *CSRC.rglob("*.cuh")})
     digest = hashlib.sha256(repr((common, link, torch.__version__)).encode())
     for path in read:
@@ -57,7 +58,7 @@ def _make(library: Path, sources: list[Path], common: list[str], link: list[str]
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(_run, jobs))
         made = Path(folder) / library.name
-        _run([common[0], "-shared", *FLAGS, *map(str, objects), *link, "-o", str(made)])
+        _run([common[0], "-shared", "-pthread", *FLAGS, *map(str, objects), *link, "-o", str(made)])
         made.replace(library)
 
 
@@ -103,7 +104,20 @@ def registered() -> Iterator[EmulatedCuda]:
 
 @contextlib.contextmanager
 def thread_order(name: str, copies: str = "late") -> Iterator[None]:
-    """The order in which a block's threads run: "forward", "reverse", or a seed; and whether asynchronous copies arrive
-    "late", at their wait, or "early", at once."""
+    """The order in which a block's threads, and a grid's blocks, run: "forward", "reverse", or a seed; and whether
+    asynchronous copies arrive "late", at their wait, or "early", at once."""
     with mock.patch.dict(os.environ, {"HF_EMULATOR_ORDER": name, "HF_EMULATOR_COPIES": copies}):
         yield
+
+
+def device_of(blocks: int):
+    """So many blocks fit on the device at a time: what a cooperative launch gets."""
+    return mock.patch.dict(os.environ, {"HF_EMULATOR_BLOCKS": str(blocks)})
+
+
+@contextlib.contextmanager
+def few_rows(limit: int) -> Iterator[None]:
+    """The forward's kernel for few rows serves up to ``limit``."""
+    before = library().use_few_rows(limit)
+    yield
+    library().use_few_rows(before)

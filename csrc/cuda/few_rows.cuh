@@ -1,0 +1,178 @@
+// The adapter's forward for few rows, as in decoding: one block a row, each perhaps another task's. What takes the time
+// is the arrival of the 2 d b weights, all asked for at once; the products are plain multiply-adds in float32.
+#pragma once
+
+#include "adapter_forward.cuh"
+
+namespace hyperformer_fast {
+
+constexpr int kFewThreads = 256;
+constexpr int kFewStage = 88 << 10;  // bytes of shared memory for W_g: with the rest within sm_86's 99 KiB
+
+// Rows of W_g that fit there.
+template <class S>
+__host__ __device__ __forceinline__ int staged_lines(int d, int b, bool aligned) {
+  const int64_t fit = kFewStage / (int64_t(d) * int64_t(sizeof(typename S::T)));
+  return !aligned ? 0 : fit < b ? int(fit) : b;
+}
+
+template <class S, int BB, bool ALIGNED>
+struct FewRowsTraits {
+  static constexpr int WARPS = kFewThreads / 32, LINES = BB / WARPS;  // bottleneck numbers of a warp
+  static constexpr int AT_ONCE = BB > 64 ? 2 : 4;                     // pieces of the row that a lane has in registers
+  static constexpr int AT_SUMS = 2 * BB * 4, AT_STAGE = AT_SUMS + 128;
+  static int bytes(int d, int b) { return AT_STAGE + staged_lines<S>(d, b, ALIGNED) * d * int(sizeof(typename S::T)); }
+};
+
+// Row `flat` of all.
+template <class S, int BB, bool ALIGNED>
+__device__ __forceinline__ void forward_row(const ForwardParams& p, int64_t flat, unsigned char* shared) {
+  using Traits = FewRowsTraits<S, BB, ALIGNED>;
+  using T = typename S::T;
+  constexpr int PIECE = kPiece<S>, LINES = Traits::LINES, WARPS = Traits::WARPS, AT_ONCE = Traits::AT_ONCE;
+  float* const h = reinterpret_cast<float*>(shared);  // [BB]
+  float* const scaled = h + BB;                       // [BB]: h s, the operand of W_g / s
+  float* const sums = reinterpret_cast<float*>(shared + Traits::AT_SUMS);
+  unsigned char* const stage = shared + Traits::AT_STAGE;
+  const int d = p.d, b = p.b, thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  const int pieces = (d + PIECE - 1) / PIECE, staged = staged_lines<S>(d, b, ALIGNED);
+  const int64_t sample = flat / p.tasks.M, task = task_of(p.tasks, sample);
+  const Place place{sample, flat - sample * p.tasks.M, flat, 1};
+  if (task < 0 || task >= p.tasks.T) return pass_forward<S, ALIGNED>(p, place, task == -1);
+  const TaskWeights<T> weights(p, p.folded, task);
+  const T* const x = start_of<T>(p.x, place);
+
+  if constexpr (ALIGNED) {
+    for (int i = thread; i < staged * pieces; i += kFewThreads)
+      copy_async<16>(stage + i * 16, weights.wg + int64_t(i) * PIECE, true);
+    copy_commit();
+  }
+  float mean = 0.0f, rstd = 0.0f;
+  if (p.pre_norm) {  // each warp for itself: cheaper than a barrier
+    for (int i = lane; i < pieces; i += 32) {
+      const Piece piece = load_piece<S, ALIGNED>(x, i * PIECE, d, true);
+      for (int c = 0; c < PIECE; ++c) mean += number<S>(piece, c);
+    }
+    mean = lane_sum<32>(mean) / float(d);
+    for (int i = lane; i < pieces; i += 32) {
+      const Piece piece = load_piece<S, ALIGNED>(x, i * PIECE, d, true);
+      for (int c = 0; c < PIECE; ++c) {
+        const float u = i * PIECE + c < d ? number<S>(piece, c) - mean : 0.0f;
+        rstd += u * u;
+      }
+    }
+    rstd = rsqrtf(lane_sum<32>(rstd) / float(d) + kEps);
+    if (p.z != nullptr && thread == 0) p.pre_mean[flat] = mean, p.pre_rstd[flat] = rstd;
+  }
+
+  float z[LINES] = {};
+  for (int first = lane; first < pieces; first += 32 * AT_ONCE) {
+    Piece mine[AT_ONCE];
+#pragma unroll
+    for (int c = 0; c < AT_ONCE; ++c) {
+      const int column = (first + 32 * c) * PIECE;
+      mine[c] = load_piece<S, ALIGNED>(x, column, d, true);
+      if (p.pre_norm) mine[c] = normalised<S>(mine[c], column, d, mean, rstd);
+    }
+#pragma unroll
+    for (int i = 0; i < LINES; ++i) {
+      const int line = warp + WARPS * i;
+#pragma unroll
+      for (int c = 0; c < AT_ONCE; ++c) {
+        const Piece w = load_piece<S, ALIGNED>(weights.wd + int64_t(line) * d, (first + 32 * c) * PIECE, d, line < b);
+        for (int e = 0; e < PIECE; ++e) z[i] += number<S>(mine[c], e) * number<S>(w, e);
+      }
+    }
+  }
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < LINES; ++i) {
+    const float all = lane_sum<32>(z[i]);
+    if (lane == i) sum = all;
+  }
+  if (lane < LINES) {
+    const int j = warp + WARPS * lane;
+    float value = 0.0f, operand = 0.0f;
+    if (j < b) {
+      const T rounded = S::narrow(sum + weights.down_bias[j]);  // the backward sees the rounded z
+      value = activate(S::wide(rounded), p.activation);
+      operand = p.post_norm ? value * weights.scale[j] : value;
+      if (p.z != nullptr) static_cast<T*>(p.z)[flat * b + j] = rounded;
+    }
+    h[j] = value;
+    scaled[j] = operand;
+  }
+  copy_wait<0>();  // asked for before W_d was: it is there
+  __syncthreads();
+
+  float r = 1.0f;
+  if (p.post_norm) {
+    float squares = 0.0f;
+#pragma unroll
+    for (int i = 0; i < LINES; ++i) {
+      const int line = warp + WARPS * i;
+      float q = 0.0f;
+      if (line < b)
+        for (int j = lane; j < b; j += 32) q += weights.root[line * (b + 1) + j] * h[j];
+      q = lane_sum<32>(q);
+      if (line < b) q += weights.root[line * (b + 1) + b];
+      squares += q * q;
+    }
+    if (lane == 0) sums[warp] = squares;
+    __syncthreads();
+    const float last = weights.root[b * (b + 1) + b];
+    squares = last * last;
+    for (int i = 0; i < WARPS; ++i) squares += sums[i];
+    r = rsqrtf(squares + kEps);
+    if (p.z != nullptr && thread == 0) p.r[flat] = r;
+  }
+
+  T* const out = static_cast<T*>(p.out) + flat * d;
+  for (int i = thread; i < pieces; i += kFewThreads) {
+    const int column = i * PIECE;
+    const Piece from = load_piece<S, ALIGNED>(x, column, d, true);
+    float y[PIECE] = {};
+    const auto add = [&](int j, const Piece& w) {
+      for (int c = 0; c < PIECE; ++c) y[c] += scaled[j] * number<S>(w, c);
+    };
+#pragma unroll 4
+    for (int j = 0; j < staged; ++j) add(j, *reinterpret_cast<const Piece*>(stage + (j * pieces + i) * 16));
+#pragma unroll 4
+    for (int j = staged; j < b; ++j) add(j, load_piece<S, ALIGNED>(weights.wg + int64_t(j) * d, column, d, true));
+    float value[PIECE];
+    for (int c = 0; c < PIECE; ++c) {
+      float branch = r * y[c];
+      if (column + c < d) {
+        branch += r * weights.up_bias[column + c];
+        if (p.post_norm) branch += weights.beta[column + c];
+      }
+      value[c] = number<S>(from, c) + branch;
+    }
+    store_piece<S, ALIGNED>(out, column, d, true, pack<S>(value));
+  }
+}
+
+template <class S, int BB, bool ALIGNED>
+__global__ void __launch_bounds__(kFewThreads, 1) few_rows_kernel(const ForwardParams p) {
+  HF_SHARED(shared);
+  forward_row<S, BB, ALIGNED>(p, blockIdx.x, shared);
+}
+
+template <class S>
+struct LaunchFewRows {
+  const ForwardParams& p;
+  void* stream;
+
+  template <int BB, int, bool ALIGNED>
+  void at() const {
+    launch(few_rows_kernel<S, BB, ALIGNED>, "adapter_forward", dim3{unsigned(p.tasks.B * p.tasks.M), 1, 1}, kFewThreads,
+           FewRowsTraits<S, BB, ALIGNED>::bytes(p.d, p.b), stream, p);
+  }
+};
+
+template <class S>
+void few_rows_of(const ForwardParams& p, void* stream) {
+  choose_tile<S, false>(p.d, p.b, p.aligned, LaunchFewRows<S>{p, stream});
+}
+
+}  // namespace hyperformer_fast

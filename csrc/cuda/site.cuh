@@ -1,0 +1,76 @@
+// One site in one launch: generation, then folding, then application. Each needs all of what stood before it, from
+// whichever block made it, so the grid is cooperative: its blocks are all on the device at once, take their share of
+// each part in strides of the grid, and wait for one another in between.
+#pragma once
+
+#include "few_rows.cuh"
+#include "fold.cuh"
+#include "generate.cuh"
+
+namespace hyperformer_fast {
+
+template <class S, int BB, bool ALIGNED>
+__global__ void __launch_bounds__(256, 1) site_kernel(const SiteParams p) {
+  static_assert(GenerateTraits::THREADS == 256 && FoldTraits::THREADS == 256 && kFewThreads == 256);
+  HF_SHARED(shared);
+  const int64_t block = blockIdx.x, blocks = gridDim.x, stripes = stripes_of(p.generate);
+  for (int64_t i = block; i < stripes * groups_of(p.generate); i += blocks) {
+    if (p.generate.aligned)
+      generate_tile<true>(p.generate, i % stripes, i / stripes, shared);
+    else
+      generate_tile<false>(p.generate, i % stripes, i / stripes, shared);
+  }
+  wait_for_grid();
+  for (int64_t m = block; m < p.fold.M; m += blocks) {
+    fold_adapter<S>(p.fold, m, shared);
+    __syncthreads();
+  }
+  wait_for_grid();
+  if (p.few) {
+    for (int64_t row = block; row < p.forward.tasks.B * p.forward.tasks.M; row += blocks) {
+      forward_row<S, BB, ALIGNED>(p.forward, row, shared);
+      __syncthreads();
+    }
+  } else {
+    for (int64_t unit = block; unit < units_of(p.forward.tasks); unit += blocks) {
+      forward_rows<S, BB, 0, ALIGNED>(p.forward, place_of(p.forward.tasks, unit), shared);
+      __syncthreads();
+    }
+  }
+}
+
+template <class S, int BB, bool ALIGNED>
+int site_bytes(int d, int b) {
+  return std::max({GenerateTraits::BYTES, FoldTraits::bytes(b), TileTraits<S, BB>::BYTES,
+                   FewRowsTraits<S, BB, ALIGNED>::bytes(d, b)});
+}
+
+template <class S>
+struct LaunchSite {
+  const SiteParams& p;
+  void* stream;
+
+  template <int BB, int, bool ALIGNED>
+  void at() const {
+    const Tasks& tasks = p.forward.tasks;
+    const int64_t useful = std::max({stripes_of(p.generate) * groups_of(p.generate), p.fold.M,
+                                     p.few ? tasks.B * tasks.M : units_of(tasks), int64_t(1)});
+    launch_together(site_kernel<S, BB, ALIGNED>, "hyper_adapter", useful, 256,
+                    site_bytes<S, BB, ALIGNED>(p.forward.d, p.forward.b), stream, p);
+  }
+};
+
+template <class S>
+void site_of(const SiteParams& p, void* stream) {
+  choose_tile<S, false, 32>(p.forward.d, p.forward.b, p.forward.aligned, LaunchSite<S>{p, stream});
+}
+
+// One number type a translation unit, with the forward for few rows, which it shares.
+extern template void few_rows_of<F32>(const ForwardParams&, void*);
+extern template void few_rows_of<BF16>(const ForwardParams&, void*);
+extern template void few_rows_of<F16>(const ForwardParams&, void*);
+extern template void site_of<F32>(const SiteParams&, void*);
+extern template void site_of<BF16>(const SiteParams&, void*);
+extern template void site_of<F16>(const SiteParams&, void*);
+
+}  // namespace hyperformer_fast
