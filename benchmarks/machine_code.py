@@ -49,6 +49,13 @@ def take_apart(cubin: Path) -> list[Code]:
     ]
 
 
+def cubins(library: Path, folder: Path) -> list[tuple[int, Path]]:
+    """The machine code in a library that nvcc linked, put into ``folder``: (architecture, cubin) pairs."""
+    subprocess.run([_TOOLS / "cuobjdump", "-xelf", "all", library], cwd=folder, capture_output=True, check=True)
+    found = ((re.search(r"\.sm_(\d+)", path.name), path) for path in sorted(folder.glob("*.cubin")))
+    return [(int(arch[1]), path) for arch, path in found if arch]
+
+
 def blocks_per_multiprocessor(registers: int, shared: int, warps: int, arch: int) -> int:
     """Blocks of ``shared`` bytes and ``warps`` warps that fit at a time."""
     by_registers = 65536 // ((registers + 7) // 8 * 256 * warps)

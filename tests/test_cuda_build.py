@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -15,12 +17,15 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "build_tools"))
 from toolchain import find_cuda_home  # noqa: E402
 
+#: As TORCH_CUDA_ARCH_LIST has it. Each takes a minute and more on two cores, so by default it is one.
+ARCHS = os.environ.get("HYPERFORMER_FAST_TEST_CUDA_ARCHS", "9.0")
+
 pytestmark = pytest.mark.skipif(find_cuda_home() is None, reason="needs a CUDA toolkit with nvcc")
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    """Of one architecture: benchmarks/cuda_gate.py has them all. A spill is an error."""
+    """For ARCHS. A spill is an error."""
     folder = tmp_path_factory.mktemp("cuda")
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT / 'build_tools')!r})\n"
@@ -28,7 +33,7 @@ def library(tmp_path_factory):
         f"build_libraries(Path({str(folder)!r}) / 'out', Path({str(folder)!r}) / 'objects')"
     )
     environment = {
-        **os.environ, "HYPERFORMER_FAST_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": "9.0",
+        **os.environ, "HYPERFORMER_FAST_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": ARCHS,
         "NVCC_APPEND_FLAGS": "-Xptxas --warn-on-spills,--warning-as-error",
     }  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
@@ -38,15 +43,27 @@ def library(tmp_path_factory):
 
 def test_it_is_built(library):
     info = json.loads((library.parent / "build_info.json").read_text())["libraries"]["cuda"]
-    assert info["archs"] == "9.0" and "nvcc" in info
+    assert info["archs"] == ARCHS and "nvcc" in info
     assert library.stat().st_size < 20 << 20
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton's disassembler")
+def test_its_machine_code_is_what_was_meant(library, monkeypatch):
+    """Tensor cores at work, 16-byte accesses, no stack: of every kernel for every architecture."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    cuda_gate = importlib.import_module("cuda_gate")
+    compiled = list(cuda_gate.gate(library))
+    assert {result.kernel.partition(",")[0] for result in compiled} == set(cuda_gate.KERNELS)
+    assert {result.arch for result in compiled} == {int(arch.replace(".", "")) for arch in ARCHS.split(";")}
+    for result in compiled:
+        assert not cuda_gate.faults(result), f"{result}: {cuda_gate.faults(result)}"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_it_loads_where_there_is_no_gpu(library):
     code = (
         f"import torch\ntorch.ops.load_library({str(library)!r})\nops = torch.ops.hyperformer_fast_cuda\n"
-        "print('devices', ops.device_count(), 'shared', ops.shared_bytes(2, 24, torch.bfloat16))\n"
+        "print('devices', ops.device_count(), 'shared', ops.shared_bytes(2, 768, 24, torch.bfloat16))\n"
         "try:\n    ops.generate_weights(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), torch.zeros(1, 1))\n"
         "except NotImplementedError as error:\n    print('refused', 'CPU' in str(error))"
     )

@@ -7,9 +7,11 @@
 namespace hyperformer_fast {
 
 struct FoldTraits {
-  static constexpr int THREADS = 256, TILE = 16;  // rows of W_u that are centred at a time
+  static constexpr int THREADS = 256;
+  // Rows of W_u that are centred at a time: as many as leave the Gram matrix room in sm_86's 99 KiB.
+  static constexpr __host__ __device__ int tile(int b) { return b > 64 ? 16 : 64; }
   // Means, peaks, the diagonal, the upper triangle of the Gram matrix, a tile of [W_u | b_u].
-  static constexpr int bytes(int b) { return ((b + 1) * 3 + (b + 1) * (b + 2) / 2 + TILE * (b + 1)) * 8; }
+  static constexpr int bytes(int b) { return ((b + 1) * 3 + (b + 1) * (b + 2) / 2 + tile(b) * (b + 1)) * 8; }
 };
 
 __device__ __forceinline__ int triangle(int i, int j, int n) { return i * n - i * (i - 1) / 2 + j - i; }
@@ -20,6 +22,9 @@ __device__ __forceinline__ double power_of_two(double m) {
   const int exponent = ilogb(m);
   return ldexp(1.0, exponent < -126 ? -126 : exponent > 126 ? 126 : exponent);
 }
+
+// A NaN comes in, and stays.
+__device__ __forceinline__ double larger(double a, double b) { return a == a && !(b <= a) ? b : a; }
 
 // G, upper triangle in shared memory, becomes R with R^T R = G; a pivot lost to rounding leaves an empty row.
 __device__ __forceinline__ void square_root(double* G, double* diagonal, int n) {
@@ -41,10 +46,26 @@ __device__ __forceinline__ void square_root(double* G, double* diagonal, int n) 
   }
 }
 
+// to(i, from(i)) for all i < n. Eight loads before the first store, which the compiler must take for one into what is
+// loaded: a block alone on its multiprocessor has little else to hide their latency.
+template <class From, class To>
+__device__ __forceinline__ void each_of(int n, From from, To to) {
+  constexpr int AT_ONCE = 8, THREADS = FoldTraits::THREADS;
+  for (int first = threadIdx.x; first < n; first += AT_ONCE * THREADS) {
+    decltype(from(0)) value[AT_ONCE] = {};
+#pragma unroll
+    for (int u = 0; u < AT_ONCE; ++u)
+      if (first + u * THREADS < n) value[u] = from(first + u * THREADS);
+#pragma unroll
+    for (int u = 0; u < AT_ONCE; ++u)
+      if (first + u * THREADS < n) to(first + u * THREADS, value[u]);
+  }
+}
+
 template <class S>
 __device__ __forceinline__ void fold_adapter(const FoldParams& p, int64_t m, unsigned char* shared) {
   using T = typename S::T;
-  constexpr int THREADS = FoldTraits::THREADS, TILE = FoldTraits::TILE;
+  constexpr int THREADS = FoldTraits::THREADS;
   const int d = p.d, b = p.b, n = b + 1, thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   double* const mean = reinterpret_cast<double*>(shared);
   double* const peak = mean + n;
@@ -58,8 +79,9 @@ __device__ __forceinline__ void fold_adapter(const FoldParams& p, int64_t m, uns
   T* const wg = static_cast<T*>(p.wg) + m * b * d;
   float* const vectors = p.vectors + m * p.V;
 
-  for (int i = thread; i < b * d; i += THREADS)
-    wd[i] = S::narrow(p.pre_norm ? float(double(packed[i]) * pre_gamma[i % d]) : packed[i]);
+  each_of(
+      b * d, [&](int i) { return p.pre_norm ? float(double(packed[i]) * pre_gamma[i % d]) : packed[i]; },
+      [&](int i, float value) { wd[i] = S::narrow(value); });
   for (int j = warp; j < b; j += THREADS / 32) {
     double shift = 0.0;
     if (p.pre_norm) {
@@ -69,45 +91,63 @@ __device__ __forceinline__ void fold_adapter(const FoldParams& p, int64_t m, uns
     if (lane == 0) vectors[j] = float(packed[p.at.down_bias + j] + shift);
   }
   if (!p.post_norm) {
-    for (int i = thread; i < b * d; i += THREADS) wg[i] = S::narrow(up[i % d * b + i / d]);
+    each_of(b * d, [&](int i) { return up[i % d * b + i / d]; }, [&](int i, float value) { wg[i] = S::narrow(value); });
     for (int i = thread; i < d; i += THREADS) vectors[b + i] = up_bias[i];
     return;
   }
 
   const auto entry = [&](int row, int j) { return double(j < b ? up[row * b + j] : up_bias[row]); };
-  for (int j = warp; j < n; j += THREADS / 32) {
-    double sum = 0.0;
-    for (int i = lane; i < d; i += 32) sum += entry(i, j);
-    sum = lane_sum<32>(sum) / d;
-    if (lane == 0) {
-      mean[j] = sum;
-      p.mean[m * n + j] = float(sum);
+  // [W_u | b_u] less `mean`, some rows at a time.
+  const auto each_tile = [&](auto body) {
+    for (int first = 0; first < d; first += FoldTraits::tile(b)) {
+      const int rows = d - first < FoldTraits::tile(b) ? d - first : FoldTraits::tile(b);
+      each_of(
+          rows * n, [&](int i) { return entry(first + i / n, i % n) - mean[i % n]; },
+          [&](int i, double value) { tile[i] = value; });
+      __syncthreads();
+      body(first, rows);
+      __syncthreads();
     }
-  }
+  };
   for (int i = thread; i < n * (n + 1) / 2; i += THREADS) gram[i] = 0.0;
-  for (int j = thread; j < n; j += THREADS) peak[j] = 0.0;
+  for (int j = thread; j < n; j += THREADS) mean[j] = 0.0;
   __syncthreads();
-  for (int first = 0; first < d; first += TILE) {
-    const int rows = d - first < TILE ? d - first : TILE;
-    for (int i = thread; i < rows * n; i += THREADS) tile[i] = entry(first + i / n, i % n) - mean[i % n];
-    __syncthreads();
-    for (int e = thread; e < n * n; e += THREADS) {
-      const int i = e / n, j = e % n;
-      if (j < i) continue;
+  const int groups = THREADS / n < FoldTraits::tile(b) ? THREADS / n : FoldTraits::tile(b), group = thread / n;
+  double sum = 0.0, largest = 0.0;
+  each_tile([&](int, int rows) {
+    for (int row = group; group < groups && row < rows; row += groups) sum += tile[row * n + thread % n];
+  });
+  if (group < groups) tile[thread] = sum;
+  __syncthreads();
+  for (int j = thread; j < n; j += THREADS) {
+    double all = 0.0;
+    for (int i = 0; i < groups; ++i) all += tile[i * n + j];
+    mean[j] = all / d;
+    p.mean[m * n + j] = float(mean[j]);
+  }
+  __syncthreads();
+  const int half = n / 2 + 1;
+  each_tile([&](int first, int rows) {
+    // Each pair once: i with itself and the n / 2 that follow it in a circle, the last of which, n even, has i too.
+    for (int e = thread; e < n * half; e += THREADS) {
+      const int one = e / half, other = (one + e % half) % n;
+      if (2 * (e % half) == n && one >= half - 1) continue;
+      const int i = one < other ? one : other, j = one < other ? other : one;
       double sum = gram[triangle(i, j, n)];
+#pragma unroll 4
       for (int row = 0; row < rows; ++row) sum += tile[row * n + i] * tile[row * n + j];
       gram[triangle(i, j, n)] = sum;
     }
-    for (int j = thread; j < b; j += THREADS)
-      for (int row = 0; row < rows; ++row) {
-        const double value = fabs(tile[row * n + j] * gamma[first + row]);
-        if (peak[j] == peak[j] && !(value <= peak[j])) peak[j] = value;  // a NaN comes in, and stays
-      }
-    __syncthreads();
-  }
+    for (int row = group; group < groups && row < rows; row += groups)
+      largest = larger(largest, fabs(tile[row * n + thread % n] * gamma[first + row]));
+  });
+  if (group < groups) tile[thread] = largest;
   for (int i = thread; i < n * (n + 1) / 2; i += THREADS) gram[i] /= d;
+  __syncthreads();
   for (int j = thread; j < b; j += THREADS) {
-    peak[j] = power_of_two(peak[j]);
+    double all = 0.0;
+    for (int i = 0; i < groups; ++i) all = larger(all, tile[i * n + j]);
+    peak[j] = power_of_two(all);
     p.scale[m * b + j] = float(peak[j]);
   }
   __syncthreads();
@@ -116,10 +156,13 @@ __device__ __forceinline__ void fold_adapter(const FoldParams& p, int64_t m, uns
     const int i = e / n, j = e % n;
     p.root[m * n * n + e] = j < i ? 0.0f : float(gram[triangle(i, j, n)]);
   }
-  for (int i = thread; i < b * d; i += THREADS) {
-    const int j = i / d, row = i % d;
-    wg[i] = S::narrow(float((entry(row, j) - mean[j]) * gamma[row] / peak[j]));
-  }
+  each_of(
+      b * d,
+      [&](int i) {
+        const int j = i / d, row = i % d;
+        return float((entry(row, j) - mean[j]) * gamma[row] / peak[j]);
+      },
+      [&](int i, float value) { wg[i] = S::narrow(value); });
   for (int i = thread; i < d; i += THREADS) {
     vectors[b + i] = float((entry(i, b) - mean[b]) * gamma[i]);
     vectors[b + d + i] = gamma[d + i];

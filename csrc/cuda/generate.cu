@@ -4,10 +4,9 @@
 namespace hyperformer_fast {
 namespace {
 
-template <bool ALIGNED>
 __global__ void __launch_bounds__(GenerateTraits::THREADS) generate_kernel(const GenerateParams p) {
   HF_SHARED(shared);
-  generate_tile<ALIGNED>(p, blockIdx.x, blockIdx.y, shared);
+  generate_tile(p, blockIdx.x, blockIdx.y, shared);
 }
 
 }  // namespace
@@ -16,8 +15,8 @@ void generate(const GenerateParams& p, void* stream) {
   const int64_t stripes = stripes_of(p), groups = p.Q * groups_of(p);
   if (stripes > INT32_MAX || groups > 65535)
     throw std::runtime_error("generate_weights: too many embeddings for one launch");
-  launch(p.aligned ? generate_kernel<true> : generate_kernel<false>, "generate_weights",
-         dim3{unsigned(stripes), unsigned(groups), 1}, GenerateTraits::THREADS, GenerateTraits::BYTES, stream, p);
+  launch(generate_kernel, "generate_weights", dim3{unsigned(stripes), unsigned(groups), 1}, GenerateTraits::THREADS,
+         GenerateTraits::BYTES, stream, p);
 }
 
 int generate_shared_bytes() { return GenerateTraits::BYTES; }

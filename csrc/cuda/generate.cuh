@@ -21,31 +21,39 @@ __host__ __device__ __forceinline__ int64_t stripes_of(const GenerateParams& p) 
   return (p.P + GenerateTraits::NUMBERS - 1) / GenerateTraits::NUMBERS;
 }
 
+// ROWS rows of `from` [.., k], numbers k0 .. of each, to a tile of PITCH; zeros beyond `rows` and k.
+template <int COPY, int ROWS, int PITCH>
+__device__ __forceinline__ void fetch_rows(float* tile, const float* from, int64_t rows, int64_t k, int64_t k0) {
+  constexpr int OF_ROW = GenerateTraits::DEPTH / COPY;
+  for (int i = threadIdx.x; i < ROWS * OF_ROW; i += GenerateTraits::THREADS) {
+    const int row = i / OF_ROW, c = i % OF_ROW * COPY;
+    const bool there = row < rows && k0 + c < k;
+    copy_async<COPY * 4>(tile + row * PITCH + c, there ? from + row * k + k0 + c : from, there);
+  }
+}
+
 // Stripe `stripe` of the numbers of the embeddings of `group`, counted over all Q.
-template <bool ALIGNED>
 __device__ __forceinline__ void generate_tile(const GenerateParams& p, int64_t stripe, int64_t group,
                                               unsigned char* shared) {
   using Traits = GenerateTraits;
-  constexpr int DEPTH = Traits::DEPTH, PITCH = Traits::PITCH, COPY = ALIGNED ? 4 : 1, OF_ROW = DEPTH / COPY;
+  constexpr int NUMBERS = Traits::NUMBERS, EMBEDDINGS = Traits::EMBEDDINGS, DEPTH = Traits::DEPTH,
+                PITCH = Traits::PITCH;
   float* const g = reinterpret_cast<float*>(shared);  // [NUMBERS, PITCH]
-  float* const e = g + Traits::NUMBERS * PITCH;       // [EMBEDDINGS, DEPTH]
-  const int thread = threadIdx.x, number = thread % Traits::NUMBERS;
-  const int mine = thread / Traits::NUMBERS * Traits::OF_A_THREAD;  // of the embeddings
-  const int64_t q = group / groups_of(p), first = (group - q * groups_of(p)) * Traits::EMBEDDINGS;
-  const int64_t from = stripe * Traits::NUMBERS, at = from + number;
+  float* const e = g + NUMBERS * PITCH;               // [EMBEDDINGS, DEPTH]
+  const int thread = threadIdx.x, number = thread % NUMBERS;
+  const int mine = thread / NUMBERS * Traits::OF_A_THREAD;  // of the embeddings
+  const int64_t q = group / groups_of(p), first = (group - q * groups_of(p)) * EMBEDDINGS;
+  const int64_t from = stripe * NUMBERS, at = from + number;
   const float* const G = p.G + (q * p.P + from) * p.k;
   const float* const E = p.E + (q * p.n + first) * p.k;
   float sum[Traits::OF_A_THREAD] = {};
   for (int64_t k = 0; k < p.k; k += DEPTH) {
-    for (int i = thread; i < Traits::NUMBERS * OF_ROW; i += Traits::THREADS) {
-      const int row = i / OF_ROW, c = i % OF_ROW * COPY;
-      const bool there = from + row < p.P && k + c < p.k;
-      copy_async<COPY * 4>(g + row * PITCH + c, there ? G + row * p.k + k + c : G, there);
-    }
-    for (int i = thread; i < Traits::EMBEDDINGS * OF_ROW; i += Traits::THREADS) {
-      const int row = i / OF_ROW, c = i % OF_ROW * COPY;
-      const bool there = first + row < p.n && k + c < p.k;
-      copy_async<COPY * 4>(e + row * DEPTH + c, there ? E + row * p.k + k + c : E, there);
+    if (p.aligned) {
+      fetch_rows<4, NUMBERS, PITCH>(g, G, p.P - from, p.k, k);
+      fetch_rows<4, EMBEDDINGS, DEPTH>(e, E, p.n - first, p.k, k);
+    } else {
+      fetch_rows<1, NUMBERS, PITCH>(g, G, p.P - from, p.k, k);
+      fetch_rows<1, EMBEDDINGS, DEPTH>(e, E, p.n - first, p.k, k);
     }
     copy_commit();
     copy_wait<0>();

@@ -241,14 +241,13 @@ void choose_kept(int d, const Run& run) {
 }
 
 // Rows off 16-byte boundaries have two forms only: each takes its share of every build.
-template <class S, bool MAY_KEEP, int SMALLEST = 16, class Run>
+template <class S, bool MAY_KEEP, class Run>
 void choose_tile(int d, int b, bool aligned, const Run& run) {
   if (!aligned) {
     if (b <= 32) return run.template at<32, 0, false>();
     return run.template at<kLargestBottleneck, 0, false>();
   }
-  if constexpr (SMALLEST <= 16)
-    if (b <= 16) return choose_kept<S, MAY_KEEP, 16>(d, run);
+  if (b <= 16) return choose_kept<S, MAY_KEEP, 16>(d, run);
   if (b <= 32) return choose_kept<S, MAY_KEEP, 32>(d, run);
   if (b <= 64) return choose_kept<S, MAY_KEEP, 64>(d, run);
   choose_kept<S, MAY_KEEP, kLargestBottleneck>(d, run);

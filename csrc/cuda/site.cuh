@@ -14,12 +14,8 @@ __global__ void __launch_bounds__(256, 1) site_kernel(const SiteParams p) {
   static_assert(GenerateTraits::THREADS == 256 && FoldTraits::THREADS == 256 && kFewThreads == 256);
   HF_SHARED(shared);
   const int64_t block = blockIdx.x, blocks = gridDim.x, stripes = stripes_of(p.generate);
-  for (int64_t i = block; i < stripes * groups_of(p.generate); i += blocks) {
-    if (p.generate.aligned)
-      generate_tile<true>(p.generate, i % stripes, i / stripes, shared);
-    else
-      generate_tile<false>(p.generate, i % stripes, i / stripes, shared);
-  }
+  for (int64_t i = block; i < stripes * groups_of(p.generate); i += blocks)
+    generate_tile(p.generate, i % stripes, i / stripes, shared);
   wait_for_grid();
   for (int64_t m = block; m < p.fold.M; m += blocks) {
     fold_adapter<S>(p.fold, m, shared);
@@ -50,7 +46,7 @@ struct LaunchSite {
   const SiteParams& p;
   void* stream;
 
-  template <int BB, int, bool ALIGNED>
+  template <int BB, bool ALIGNED>
   void at() const {
     const Tasks& tasks = p.forward.tasks;
     const int64_t useful = std::max({stripes_of(p.generate) * groups_of(p.generate), p.fold.M,
@@ -62,7 +58,11 @@ struct LaunchSite {
 
 template <class S>
 void site_of(const SiteParams& p, void* stream) {
-  choose_tile<S, false, 32>(p.forward.d, p.forward.b, p.forward.aligned, LaunchSite<S>{p, stream});
+  // three forms, for the sake of the build: the projections of so few rows are the least of it
+  const LaunchSite<S> run{p, stream};
+  if (!p.forward.aligned) return run.template at<kLargestBottleneck, false>();
+  if (p.forward.b <= 32) return run.template at<32, true>();
+  run.template at<kLargestBottleneck, true>();
 }
 
 // One number type a translation unit, with the forward for few rows, which it shares.
