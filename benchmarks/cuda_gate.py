@@ -86,9 +86,6 @@ def described(code: Code, arch: int) -> Compiled:
     if kernel in BY_BOTTLENECK:
         b, *kept, aligned = numbers
         name += f", b <= {b}" + (f", {kept[0]} pieces kept" if any(kept) else "" if aligned else ", not aligned")
-    elif kernel == "finish":
-        b = {32: 64, 16: 128}[numbers[0]]
-        name += f", b <= {b}"
     shared_bytes = torch.ops.hyperformer_fast_cuda.shared_bytes
     shared = shared_bytes(KERNELS.index(kernel), WIDTH, b, DTYPES[dtype or "F32"])
     fits = blocks_per_multiprocessor(code.registers, shared, WARPS, arch)

@@ -3,8 +3,9 @@
     python benchmarks/gpu_report.py [--output DIR] [--parts tests adapter ...] [--dry-run]
 
 tests        tests/test_on_device.py
-sanitizer    compute-sanitizer (memcheck, racecheck, synccheck), where it is found, over every op
-kernels      each Triton kernel's own time, from the profiler, and its share of a copy's bandwidth
+sanitizer    compute-sanitizer (memcheck, racecheck, synccheck), where it is found, over every op of both backends
+kernels      each Triton and each CUDA kernel's own time, from the profiler, and their share of a copy's bandwidth
+small        small.py: few rows and whole sites, both backends and every form of the CUDA library's
 adapter      report.py on the device: eager, torch.compile with CUDA graphs and without, `adapters`, ours, two ceilings
 memory       the peak of a forward and backward, ours and eager's
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -26,17 +28,19 @@ from pathlib import Path
 
 import torch
 from providers import ACTIVATION, Case, make
+from small import ROWS, ours
+from small import measure as measure_small
 from timing import RESULTS, described, machine, seconds, show, write
 
-from hyperformer_fast import ops
+from hyperformer_fast import backends, ops
 from hyperformer_fast.layout import AdapterLayout
 
 ROOT = Path(__file__).parents[1]
 SANITIZER_TOOLS = ("memcheck", "racecheck", "synccheck")
 
 
-#: By the names that the profiler gives them.
-KERNELS = {f"{name}_kernel" for name in ("generate", "fold", "adapter_forward", "rows", "weights", "finish")}
+#: In the names that the profiler gives the kernels of either backend.
+KERNEL = re.compile(r"\b([a-z_]+)_kernel\b")
 
 
 def run(command: list[str], limit: float, **environment: str) -> dict:
@@ -58,21 +62,26 @@ def tests(options: argparse.Namespace) -> dict:
     return run(
         [sys.executable, "-m", "pytest", "-q", "--import-mode=importlib", "-p", "no:cacheprovider",
          str(ROOT / "tests/test_on_device.py")],
-        120, HYPERFORMER_FAST_TEST_DEVICE=options.device,
-        HYPERFORMER_FAST_SWEEP_EXAMPLES="3" if options.dry_run else "300",
+        140, HYPERFORMER_FAST_TEST_DEVICE=options.device,
+        HYPERFORMER_FAST_SWEEP_EXAMPLES="3" if options.dry_run else "200",
     )  # fmt: skip
 
 
 def every_op(device: str) -> None:
-    """All kernels, mixed tasks, ragged rows: what the sanitizer looks at."""
-    for dtype, d, b, pre in ((torch.bfloat16, 768, 24, False), (torch.float32, 97, 5, True)):
-        layout = AdapterLayout(d, b, pre)
-        E, G, g0 = (torch.randn(s, device=device) for s in ((1, 3, 64), (1, layout.numel, 64), (1, layout.numel)))
-        packed = ops.generate_weights(E, G, g0)[0].requires_grad_()
-        x = torch.randn(4, 33, d, device=device).to(dtype).requires_grad_()
-        index = torch.tensor([2, -1, 0, 2], device=device)
-        out = ops.adapter(x, packed, layout, ACTIVATION, task_index=index)
-        torch.autograd.grad(out, (x, packed), torch.ones_like(out))
+    """All kernels, mixed tasks, ragged rows, many and few: what the sanitizer looks at."""
+    for name in ours(device):
+        with backends.use_backend(name):
+            for dtype, d, b, pre in ((torch.bfloat16, 768, 24, False), (torch.float32, 97, 5, True)):
+                layout = AdapterLayout(d, b, pre)
+                shapes = (1, 3, 64), (1, layout.numel, 64), (1, layout.numel)
+                E, G, g0 = (torch.randn(shape, device=device) for shape in shapes)
+                packed = ops.generate_weights(E, G, g0)[0].requires_grad_()
+                index = torch.tensor([2, -1, 0, 2], device=device)
+                for L in (33, 1):
+                    x = torch.randn(4, L, d, device=device).to(dtype).requires_grad_()
+                    out = ops.adapter(x, packed, layout, ACTIVATION, task_index=index)
+                    torch.autograd.grad(out, (x, packed), torch.ones_like(out))
+                    ops.hyper_adapter(x, E[0], G[0], g0[0], layout, ACTIVATION, index)
     if device.startswith("cuda"):
         torch.cuda.synchronize()
 
@@ -96,25 +105,35 @@ def kernels(options: argparse.Namespace) -> list[dict]:
     for N in [130] if options.dry_run else [1024, 4096, 16384, 65536]:
         for dtype in (torch.bfloat16, torch.float32):
             case = Case(N, 768, 24, dtype, options.device)
-            calls = {"forward": make("hyperformer_fast", case, False), "both": make("hyperformer_fast", case, True)}
-            repeats = 2 if options.dry_run else 20
-            for call in calls.values():
-                seconds(call, 3)
-            with torch.profiler.profile(activities=activities) as profile:
-                seconds(calls["both"], repeats)
-            times: dict[str, float] = defaultdict(float)
-            for event in profile.key_averages():
-                if event.key in KERNELS and getattr(event, "self_device_time_total", 0):
-                    times[event.key] += event.self_device_time_total / repeats
-            copy = seconds(lambda case=case: torch.empty_like(case.x).copy_(case.x), repeats)
-            whole = {name: seconds(call, repeats) for name, call in calls.items()}
-            found.append({
-                "N": N, "dtype": str(dtype).removeprefix("torch."), "kernel_us": dict(times),
+            for backend in ours(options.device):
+                with backends.use_backend(backend):
+                    found.append({"backend": backend, **kernels_of(case, activities, 2 if options.dry_run else 20)})
+    return found
+
+
+def kernels_of(case: Case, activities: list, repeats: int) -> dict:
+    calls = {"forward": make("hyperformer_fast", case, False), "both": make("hyperformer_fast", case, True)}
+    for call in calls.values():
+        seconds(call, 3)
+    with torch.profiler.profile(activities=activities) as profile:
+        seconds(calls["both"], repeats)
+    times: dict[str, float] = defaultdict(float)
+    for event in profile.key_averages():
+        kernel = KERNEL.search(event.key)
+        if kernel and getattr(event, "self_device_time_total", 0):
+            times[kernel[1]] += event.self_device_time_total / repeats
+    copy = seconds(lambda: torch.empty_like(case.x).copy_(case.x), repeats)
+    whole = {name: seconds(call, repeats) for name, call in calls.items()}
+    return {
+                "N": case.N, "dtype": str(case.dtype).removeprefix("torch."), "kernel_us": dict(times),
                 # a forward reads x and writes out, as a copy does; a backward reads g and x and writes dx besides
                 "forward_of_copy_bandwidth": copy / whole["forward"],
                 "both_of_copy_bandwidth": 2.5 * copy / whole["both"],
-            })  # fmt: skip
-    return found
+            }  # fmt: skip
+
+
+def small(options: argparse.Namespace) -> list[dict]:
+    return measure_small(options.device, [3] if options.dry_run else list(ROWS), 1 if options.dry_run else 9)
 
 
 def adapter(options: argparse.Namespace) -> dict:
@@ -122,7 +141,7 @@ def adapter(options: argparse.Namespace) -> dict:
     return run(
         [sys.executable, "report.py", "--device", options.device, "--rounds", "1" if options.dry_run else "9",
          "--rows", *rows, "--output", str(options.output)],
-        160,
+        150,
     )  # fmt: skip
 
 
@@ -134,7 +153,7 @@ def memory(options: argparse.Namespace) -> list[dict]:
     for dtype in (torch.bfloat16, torch.float32):
         case = Case(16384, 768, 24, dtype, options.device)
         peaks = {}
-        for provider in ("eager", "hyperformer_fast"):
+        for provider in ("eager", "hyperformer_fast", "hyperformer_fast, CUDA C++"):
             call = make(provider, case, True)
             call()
             torch.cuda.synchronize()
@@ -147,7 +166,7 @@ def memory(options: argparse.Namespace) -> list[dict]:
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], object]] = {
-    "tests": tests, "sanitizer": sanitizer, "kernels": kernels, "adapter": adapter, "memory": memory,
+    "tests": tests, "sanitizer": sanitizer, "kernels": kernels, "small": small, "adapter": adapter, "memory": memory,
 }  # fmt: skip
 
 
@@ -159,10 +178,10 @@ def plot(found: list[dict], where: dict[str, str], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axis = plt.subplots(figsize=(6, 4))
-    for i, dtype in enumerate(sorted({row["dtype"] for row in found})):
-        rows = [row for row in found if row["dtype"] == dtype]
+    for i, (backend, dtype) in enumerate(sorted({(row["backend"], row["dtype"]) for row in found})):
+        rows = [row for row in found if (row["backend"], row["dtype"]) == (backend, dtype)]
         for style, name in (("-", "forward"), ("--", "both")):
-            label = f"{'forward' if name == 'forward' else 'forward+backward'}, {dtype}"
+            label = f"{backend}, {'forward' if name == 'forward' else 'forward+backward'}, {dtype}"
             shares = [100 * row[f"{name}_of_copy_bandwidth"] for row in rows]
             axis.plot([row["N"] for row in rows], shares, style, color=f"C{i}", marker="o", markersize=3, label=label)
     axis.set(xscale="log", xlabel="rows N", ylabel="% of a copy's bandwidth", title="the adapter, d = 768, b = 24")
@@ -201,11 +220,17 @@ def main() -> None:
         path = write("gpu-report", where, report, options.output)
     shares = report.get("kernels")
     if isinstance(shares, list):
+        passes = ("forward", "both")
         rows = [
-            (r["N"], r["dtype"], *(f"{100 * r[f'{w}_of_copy_bandwidth']:.0f} %" for w in ("forward", "both")))
+            (
+                r["backend"],
+                r["N"],
+                r["dtype"],
+                *(f"{100 * r[f'{w}_of_copy_bandwidth']:.0f} %" for w in ("forward", "both")),
+            )
             for r in shares
         ]
-        show("Of a same-size copy's bandwidth", where, ("N", "dtype", "forward", "forward+backward"), rows)
+        show("Of a same-size copy's bandwidth", where, ("backend", "N", "dtype", *passes), rows)
         plot(shares, where, path.with_suffix(".png"))
     failed = [name for name, found in report.items() if isinstance(found, dict) and found.get("exit", 0)]
     failed += [

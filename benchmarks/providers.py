@@ -11,7 +11,7 @@ import torch
 import torch._inductor.config
 from torch import Tensor
 
-from hyperformer_fast import ops, reference
+from hyperformer_fast import backends, ops, reference
 from hyperformer_fast.layout import AdapterLayout
 
 #: d and the reduction factors of the published settings.
@@ -79,6 +79,22 @@ def _ours(case: Case) -> Apply:
     return lambda x, packed: ops.adapter(x, packed, case.layout, ACTIVATION, folded)
 
 
+def _ours_in_cuda(case: Case) -> Apply:
+    if not case.device.startswith("cuda"):
+        raise ImportError("the CUDA library needs a GPU")
+    reason = next(found["reason"] for found in backends.backend_report() if found["name"] == "cuda")
+    if reason:
+        raise ImportError(reason)
+    with backends.use_backend("cuda"):
+        folded = ops.fold(case.packed, case.layout, case.dtype)
+
+    def apply(x: Tensor, packed: Tensor) -> Tensor:
+        with backends.use_backend("cuda"):
+            return ops.adapter(x, packed, case.layout, ACTIVATION, folded)
+
+    return apply
+
+
 def _adapters_library(case: Case) -> Apply:
     """`adapters.Adapter` with ln_after and the residual after the norm: our formula, its weights its own parameters."""
     from adapters import AdapterConfig
@@ -130,6 +146,7 @@ PROVIDERS: dict[str, Callable[[Case], Apply]] = {
     "torch.compile, CUDA graphs": _graphed,
     "adapters": _adapters_library,
     "hyperformer_fast": _ours,
+    "hyperformer_fast, CUDA C++": _ours_in_cuda,
 }
 
 

@@ -26,7 +26,8 @@ pytestmark = pytest.mark.skipif(
         "stack.py --quick",
         "memory.py --quick",
         "training.py --quick",
-        "gpu_report.py --dry-run --parts tests sanitizer kernels memory",
+        "gpu_report.py --dry-run --parts tests sanitizer kernels small memory",
+        "small.py --device cpu --rows 3 --rounds 1",
     ],
     ids=lambda command: command.split()[0],
 )

@@ -12,6 +12,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from support.cases import HOSTILE, hostile_packed, random_packed
+from support.tolerance import assert_accurate
 from test_ops import DTYPES, away_from_the_kink, check_against_truth
 
 from hyperformer_fast import backends, get_hyperformer_model, ops, reference
@@ -24,11 +25,18 @@ DEVICE = os.environ.get("HYPERFORMER_FAST_TEST_DEVICE", "cuda")
 ON_GPU = DEVICE.startswith("cuda")
 pytestmark = pytest.mark.skipif(ON_GPU and not torch.cuda.is_available(), reason="needs a GPU, and torch sees none")
 #: Quick backends of the device, the reference apart.
-BACKENDS = ["triton"] if ON_GPU else ["cpu"]
+BACKENDS = ["triton", "cuda"] if ON_GPU else ["cpu"]
+
+
+def skip_where_absent(name: str) -> None:
+    reason = next(found["reason"] for found in backends.backend_report() if found["name"] == name)
+    if reason:
+        pytest.skip(f"needs the backend {name}: {reason}")
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
+    skip_where_absent(request.param)
     with backends.use_backend(request.param):
         yield request.param
 
@@ -37,6 +45,7 @@ def backend(request):
 @settings(max_examples=int(os.environ.get("HYPERFORMER_FAST_SWEEP_EXAMPLES", 400)), deadline=None, print_blob=True)
 @given(data=st.data())
 def test_sweep(backend_name, data):
+    skip_where_absent(backend_name)
     draw = data.draw
     torch.manual_seed(draw(st.integers(0, 2**31), label="seed"))
     layout = AdapterLayout(
@@ -101,14 +110,39 @@ def test_a_model_trains_as_with_the_reference(backend):
         assert abs(mine - theirs) <= 1e-4 * theirs
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("N", [1, 7, 64, 65])
+@pytest.mark.parametrize(("d", "b"), [(512, 16), (768, 24), (1024, 128), (515, 5)])
+def test_a_decoding_step(backend, d, b, N, dtype):
+    """Each row another task's; with folded weights, and generated in the same call."""
+    layout = AdapterLayout(d, b)
+    E, G = (torch.randn(s, device=DEVICE) for s in ((8, 64), (layout.numel, 64)))
+    G, g0 = 0.01 * G, random_packed(layout)[0].float().to(DEVICE)
+    x, index = torch.randn(N, 1, d, device=DEVICE).to(dtype), torch.arange(N, device=DEVICE) % 9 - 1
+    with torch.no_grad():
+        packed = ops.generate_weights(E[None], G[None], g0[None])[0]
+        mine = ops.adapter(x, packed, layout, "gelu_new", task_index=index)
+        whole = ops.hyper_adapter(x, E, G, g0, layout, "gelu_new", index)
+    exact = reference.generate_weights(*(t.double()[None] for t in (E, G, g0)))[0]
+    truth = reference.adapter(x.double(), exact, layout, "gelu_new", index)
+    plain = reference.adapter(x, packed, layout, "gelu_new", index)
+    plain_fp32 = reference.adapter(x.float(), packed, layout, "gelu_new", index)
+    for out in (mine, whole):
+        assert_accurate(out, plain, truth, "out", plain_fp32)
+        assert torch.equal(out[index == -1], x[index == -1])
+
+
 def adapter_and_leaves(dtype=torch.bfloat16, T=2, B=4, L=33):
     layout = AdapterLayout(768, 24)
     leaves = torch.randn(B, L, 768, device=DEVICE).to(dtype), random_packed(layout, T).float().to(DEVICE)
     index = torch.arange(B, device=DEVICE) % T
 
+    embeddings = torch.randn(T, 6, device=DEVICE), torch.randn(layout.numel, 6, device=DEVICE)
+
     def step(x, packed):
         out = ops.adapter(x, packed, layout, "gelu_new", task_index=index)
-        return [out, *torch.autograd.grad(out, (x, packed), torch.ones_like(out))]
+        whole = ops.hyper_adapter(x.detach(), *embeddings, packed[0].detach(), layout, "gelu_new", index)
+        return [out, whole, *torch.autograd.grad(out, (x, packed), torch.ones_like(out))]
 
     return step, [leaf.requires_grad_() for leaf in leaves], layout, index
 

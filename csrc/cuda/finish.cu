@@ -8,14 +8,10 @@ namespace {
 
 constexpr int THREADS = 256;
 
-// M's [b, b] leaves less of a block's shared memory to a wide bottleneck.
-constexpr int columns_for(int b) { return b > 64 ? 16 : 32; }
+constexpr int COLUMNS = 16;  // of a block: more would leave more of the multiprocessors idle
 
-constexpr int shared_floats(int b, int columns) {
-  return b * b + 3 * b + 2 + 2 * columns * (b + 1) + 5 * columns + 2 * THREADS;
-}
+constexpr int shared_floats(int b) { return b * b + 3 * b + 2 + 2 * COLUMNS * (b + 1) + 5 * COLUMNS + 2 * THREADS; }
 
-template <int COLUMNS>
 __global__ void __launch_bounds__(THREADS) finish_kernel(const FinishParams p) {
   HF_SHARED(shared);
   const int d = p.d, b = p.b, thread = threadIdx.x;
@@ -134,11 +130,10 @@ __global__ void __launch_bounds__(THREADS) finish_kernel(const FinishParams p) {
 }  // namespace
 
 void finish(const FinishParams& p, void* stream) {
-  const int columns = columns_for(p.b);
-  launch(columns == 16 ? finish_kernel<16> : finish_kernel<32>, "adapter_backward (finish)",
-         dim3{unsigned((p.d + columns - 1) / columns), unsigned(p.T), 1}, THREADS, finish_shared_bytes(p.b), stream, p);
+  launch(finish_kernel, "adapter_backward (finish)", dim3{unsigned((p.d + COLUMNS - 1) / COLUMNS), unsigned(p.T), 1},
+         THREADS, finish_shared_bytes(p.b), stream, p);
 }
 
-int finish_shared_bytes(int b) { return shared_floats(b, columns_for(b)) * 4; }
+int finish_shared_bytes(int b) { return shared_floats(b) * 4; }
 
 }  // namespace hyperformer_fast

@@ -9,7 +9,7 @@ namespace hyperformer_fast {
 struct FoldTraits {
   static constexpr int THREADS = 256;
   // Rows of W_u that are centred at a time: as many as leave the Gram matrix room in sm_86's 99 KiB.
-  static constexpr __host__ __device__ int tile(int b) { return b > 64 ? 16 : 64; }
+  static constexpr __host__ __device__ int tile(int b) { return b > 64 ? 16 : b > 32 ? 64 : 128; }
   // Means, peaks, the diagonal, the upper triangle of the Gram matrix, a tile of [W_u | b_u].
   static constexpr int bytes(int b) { return ((b + 1) * 3 + (b + 1) * (b + 2) / 2 + tile(b) * (b + 1)) * 8; }
 };
@@ -31,26 +31,29 @@ __device__ __forceinline__ void square_root(double* G, double* diagonal, int n) 
   constexpr int THREADS = FoldTraits::THREADS;
   for (int i = threadIdx.x; i < n; i += THREADS) diagonal[i] = G[triangle(i, i, n)] * n * 2.220446049250313e-16;
   __syncthreads();
+  // Rows are scaled at the end: until then the pivots' inverse roots stand beside them, and a step is one barrier.
   for (int c = 0; c < n; ++c) {
     const double pivot = G[triangle(c, c, n)];
     const double inverse = pivot <= diagonal[c] ? 0.0 : 1.0 / sqrt(pivot);  // a NaN is kept, and seen
-    __syncthreads();
-    for (int j = c + int(threadIdx.x); j < n; j += THREADS) G[triangle(c, j, n)] *= inverse;
-    __syncthreads();
     const int left = n - c - 1;
     for (int e = threadIdx.x; e < left * left; e += THREADS) {
       const int i = c + 1 + e / left, j = c + 1 + e % left;
-      if (j >= i) G[triangle(i, j, n)] -= G[triangle(c, i, n)] * G[triangle(c, j, n)];
+      if (j >= i) G[triangle(i, j, n)] -= G[triangle(c, i, n)] * inverse * (G[triangle(c, j, n)] * inverse);
     }
     __syncthreads();
+    if (threadIdx.x == 0) diagonal[c] = inverse;
   }
+  __syncthreads();
+  for (int e = threadIdx.x; e < n * n; e += THREADS)
+    if (const int i = e / n, j = e % n; j >= i) G[triangle(i, j, n)] *= diagonal[i];
+  __syncthreads();
 }
 
-// to(i, from(i)) for all i < n. Eight loads before the first store, which the compiler must take for one into what is
+// to(i, from(i)) for all i < n. Sixteen loads before the first store, which the compiler must take for one into what is
 // loaded: a block alone on its multiprocessor has little else to hide their latency.
 template <class From, class To>
 __device__ __forceinline__ void each_of(int n, From from, To to) {
-  constexpr int AT_ONCE = 8, THREADS = FoldTraits::THREADS;
+  constexpr int AT_ONCE = 16, THREADS = FoldTraits::THREADS;
   for (int first = threadIdx.x; first < n; first += AT_ONCE * THREADS) {
     decltype(from(0)) value[AT_ONCE] = {};
 #pragma unroll
@@ -96,14 +99,14 @@ __device__ __forceinline__ void fold_adapter(const FoldParams& p, int64_t m, uns
     return;
   }
 
-  const auto entry = [&](int row, int j) { return double(j < b ? up[row * b + j] : up_bias[row]); };
+  const auto entry = [&](int row, int j) { return j < b ? up[row * b + j] : up_bias[row]; };
   // [W_u | b_u] less `mean`, some rows at a time.
   const auto each_tile = [&](auto body) {
     for (int first = 0; first < d; first += FoldTraits::tile(b)) {
       const int rows = d - first < FoldTraits::tile(b) ? d - first : FoldTraits::tile(b);
       each_of(
-          rows * n, [&](int i) { return entry(first + i / n, i % n) - mean[i % n]; },
-          [&](int i, double value) { tile[i] = value; });
+          rows * n, [&](int i) { return entry(first + i / n, i % n); },
+          [&](int i, float value) { tile[i] = value - mean[i % n]; });
       __syncthreads();
       body(first, rows);
       __syncthreads();

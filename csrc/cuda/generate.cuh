@@ -1,5 +1,5 @@
-// Generation: packed = E G^T + g0, float32. A block makes 128 numbers of up to 16 embeddings: G, which is nearly all
-// that is read, is read once for sixteen of them.
+// Generation: packed = E G^T + g0, float32. A block makes 128 numbers of up to 32 embeddings: G, which is nearly all
+// that is read, is read once for so many of them.
 #pragma once
 
 #include "common.cuh"
@@ -7,8 +7,8 @@
 namespace hyperformer_fast {
 
 struct GenerateTraits {
-  static constexpr int THREADS = 256, NUMBERS = 128, EMBEDDINGS = 16, DEPTH = 64;
-  static constexpr int OF_A_THREAD = EMBEDDINGS * NUMBERS / THREADS;
+  static constexpr int THREADS = 256, NUMBERS = 128, EMBEDDINGS = 32, DEPTH = 64;
+  static constexpr int HALVES = THREADS / NUMBERS, OF_A_THREAD = EMBEDDINGS / HALVES;
   static constexpr int PITCH = DEPTH + 4;  // floats; 16 bytes from one row to the next bank over
   static constexpr int BYTES = (NUMBERS * PITCH + EMBEDDINGS * DEPTH) * 4;
 };
@@ -41,19 +41,20 @@ __device__ __forceinline__ void generate_tile(const GenerateParams& p, int64_t s
   float* const g = reinterpret_cast<float*>(shared);  // [NUMBERS, PITCH]
   float* const e = g + NUMBERS * PITCH;               // [EMBEDDINGS, DEPTH]
   const int thread = threadIdx.x, number = thread % NUMBERS;
-  const int mine = thread / NUMBERS * Traits::OF_A_THREAD;  // of the embeddings
+  const int mine = thread / NUMBERS;  // every second of the embeddings: few are shared by both halves of the block
   const int64_t q = group / groups_of(p), first = (group - q * groups_of(p)) * EMBEDDINGS;
   const int64_t from = stripe * NUMBERS, at = from + number;
   const float* const G = p.G + (q * p.P + from) * p.k;
   const float* const E = p.E + (q * p.n + first) * p.k;
+  const int count = p.n - first < EMBEDDINGS ? int(p.n - first) : EMBEDDINGS;
   float sum[Traits::OF_A_THREAD] = {};
   for (int64_t k = 0; k < p.k; k += DEPTH) {
     if (p.aligned) {
       fetch_rows<4, NUMBERS, PITCH>(g, G, p.P - from, p.k, k);
-      fetch_rows<4, EMBEDDINGS, DEPTH>(e, E, p.n - first, p.k, k);
+      fetch_rows<4, EMBEDDINGS, DEPTH>(e, E, count, p.k, k);
     } else {
       fetch_rows<1, NUMBERS, PITCH>(g, G, p.P - from, p.k, k);
-      fetch_rows<1, EMBEDDINGS, DEPTH>(e, E, p.n - first, p.k, k);
+      fetch_rows<1, EMBEDDINGS, DEPTH>(e, E, count, p.k, k);
     }
     copy_commit();
     copy_wait<0>();
@@ -63,7 +64,9 @@ __device__ __forceinline__ void generate_tile(const GenerateParams& p, int64_t s
       const float4 w = *reinterpret_cast<const float4*>(g + number * PITCH + c);
 #pragma unroll
       for (int i = 0; i < Traits::OF_A_THREAD; ++i) {
-        const float4 v = *reinterpret_cast<const float4*>(e + (mine + i) * DEPTH + c);
+        const int embedding = mine + Traits::HALVES * i;
+        if (embedding >= count) break;
+        const float4 v = *reinterpret_cast<const float4*>(e + embedding * DEPTH + c);
         sum[i] += w.x * v.x + w.y * v.y + w.z * v.z + w.w * v.w;
       }
     }
@@ -72,8 +75,10 @@ __device__ __forceinline__ void generate_tile(const GenerateParams& p, int64_t s
   if (at >= p.P) return;
   const float bias = p.g0[q * p.P + at];
 #pragma unroll
-  for (int i = 0; i < Traits::OF_A_THREAD; ++i)
-    if (first + mine + i < p.n) p.packed[(q * p.n + first + mine + i) * p.P + at] = sum[i] + bias;
+  for (int i = 0; i < Traits::OF_A_THREAD; ++i) {
+    const int embedding = mine + Traits::HALVES * i;
+    if (embedding < count) p.packed[(q * p.n + first + embedding) * p.P + at] = sum[i] + bias;
+  }
 }
 
 }  // namespace hyperformer_fast
