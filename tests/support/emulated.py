@@ -34,32 +34,42 @@ needs_compiler = pytest.mark.skipif(
 
 
 def build(name: str, sources: list[Path], flags: list[str], link: list[str]) -> Path:
-    """A shared library of ``sources``, .cu files taken for C++; built once for their content, the flags and torch."""
+    """A shared library of ``sources``, .cu files taken for C++; each built once for what it may read, the flags and
+    torch."""
     compiler = os.environ.get("CXX", "g++")
     always = ["-std=c++20", "-O1", "-g1", "-pthread", "-fPIC", "-fvisibility=hidden"]
     common = [compiler, *always, f"-I{EMULATOR}", *flags, *FLAGS]
-    read = sorted({*sources, *EMULATOR.glob("*.h"), *CSRC.rglob("*.h"), *CSRC.rglob("*.cuh")})
-    digest = hashlib.sha256(repr((common, link, torch.__version__)).encode())
-    for path in read:
-        digest.update(path.read_bytes())
-    library = BUILT / f"{name}-{digest.hexdigest()[:16]}.so"
     BUILT.mkdir(parents=True, exist_ok=True)
     with (BUILT / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the tests' processes need the same one
+        with ThreadPoolExecutor(2) as pool:
+            objects = list(pool.map(lambda source: _object(source, common), sources))
+        command = [compiler, "-shared", "-pthread", *FLAGS, *map(str, objects), *link]
+        library = BUILT / f"{name}-{_digest(repr(command))}.so"
         if not library.exists():
-            _make(library, sources, common, link)
+            _make(library, command)
     return library
 
 
-def _make(library: Path, sources: list[Path], common: list[str], link: list[str]) -> None:
+def _object(source: Path, common: list[str]) -> Path:
+    # bindings.cpp, whose torch headers take longer than all kernels, reads none of theirs
+    headers = [*EMULATOR.glob("*.h"), *CSRC.rglob("*.h"), *(CSRC.rglob("*.cuh") if source.suffix == ".cu" else [])]
+    read = [path.read_bytes() for path in sorted({source, *headers})]
+    made = BUILT / f"{source.stem}-{_digest(repr((common, torch.__version__)), *read)}.o"
+    if not made.exists():
+        _make(made, [*common, "-x", "c++", "-c", str(source)])
+    return made
+
+
+def _digest(first: str, *more: bytes) -> str:
+    return hashlib.sha256(b"".join((first.encode(), *more))).hexdigest()[:16]
+
+
+def _make(made: Path, command: list[str]) -> None:
     with tempfile.TemporaryDirectory(dir=BUILT) as folder:
-        objects = [Path(folder) / f"{path.name}.o" for path in sources]
-        jobs = [[*common, "-x", "c++", "-c", str(s), "-o", str(o)] for s, o in zip(sources, objects, strict=True)]
-        with ThreadPoolExecutor(2) as pool:
-            list(pool.map(_run, jobs))
-        made = Path(folder) / library.name
-        _run([common[0], "-shared", "-pthread", *FLAGS, *map(str, objects), *link, "-o", str(made)])
-        made.replace(library)
+        fresh = Path(folder) / made.name
+        _run([*command, "-o", str(fresh)])
+        fresh.replace(made)
 
 
 def _run(command: list[str]) -> None:
