@@ -3,7 +3,8 @@
     python scripts/sanitize.py [--isa NAME ...] [--skip-self-test]
 
 The instrumented library is built in build/sanitize/tree, beside nothing that anybody imports. Every instruction set
-that this CPU has is forced in turn. At the end faults are planted in the copy: the tool must see them too.
+that this CPU has is forced in turn ("cuda": the CUDA kernels, in their emulator). At the end faults are planted in the
+copy: the tool must see them too.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ PLACE = ROOT / "build/sanitize"
 COPIED = ("build_tools", "csrc", "hyperformer_fast", "tests", "setup.py", "pyproject.toml", "README.md")
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
 TESTS = ("test_cpu_backend.py", "test_cpu_hostile.py", "test_native.py", "test_ops.py")
+#: The CUDA kernels' in the emulator, and what they would link to.
+EMULATED, EMULATED_TESTS = "cuda", ("test_cuda_emulated.py",)
 #: Deselected: nothing of the library's, and minutes where every allocation is watched.
 SLOW = "not compile and not opcheck_generate and not first_import"
 SWEEP = "60"
@@ -33,6 +36,7 @@ class Plant(NamedTuple):
     pattern: str
     replacement: str
     seen: str  #: what the report of it says
+    isa: str | None = None
 
 
 PLANTS = (
@@ -42,6 +46,14 @@ PLANTS = (
         r"\*reinterpret_cast<vf_any\*>\(p\) = v;",
         "*reinterpret_cast<vf_any*>(p + 1) = v;",
         "ERROR: AddressSanitizer",  # "unknown-crash" where a wide store is only partly beyond the end
+    ),
+    Plant(
+        "a CUDA thread's store beyond its row",
+        "csrc/cuda/common.cuh",
+        r"if \(column \+ i < d\) row\[column \+ i\] = part\[i\];",
+        "row[column + i] = part[i];",
+        "ERROR: AddressSanitizer: heap-buffer-overflow",
+        EMULATED,
     ),
     Plant(
         "a signed overflow",
@@ -64,6 +76,17 @@ ops.adapter(x, torch.randn(1, layout.numel, requires_grad=True), layout, "gelu_n
 """
 
 
+#: The same in the emulator.
+SMALL_EMULATED = """
+import torch
+from support.emulated import EmulatedCuda
+from hyperformer_fast.layout import AdapterLayout
+layout = AdapterLayout(61, 3)
+folded = EmulatedCuda().fold(torch.randn(1, layout.numel), layout, torch.float32)
+EmulatedCuda().adapter_forward(torch.randn(9, 61), folded, layout, "relu", None, False)
+"""
+
+
 def runtime(name: str) -> str:
     cxx = os.environ.get("CXX", "g++")
     return subprocess.run([cxx, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
@@ -83,7 +106,9 @@ def environment(tree: Path, logs: Path, isa: str | None = None) -> dict[str, str
         "OMP_NUM_THREADS": "2",
         "HYPERFORMER_FAST_SWEEP_EXAMPLES": SWEEP,
     }
-    if isa:
+    if isa == EMULATED:
+        made["HF_EMULATOR_FLAGS"] = FLAGS
+    elif isa:
         made["HYPERFORMER_FAST_CPU_ISA"] = isa
     return {**os.environ, **made}
 
@@ -127,8 +152,8 @@ def usable_sets(tree: Path, logs: Path) -> list[str]:
         return done.stdout.strip()
 
     found = []
-    for isa in says(listing).split():
-        answer = says(probe, isa)
+    for isa in (*says(listing).split(), EMULATED):
+        answer = "usable" if isa == EMULATED else says(probe, isa)
         if answer == "usable":
             found.append(isa)
         else:
@@ -147,7 +172,8 @@ def reports(logs: Path) -> str:
 def run_tests(tree: Path, logs: Path, isa: str) -> bool:
     print(f"sanitize: {isa}", flush=True)
     shutil.rmtree(logs, ignore_errors=True)
-    tests = [str(tree / "tests" / name) for name in TESTS if (tree / "tests" / name).exists()]
+    names = EMULATED_TESTS if isa == EMULATED else TESTS
+    tests = [str(tree / "tests" / name) for name in names if (tree / "tests" / name).exists()]
     options = ["-q", "-x", "-p", "no:cacheprovider", "--import-mode=importlib", "-k", SLOW]
     command = [sys.executable, "-m", "pytest", *options, *tests]
     done = subprocess.run(command, cwd=tree, env=environment(tree, logs, isa))
@@ -169,9 +195,8 @@ def self_test() -> bool:
         file.write_text(text)
         compile_library(tree)
         shutil.rmtree(logs, ignore_errors=True)
-        done = subprocess.run(
-            [sys.executable, "-c", SMALL], cwd=tree, env=environment(tree, logs), capture_output=True, text=True
-        )
+        command = [sys.executable, "-c", SMALL_EMULATED if plant.isa == EMULATED else SMALL]
+        done = subprocess.run(command, cwd=tree, env=environment(tree, logs, plant.isa), capture_output=True, text=True)
         caught = done.returncode != 0 and plant.seen in done.stderr + reports(logs)
         print(f"sanitize: {plant.name}: {'caught' if caught else 'MISSED'}", flush=True)
         if not caught:
