@@ -19,7 +19,8 @@ __host__ __device__ __forceinline__ int staged_lines(int d, int b, bool aligned)
 template <class S, int BB, bool ALIGNED>
 struct FewRowsTraits {
   static constexpr int WARPS = kFewThreads / 32, LINES = BB / WARPS;  // bottleneck numbers of a warp
-  static constexpr int AT_ONCE = BB > 64 ? 2 : 4;                     // pieces of the row that a lane has in registers
+  // Pieces of the row that a lane has in registers; what more LINES would ask for at a time would spill.
+  static constexpr int AT_ONCE = BB <= 64 ? 4 : sizeof(typename S::T) == 4 ? 1 : 2;
   static constexpr int AT_SUMS = 2 * BB * 4, AT_STAGE = AT_SUMS + 128;
   static int bytes(int d, int b) { return AT_STAGE + staged_lines<S>(d, b, ALIGNED) * d * int(sizeof(typename S::T)); }
 };
