@@ -248,7 +248,7 @@ def test_several_tasks_equal_one_by_one():
 
 @settings(
     max_examples=SWEEP_EXAMPLES,
-    derandomize="HYPERFORMER_FAST_SWEEP_EXAMPLES" in os.environ,
+    derandomize=True,
     deadline=None,
     print_blob=True,
 )
