@@ -1,4 +1,4 @@
-"""Everything a GPU can tell, in one command and under nine minutes.
+"""Everything a GPU can tell, in one command.
 
     python benchmarks/gpu_report.py [--output DIR] [--parts tests adapter ...] [--dry-run]
 

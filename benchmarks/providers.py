@@ -80,12 +80,10 @@ def _ours(case: Case) -> Apply:
 
 
 def _ours_in_cuda(case: Case) -> Apply:
-    if not case.device.startswith("cuda"):
-        raise ImportError("the CUDA library needs a GPU")
-    reason = next(found["reason"] for found in backends.backend_report() if found["name"] == "cuda")
-    if reason:
-        raise ImportError(reason)
     with backends.use_backend("cuda"):
+        found = backends.explain("adapter_forward", case.x, b=case.b)
+        if found.chosen is None:
+            raise ImportError(found.reasons["cuda"])
         folded = ops.fold(case.packed, case.layout, case.dtype)
 
     def apply(x: Tensor, packed: Tensor) -> Tensor:

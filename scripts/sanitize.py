@@ -23,7 +23,7 @@ PLACE = ROOT / "build/sanitize"
 COPIED = ("build_tools", "csrc", "hyperformer_fast", "tests", "setup.py", "pyproject.toml", "README.md")
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
 TESTS = ("test_cpu_backend.py", "test_cpu_hostile.py", "test_native.py", "test_ops.py")
-#: The CUDA kernels' in the emulator, and what they would link to.
+#: The CUDA kernels in the emulator.
 EMULATED, EMULATED_TESTS = "cuda", ("test_cuda_emulated.py",)
 #: Deselected: nothing of the library's, and minutes where every allocation is watched.
 SLOW = "not compile and not opcheck_generate and not first_import"
@@ -104,11 +104,11 @@ def environment(tree: Path, logs: Path, isa: str | None = None) -> dict[str, str
         "PYTHONSAFEPATH": "1",
         "PYTHONPATH": os.pathsep.join((str(tree), str(tree / "tests"))),
         "OMP_NUM_THREADS": "2",
-        "HYPERFORMER_FAST_SWEEP_EXAMPLES": SWEEP,
     }
     if isa == EMULATED:
-        made["HF_EMULATOR_FLAGS"] = FLAGS
-    elif isa:
+        return {**os.environ, **made, "HF_EMULATOR_FLAGS": FLAGS}
+    made["HYPERFORMER_FAST_SWEEP_EXAMPLES"] = SWEEP
+    if isa:
         made["HYPERFORMER_FAST_CPU_ISA"] = isa
     return {**os.environ, **made}
 

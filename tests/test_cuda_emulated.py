@@ -161,14 +161,14 @@ def test_neither_threads_nor_copies_in_another_order_change_a_bit(pre, post, b, 
     packed = random_packed(layout, 2).float()
     generator = torch.randn(2, 6), torch.randn(layout.numel, 6) / 6, packed.mean(0)
     results = []
-    for order, copies in (
+    for way in (
         ("forward", "late"),
         ("reverse", "late"),
         ("1", "early"),
-        ("reverse", "early"),
-        ("2", "late"),
+        ("reverse", "early", "fair"),
+        ("2", "late", "fair"),
     ):
-        with thread_order(order, copies), device_of(5):
+        with thread_order(*way), device_of(5):
             folded = EmulatedCuda().fold(packed, layout, dtype)
             out, saved = EmulatedCuda().adapter_forward(x, folded, layout, "silu", index, True)
             gradients = EmulatedCuda().adapter_backward(g, x, saved, packed, folded, layout, "silu", index, True, True)
@@ -190,6 +190,8 @@ def test_neither_threads_nor_copies_in_another_order_change_a_bit(pre, post, b, 
         (512, 33, 64, (2, 35), [0, 2]),
         (1024, 100, 4, (70,), None),
         (64, 16, 70, (5, 1), [0, 1, 2, 3, 4]),
+        (520, 20, 4, (5, 1), [0, 1, 2, 1, 0]),  # more than one warp has columns
+        (8, 3, 3, (40, 1), [*range(40)]),  # more embeddings than generation takes at a time
         (24, 3, 3, (0, 4), []),
         (24, 3, 4, (2, 4), [-1, -1]),
     ],

@@ -257,6 +257,9 @@ def test_sweep(data):
     """Shapes, dtypes, layouts, activations and norm options, against float64 by the one rule."""
     draw = data.draw
     torch.manual_seed(draw(st.integers(0, 2**31), label="seed"))
+    # The draws are the same in every run: on a single row of 8 numbers the rule is a matter of luck. Of 4,000 seeds
+    # with both norms and b = 2 the C++ kernels' dx broke it twice, though it is nearer the truth than eager's in the
+    # median, and eager's, held to the kernels' error, broke it once.
     # A layer norm over few numbers loses what it has to cancellation in any arithmetic: with d = 4 and both norms the
     # reference itself in float32 breaks the rule in one draw of 200.
     layout = AdapterLayout(

@@ -321,10 +321,9 @@ HyperAdapter hyper_adapter_op(const Tensor& x, const Tensor& E, const Tensor& G,
   ForwardTensors made(x, call.layout, save);
   const OnDeviceOf device(x);
   const RowView rows(x, call.index.has_value());
-  SiteParams p{generate_params(E, G, g0, packed, 1, T, P, k), fold_params(packed, call.layout, folded),
-               call.forward_params(rows, made, save), false};
-  p.few = rows.B * rows.M <= few_rows;
-  site(p, call.kind, device.stream);
+  site({generate_params(E, G, g0, packed, 1, T, P, k), fold_params(packed, call.layout, folded),
+        call.forward_params(rows, made, save)},
+       call.kind, device.stream);
   return {made.out, made.z, made.r, made.pre_mean, made.pre_rstd, packed, wd, wg, vectors, scale, root, mean};
 }
 

@@ -66,6 +66,14 @@ __device__ __forceinline__ void keep_order() {
 #endif
 }
 
+// run(S{}) for the number type of `kind`.
+template <class Run>
+void by_kind(Kind kind, const Run& run) {
+  if (kind == Kind::f32) return run(F32{});
+  if (kind == Kind::bf16) return run(BF16{});
+  run(F16{});
+}
+
 struct alignas(16) Piece {
   uint32_t word[4];
 };

@@ -11,33 +11,23 @@ namespace hyperformer_fast {
 // What a decoding step has of rows; where a GPU has as many multiprocessors, each has one.
 std::atomic<int64_t> few_rows{64};
 
+static bool are_few(const Tasks& tasks) { return tasks.B * tasks.M <= few_rows; }
+
 void forward(const ForwardParams& p, Kind kind, void* stream) {
-  if (p.tasks.B * p.tasks.M <= few_rows) {
-    if (kind == Kind::f32) return few_rows_of<F32>(p, stream);
-    if (kind == Kind::bf16) return few_rows_of<BF16>(p, stream);
-    return few_rows_of<F16>(p, stream);
-  }
-  if (kind == Kind::f32) return forward_of<F32>(p, stream);
-  if (kind == Kind::bf16) return forward_of<BF16>(p, stream);
-  forward_of<F16>(p, stream);
+  by_kind(kind, [&]<class S>(S) { are_few(p.tasks) ? few_rows_of<S>(p, stream) : forward_of<S>(p, stream); });
 }
 
-void site(const SiteParams& p, Kind kind, void* stream) {
-  if (kind == Kind::f32) return site_of<F32>(p, stream);
-  if (kind == Kind::bf16) return site_of<BF16>(p, stream);
-  site_of<F16>(p, stream);
+void site(SiteParams p, Kind kind, void* stream) {
+  p.few = are_few(p.forward.tasks);
+  by_kind(kind, [&]<class S>(S) { site_of<S>(p, stream); });
 }
 
 void backward(const BackwardParams& p, Kind kind, void* stream) {
-  if (kind == Kind::f32) return backward_of<F32>(p, stream);
-  if (kind == Kind::bf16) return backward_of<BF16>(p, stream);
-  backward_of<F16>(p, stream);
+  by_kind(kind, [&]<class S>(S) { backward_of<S>(p, stream); });
 }
 
 void weight_gradients(const WeightGradientParams& p, Kind kind, void* stream) {
-  if (kind == Kind::f32) return weight_gradients_of<F32>(p, stream);
-  if (kind == Kind::bf16) return weight_gradients_of<BF16>(p, stream);
-  weight_gradients_of<F16>(p, stream);
+  by_kind(kind, [&]<class S>(S) { weight_gradients_of<S>(p, stream); });
 }
 
 int stretches(const Adapter& adapter, int64_t units, int64_t T, Kind kind) {

@@ -10,7 +10,7 @@ struct FoldTraits {
   static constexpr int THREADS = 256;
   // Rows of W_u that are centred at a time: as many as leave the Gram matrix room in sm_86's 99 KiB.
   static constexpr __host__ __device__ int tile(int b) { return b > 64 ? 16 : b > 32 ? 64 : 128; }
-  // Means, peaks, the diagonal, the upper triangle of the Gram matrix, a tile of [W_u | b_u].
+  // Means, peaks, scales, the upper triangle of the Gram matrix, a tile of [W_u | b_u].
   static constexpr int bytes(int b) { return ((b + 1) * 3 + (b + 1) * (b + 2) / 2 + tile(b) * (b + 1)) * 8; }
 };
 
@@ -26,26 +26,24 @@ __device__ __forceinline__ double power_of_two(double m) {
 // A NaN comes in, and stays.
 __device__ __forceinline__ double larger(double a, double b) { return a == a && !(b <= a) ? b : a; }
 
-// G, upper triangle in shared memory, becomes R with R^T R = G; a pivot lost to rounding leaves an empty row.
-__device__ __forceinline__ void square_root(double* G, double* diagonal, int n) {
+// G, upper triangle in shared memory, becomes one whose row i times `scales`[i] is R's, R^T R = G; a pivot lost to
+// rounding leaves an empty row. With the scales beside the rows a step needs one barrier.
+__device__ __forceinline__ void square_root(double* G, double* scales, int n) {
   constexpr int THREADS = FoldTraits::THREADS;
-  for (int i = threadIdx.x; i < n; i += THREADS) diagonal[i] = G[triangle(i, i, n)] * n * 2.220446049250313e-16;
+  for (int i = threadIdx.x; i < n; i += THREADS)
+    scales[i] = G[triangle(i, i, n)] * n * 2.220446049250313e-16;  // least pivots, at first
   __syncthreads();
-  // Rows are scaled at the end: until then the pivots' inverse roots stand beside them, and a step is one barrier.
   for (int c = 0; c < n; ++c) {
     const double pivot = G[triangle(c, c, n)];
-    const double inverse = pivot <= diagonal[c] ? 0.0 : 1.0 / sqrt(pivot);  // a NaN is kept, and seen
+    const double inverse = pivot <= scales[c] ? 0.0 : 1.0 / sqrt(pivot);  // a NaN is kept, and seen
     const int left = n - c - 1;
     for (int e = threadIdx.x; e < left * left; e += THREADS) {
       const int i = c + 1 + e / left, j = c + 1 + e % left;
       if (j >= i) G[triangle(i, j, n)] -= G[triangle(c, i, n)] * inverse * (G[triangle(c, j, n)] * inverse);
     }
     __syncthreads();
-    if (threadIdx.x == 0) diagonal[c] = inverse;
+    if (threadIdx.x == 0) scales[c] = inverse;
   }
-  __syncthreads();
-  for (int e = threadIdx.x; e < n * n; e += THREADS)
-    if (const int i = e / n, j = e % n; j >= i) G[triangle(i, j, n)] *= diagonal[i];
   __syncthreads();
 }
 
@@ -72,8 +70,8 @@ __device__ __forceinline__ void fold_adapter(const FoldParams& p, int64_t m, uns
   const int d = p.d, b = p.b, n = b + 1, thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   double* const mean = reinterpret_cast<double*>(shared);
   double* const peak = mean + n;
-  double* const diagonal = peak + n;
-  double* const gram = diagonal + n;
+  double* const scales = peak + n;
+  double* const gram = scales + n;
   double* const tile = gram + n * (n + 1) / 2;
   const float* const packed = p.packed + m * p.at.P;
   const float *const up = packed + p.at.up, *const up_bias = packed + p.at.up_bias;
@@ -154,10 +152,10 @@ __device__ __forceinline__ void fold_adapter(const FoldParams& p, int64_t m, uns
     p.scale[m * b + j] = float(peak[j]);
   }
   __syncthreads();
-  square_root(gram, diagonal, n);
+  square_root(gram, scales, n);
   for (int e = thread; e < n * n; e += THREADS) {
     const int i = e / n, j = e % n;
-    p.root[m * n * n + e] = j < i ? 0.0f : float(gram[triangle(i, j, n)]);
+    p.root[m * n * n + e] = j < i ? 0.0f : float(gram[triangle(i, j, n)] * scales[i]);
   }
   each_of(
       b * d,

@@ -76,7 +76,7 @@ struct SiteParams {
   GenerateParams generate;
   FoldParams fold;
   ForwardParams forward;
-  bool few;  // rows
+  bool few = false;  // rows; set at the launch
 };
 
 struct BackwardParams : Adapter {
@@ -129,7 +129,7 @@ extern std::atomic<int64_t> few_rows;
 void generate(const GenerateParams&, void* stream);
 void fold(const FoldParams&, Kind, void* stream);
 void forward(const ForwardParams&, Kind, void* stream);
-void site(const SiteParams&, Kind, void* stream);
+void site(SiteParams, Kind, void* stream);
 void backward(const BackwardParams&, Kind, void* stream);
 void weight_gradients(const WeightGradientParams&, Kind, void* stream);
 void finish(const FinishParams&, void* stream);

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
 from .. import native
-from ..layout import AdapterLayout
-from ..reference import Folded, Saved
-from .base import FullBackend, Request, refused_by_gpu_kernels
+from .base import Request, refused_by_gpu_kernels
 from .compiled import CompiledBackend
 
 #: compute capability of the oldest architecture with cp.async and bfloat16 products (Ampere)
@@ -29,8 +25,8 @@ ONE_LAUNCH_ROWS = 1024
 class CudaBackend(CompiledBackend):
     """The compiled library ``_hf_cuda``.
 
-    Rows with a common stride are read where they lie; others are copied once. float32
-    products are three tf32 products each (to 2^-23), whatever ``torch.get_float32_matmul_precision()`` says.
+    Rows with a common stride are read where they lie; others are copied once. float32 products are three tf32 products
+    each (to 2^-23), whatever ``torch.get_float32_matmul_precision()`` says.
     """
 
     name = "cuda"
@@ -59,17 +55,5 @@ class CudaBackend(CompiledBackend):
     def passes(self, request: Request) -> str | None:
         return "no measurement on a GPU says that it is faster: ask for it by name"
 
-    def hyper_adapter(
-        self,
-        x: Tensor,
-        E: Tensor,
-        G: Tensor,
-        g0: Tensor,
-        layout: AdapterLayout,
-        activation: str,
-        task_index: Tensor | None,
-        save: bool,
-    ) -> tuple[Tensor, Saved, Tensor, Folded]:
-        one_launch = x.numel() <= ONE_LAUNCH_ROWS * layout.d
-        run = super().hyper_adapter if one_launch else functools.partial(FullBackend.hyper_adapter, self)
-        return run(x, E, G, g0, layout, activation, task_index, save)
+    def in_one_call(self, x: Tensor) -> bool:
+        return x.numel() <= ONE_LAUNCH_ROWS * x.shape[-1]

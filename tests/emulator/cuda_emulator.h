@@ -3,9 +3,10 @@
 //
 // Shared memory starts as NaN and is guarded; an asynchronous copy arrives at its wait and not before, or, as it may on
 // a GPU too, at once (HF_EMULATOR_COPIES "late" or "early"); threads, and blocks, run in the order of HF_EMULATOR_ORDER
-// ("forward", "reverse" or a seed), each until it must wait. A barrier that not all threads reach at the same place, a
-// warp-wide operation that not all lanes reach, copies never waited for, and writes beyond shared memory end the launch
-// with a std::runtime_error.
+// ("forward", "reverse" or a seed), each until it must wait; by HF_EMULATOR_TURNS "greedy" the first that may go on
+// does, so that a warp runs ahead of the others as far as barriers let it, by "fair" the next in turn. A barrier that
+// not all threads reach at the same place, a warp-wide operation that not all lanes reach, copies never waited for, and
+// writes beyond shared memory end the launch with a std::runtime_error.
 #pragma once
 
 #include <algorithm>
@@ -84,7 +85,7 @@ struct Block {
   dim3 index, size, grid;
   unsigned char* shared = nullptr;
   int arrived = 0, at_grid = 0, done = 0;
-  bool early_copies = false, together = false;
+  bool early_copies = false, together = false, fair = false, released = false;
   std::string fault;
   std::function<void()> kernel;
   Context scheduler;
@@ -127,6 +128,7 @@ inline void barrier(const Where& where) {
   if (b.done) fail("divergent barrier: " + std::to_string(b.done) + " threads ended before " + place(where));
   if (++b.arrived < int(b.threads.size())) return wait_as(Thread::BARRIER, where);
   b.arrived = 0;
+  b.released = true;
   for (Thread& t : b.threads)
     if (t.state == Thread::BARRIER) t.state = Thread::READY;
 }
@@ -144,6 +146,7 @@ void warp_wide(Argument& argument, const Where& where, Together together) {
   warp.argument[self->rank % 32] = &argument;
   if (++warp.arrived < 32) return wait_as(Thread::WARP, where);
   warp.arrived = 0;
+  b.released = true;
   Argument* all[32];
   for (int i = 0; i < 32; ++i) all[i] = static_cast<Argument*>(warp.argument[i]);
   together(all);
@@ -180,13 +183,14 @@ inline void start(Block& b) {
 inline void advance(Block& b) {
   block = &b;
   while (b.done + b.at_grid < int(b.threads.size())) {
-    bool progress = false;
+    bool progress = b.released = false;
     for (const int i : b.order) {
       if (b.threads[i].state != Thread::READY) continue;
       progress = true;
       self = &b.threads[i];
       b.scheduler.switch_to(self->context);
       if (!b.fault.empty()) throw std::runtime_error("emulator: " + b.fault);
+      if (b.released && !b.fair) break;  // those that go first may go on
     }
     if (progress) continue;
     for (const Thread& t : b.threads)
@@ -230,6 +234,7 @@ struct Place {
     block.warps.resize(launch.threads / 32);
     block.order = order_of(launch.threads);
     block.early_copies = setting("HF_EMULATOR_COPIES", "late") == "early";
+    block.fair = setting("HF_EMULATOR_TURNS", "greedy") == "fair";
     block.together = together;
     block.size = {unsigned(launch.threads), 1, 1};
     block.grid = launch.blocks;
@@ -365,8 +370,6 @@ T atomicCAS(T* address, T expected, T value) {
   std::atomic_ref<T>(*address).compare_exchange_strong(expected, value);
   return expected;
 }
-
-inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline double rsqrt(double x) { return 1.0 / std::sqrt(x); }

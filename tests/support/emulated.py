@@ -114,10 +114,12 @@ def registered() -> Iterator[EmulatedCuda]:
 
 
 @contextlib.contextmanager
-def thread_order(name: str, copies: str = "late") -> Iterator[None]:
-    """The order in which a block's threads, and a grid's blocks, run: "forward", "reverse", or a seed; and whether
-    asynchronous copies arrive "late", at their wait, or "early", at once."""
-    with mock.patch.dict(os.environ, {"HF_EMULATOR_ORDER": name, "HF_EMULATOR_COPIES": copies}):
+def thread_order(name: str, copies: str = "late", turns: str = "greedy") -> Iterator[None]:
+    """The order in which a block's threads, and a grid's blocks, run: "forward", "reverse", or a seed; whether
+    asynchronous copies arrive "late", at their wait, or "early", at once; and whether the first that may go on does
+    ("greedy") or the next ("fair")."""
+    settings = {"HF_EMULATOR_ORDER": name, "HF_EMULATOR_COPIES": copies, "HF_EMULATOR_TURNS": turns}
+    with mock.patch.dict(os.environ, settings):
         yield
 
 
