@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(256, 1) backward_kernel(const BackwardParams p
       p.m2[flat + line] = m2;
       p.s[flat + line] = Tile::whole(along_gamma, line);
     }
-    __syncwarp();
+    __syncwarp();  // for q: a shuffle orders no memory
   }
   for (int j = first; j < BB; j += 8) {
     T rounded = S::narrow(0.0f);

@@ -151,7 +151,6 @@ __device__ __forceinline__ void fold_adapter(const FoldParams& p, int64_t m, uns
     peak[j] = power_of_two(all);
     p.scale[m * b + j] = float(peak[j]);
   }
-  __syncthreads();
   square_root(gram, scales, n);
   for (int e = thread; e < n * n; e += THREADS) {
     const int i = e / n, j = e % n;
