@@ -11,8 +11,9 @@ import sys
 
 import pytest
 import torch
-from support.cases import HOSTILE, hostile_packed, random_packed
+from support.cases import HOSTILE, random_packed
 from support.tolerance import assert_accurate
+from support.weights import check_hostile_weights
 
 from hyperformer_fast import backends, native, ops, reference
 from hyperformer_fast.activations import ACTIVATIONS
@@ -161,21 +162,8 @@ def test_the_number_of_threads_changes_no_bit():
 
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_hostile_weights(kind):
-    layout = AdapterLayout(96, 12)
-    packed = hostile_packed(kind, layout).float()
-    x = torch.randn(64, 96)
-    truth = reference.adapter(x.double(), packed.double(), layout, "gelu_new")
-    plain = reference.adapter(x, packed, layout, "gelu_new")
     with backends.use_backend("cpu"):
-        out = ops.adapter(x, packed, layout, "gelu_new")
-    if kind in (
-        "cancelling columns",
-        "rank one",
-    ):  # the norm amplifies what any sum lost: within 8x of eager's own error
-        worst = max((plain.double() - truth).abs().max(), torch.finfo(x.dtype).eps * truth.abs().max())
-        assert (out.double() - truth).abs().max() <= 8 * worst
-    else:
-        assert_accurate(out, plain, truth, kind)
+        check_hostile_weights(kind, ops.adapter)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -16,7 +16,7 @@ from support.cases import HOSTILE, hostile_packed, random_packed
 from support.emulated import EmulatedCuda, device_of, few_rows, needs_compiler, registered, thread_order
 from support.sweep import draw_case
 from support.tolerance import assert_accurate
-from test_native import check_root
+from support.weights import assert_folded, check_hostile_weights
 from test_ops import DTYPES, check_against_truth
 
 from hyperformer_fast import reference
@@ -30,26 +30,16 @@ NORMS = list(itertools.product([False, True], repeat=2))
 FORWARDS = pytest.mark.parametrize("few", [0, 1000], ids=["rows by 32", "row by row"])
 
 
-def assert_folded(packed, layout, dtype):
-    """Each part rounded once from float64: half a unit of its dtype, and what a rounded float64 sum may add."""
-    mine, truth = EmulatedCuda().fold(packed, layout, dtype), reference.fold(packed, layout, torch.float64)
-    for part, k, t in zip(reference.Folded._fields, mine, truth):
-        assert k.shape == t.shape and k.is_contiguous(), part
-        assert k.dtype == (dtype if part in ("wd", "wg") else torch.float32), part
-        if part == "root" and layout.post_norm:
-            check_root(k, packed, layout)
-        if not t.numel() or part == "root":
-            continue
-        info, error = torch.finfo(k.dtype), (k.double() - t).abs()
-        allowed = 0.51 * info.eps * t.abs() + info.smallest_normal * info.eps + 1e-13 * t.abs().max()
-        assert (error <= allowed).all(), f"{part} off by {error.max():.1e}"
-    return mine
+def folded_of(packed, layout, dtype):
+    folded = EmulatedCuda().fold(packed, layout, dtype)
+    assert_folded(folded, packed, layout, dtype)
+    return folded
 
 
 def check(x, packed, layout, activation, index, save=True):
     """Fold and forward; out by the one rule, and what is saved as near the truth as the folded reference's."""
     backend = EmulatedCuda()
-    folded = assert_folded(packed, layout, x.dtype)
+    folded = folded_of(packed, layout, x.dtype)
     out, saved = backend.adapter_forward(x, folded, layout, activation, index, save)
     eager, eager_fp32 = (reference.adapter(t, packed.to(t.dtype), layout, activation, index) for t in (x, x.float()))
     eager_saved = reference.adapter_forward(
@@ -129,19 +119,12 @@ def test_float16_range(std, wide, few):
 @FORWARDS
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_hostile_weights(kind, few):
-    layout = AdapterLayout(96, 12)
-    packed, x = hostile_packed(kind, layout).float(), torch.randn(64, 96)
-    folded = assert_folded(packed, layout, x.dtype)
+    def adapter(x, packed, layout, activation):
+        folded = folded_of(packed, layout, x.dtype)
+        return EmulatedCuda().adapter_forward(x, folded, layout, activation, None, False)[0]
+
     with few_rows(few):
-        out, _ = EmulatedCuda().adapter_forward(x, folded, layout, "gelu_new", None, False)
-    truth = reference.adapter(x.double(), packed.double(), layout, "gelu_new")
-    plain = reference.adapter(x, packed, layout, "gelu_new")
-    if kind in ("cancelling columns", "rank one"):
-        # the norm amplifies what any sum lost: within 8x of eager's own error
-        worst = max((plain.double() - truth).abs().max(), torch.finfo(x.dtype).eps * truth.abs().max())
-        assert (out.double() - truth).abs().max() <= 8 * worst
-    else:
-        assert_accurate(out, plain, truth, kind)
+        check_hostile_weights(kind, adapter)
 
 
 @FORWARDS

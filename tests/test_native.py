@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.weights import check_root
 
 from hyperformer_fast import native
 from hyperformer_fast.layout import AdapterLayout
@@ -46,26 +47,8 @@ def check(packed: torch.Tensor, layout: AdapterLayout, dtype: torch.dtype) -> Fo
     torch.testing.assert_close(mine.vectors, expected.vectors, rtol=2e-7, atol=1e-14 * column)
     torch.testing.assert_close(mine.mean, expected.mean, rtol=2e-7, atol=1e-12)
     if layout.post_norm:
-        assert torch.equal(mine.root, mine.root.triu())
         check_root(mine.root, packed, layout)
     return mine
-
-
-def check_root(root: torch.Tensor, packed: torch.Tensor, layout: AdapterLayout) -> None:
-    """R^T R = Wa^T Wa / d, each entry relative to its two columns' lengths; no library's Cholesky is involved."""
-    parts = layout.unpack(packed.double())
-    wa = torch.cat([parts["up_weight"], parts["up_bias"].unsqueeze(-1)], -1)
-    wa = wa - wa.mean(-2, keepdim=True)
-    gram = wa.mT @ wa / layout.d
-    length = gram.diagonal(dim1=-2, dim2=-1).sqrt()
-    error = (root.double().mT @ root.double() - gram).abs()
-    left, right = length.unsqueeze(-1), length.unsqueeze(-2)
-    float32 = torch.finfo(torch.float32)
-    # Roundings of R to float32, whose subnormal step is tiny * eps; and what a large mean leaves of float64's digits.
-    allowed = 4 * float32.eps * left * right + (layout.b + 1) * float32.tiny * float32.eps * (left + right)
-    if packed.numel():
-        allowed = allowed + 1e-13 * parts["up_weight"].abs().amax() ** 2
-    assert (error <= allowed).all()
 
 
 @needs_library

@@ -9,10 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.cases import HOSTILE, hostile_packed, random_packed
+from support.cases import HOSTILE, random_packed
 from support.sweep import draw_case
 from support.tolerance import assert_accurate
 from support.watch import watch
+from support.weights import check_hostile_weights
 from test_ops import DTYPES, check_against_truth
 
 from hyperformer_fast import backends, ops, reference
@@ -123,19 +124,8 @@ def test_what_is_not_needed_is_empty(need_dx, need_dpacked, post):
 
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_hostile_weights(kind):
-    layout = AdapterLayout(96, 12)
-    packed = hostile_packed(kind, layout).float()
-    x = torch.randn(64, 96)
-    truth = reference.adapter(x.double(), packed.double(), layout, "gelu_new")
-    plain = reference.adapter(x, packed, layout, "gelu_new")
     with backends.use_backend("triton"):
-        out = ops.adapter(x, packed, layout, "gelu_new")
-    if kind in ("cancelling columns", "rank one"):
-        # the norm amplifies what any sum lost: within 8x of eager's own error
-        worst = max((plain.double() - truth).abs().max(), torch.finfo(x.dtype).eps * truth.abs().max())
-        assert (out.double() - truth).abs().max() <= 8 * worst
-    else:
-        assert_accurate(out, plain, truth, kind)
+        check_hostile_weights(kind, ops.adapter)
 
 
 @pytest.mark.parametrize(("shape", "index"), [((1, 300), None), ((7, 40), [1, 0, 1, 1, -1, 0, 1])])
