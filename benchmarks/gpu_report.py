@@ -125,11 +125,13 @@ def kernels_of(case: Case, activities: list, repeats: int) -> dict:
     copy = seconds(lambda: torch.empty_like(case.x).copy_(case.x), repeats)
     whole = {name: seconds(call, repeats) for name, call in calls.items()}
     return {
-                "N": case.N, "dtype": str(case.dtype).removeprefix("torch."), "kernel_us": dict(times),
-                # a forward reads x and writes out, as a copy does; a backward reads g and x and writes dx besides
-                "forward_of_copy_bandwidth": copy / whole["forward"],
-                "both_of_copy_bandwidth": 2.5 * copy / whole["both"],
-            }  # fmt: skip
+        "N": case.N,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "kernel_us": dict(times),
+        # a forward reads x and writes out, as a copy does; a backward reads g and x and writes dx besides
+        "forward_of_copy_bandwidth": copy / whole["forward"],
+        "both_of_copy_bandwidth": 2.5 * copy / whole["both"],
+    }
 
 
 def small(options: argparse.Namespace) -> list[dict]:
