@@ -101,6 +101,45 @@ def test_rows_of_several_stretches(shape, index, dtype):
         check_against_truth(x, g, random_packed(layout, T).float(), layout, "silu", index, backend="cuda-emulated")
 
 
+@pytest.mark.parametrize(("rows", "d", "b"), [(33, 2048, 96), (4096, 96, 24)])
+def test_long_float32_sums(rows, d, b):
+    """Tensor cores round toward zero: that must not add up, neither along a row nor over the rows."""
+    layout = AdapterLayout(d, b, False, False)
+    x, g = (torch.randn(rows, d) for _ in range(2))
+    with few_rows(0), registered():
+        check_against_truth(x, g, random_packed(layout).float(), layout, "silu", None, backend="cuda-emulated")
+
+
+def test_float32_to_the_ends_of_its_range():
+    """What a float32 has beyond a tf32's range or mantissa must not become NaN, nor a small number."""
+    layout = AdapterLayout(40, 3, False, False)
+    packed = torch.zeros(1, layout.numel)
+    weight = 0.25 + 2**-17  # of which a tf32 has 0.25, and another the rest
+    layout.unpack(packed)["down_weight"][:] = weight
+    ends = torch.tensor([3.4028234e38, -3.4028234e38, 3.4026e38, 1.2e-38, float("nan"), float("inf")])
+    x = torch.zeros(len(ends), 40)
+    x[:, 7] = ends
+    folded = folded_of(packed, layout, torch.float32)
+    expected = (weight * ends).unsqueeze(-1).expand(-1, 3)
+    for few in (0, 1000):
+        with few_rows(few):
+            _, saved = EmulatedCuda().adapter_forward(x, folded, layout, "relu", None, True)
+        torch.testing.assert_close(saved.z, expected, equal_nan=True, atol=1e-41, rtol=1e-6)
+
+
+def test_samples_of_one_row_each_are_few_rows_however_many():
+    layout = AdapterLayout(64, 8)
+    packed, x = random_packed(layout, 2).float(), torch.randn(70, 1, 64)
+    folded, index = folded_of(packed, layout, x.dtype), torch.arange(70) % 4 - 1
+    forward = EmulatedCuda().adapter_forward
+    results = []
+    for limit in (64, 1000, 0):
+        with few_rows(limit):
+            results.append(forward(x, folded, layout, "silu", index, True)[1].z)
+    assert torch.equal(results[0].nan_to_num(), results[1].nan_to_num())
+    assert not torch.equal(results[0].nan_to_num(), results[2].nan_to_num())  # two kernels: or this tests nothing
+
+
 @FORWARDS
 @pytest.mark.parametrize(("std", "wide"), [(1e-5, 30), (1e-3, 30), (30.0, 30), (1e-7, 1000)])
 def test_float16_range(std, wide, few):

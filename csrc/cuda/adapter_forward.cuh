@@ -127,7 +127,12 @@ __device__ __forceinline__ void forward_rows(const ForwardParams& p, const Place
 template <class S, int BB, int KEPT, bool ALIGNED>
 __global__ void __launch_bounds__(256, 1) forward_kernel(const ForwardParams p) {
   HF_SHARED(shared);
-  forward_rows<S, BB, KEPT, ALIGNED>(p, place_of(p.tasks, blockIdx.x), shared);
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  constexpr bool SPILLS = sizeof(typename S::T) == 4;  // ptxas, for Blackwell, where pieces are kept
+#else
+  constexpr bool SPILLS = false;
+#endif
+  forward_rows<S, BB, SPILLS ? 0 : KEPT, ALIGNED>(p, place_of(p.tasks, blockIdx.x), shared);
 }
 
 template <class S>

@@ -37,24 +37,31 @@ __device__ __forceinline__ To bits(From x) {
 }
 
 // A float32 is the sum of two tf32, of 11 bits each, both rounded to nearest: a product loses 2^-23 of itself. What the
-// tensor core cuts off need not be cleared; the product of the two small parts, below 2^-24, is dropped.
+// tensor core cuts off need not be cleared; the product of the two small parts, below 2^-22, is dropped. Tensor cores
+// round their sums toward zero (Fasi et al., PeerJ CS 7:e330), so over a long row the errors would add up: each sum of
+// eight is added to the others outside, rounded to nearest (Ootomo and Yokota, arXiv 2203.03341). Infinity times a number
+// whose small part is zero is NaN.
 struct F32 {
   using T = float;
   static constexpr bool SHORT_RANGE = false;
   static __device__ __forceinline__ float wide(T x) { return x; }
   static __device__ __forceinline__ T narrow(float x) { return x; }
-  static __device__ __forceinline__ bool finite(uint32_t x) { return (x & 0x7F800000u) != 0x7F800000u; }
-  static __device__ __forceinline__ uint32_t large(uint32_t x) { return (finite(x) ? x + 0x1000u : x) & 0xFFFFE000u; }
+  static __device__ __forceinline__ uint32_t large(uint32_t x) {
+    const bool may_round = fabsf(bits<float>(x)) < 0x1.ffep127f;  // beyond, nearest is infinity
+    return (may_round ? x + 0x1000u : x) & 0xFFFFE000u;
+  }
   static __device__ __forceinline__ uint32_t small(uint32_t x) {
-    if (!finite(x)) return 0;  // inf - inf would make it NaN
+    if (!(fabsf(bits<float>(x)) <= 0x1.fffffep127f)) return 0;  // inf - inf would make it NaN
     return bits<uint32_t>(bits<float>(x) - bits<float>(large(x))) + 0x1000u;
   }
   static __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     const uint32_t a_large[4] = {large(a[0]), large(a[1]), large(a[2]), large(a[3])};
     const uint32_t a_small[4] = {small(a[0]), small(a[1]), small(a[2]), small(a[3])};
-    mma_tf32(d, a_small, large(b0), large(b1));
-    mma_tf32(d, a_large, small(b0), small(b1));
-    mma_tf32(d, a_large, large(b0), large(b1));
+    float sum[4] = {};
+    mma_tf32(sum, a_small, large(b0), large(b1));
+    mma_tf32(sum, a_large, small(b0), small(b1));
+    mma_tf32(sum, a_large, large(b0), large(b1));
+    for (int e = 0; e < 4; ++e) d[e] += sum[e];
   }
 };
 

@@ -11,7 +11,10 @@ namespace hyperformer_fast {
 // What a decoding step has of rows; where a GPU has as many multiprocessors, each has one.
 std::atomic<int64_t> few_rows{64};
 
-static bool are_few(const Tasks& tasks) { return tasks.B * tasks.M <= few_rows; }
+// Of samples of one row each, a block has but one in either kernel.
+static bool are_few(const Tasks& tasks) {
+  return tasks.B * tasks.M <= few_rows || (tasks.index != nullptr && tasks.M == 1 && few_rows > 0);
+}
 
 void forward(const ForwardParams& p, Kind kind, void* stream) {
   by_kind(kind, [&]<class S>(S) { are_few(p.tasks) ? few_rows_of<S>(p, stream) : forward_of<S>(p, stream); });

@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(256, 1) weight_gradients_kernel(const WeightGr
     const unsigned char* const G = stage(1, buffer);
     if constexpr (Traits::FLOAT) {
       const auto at = [](const unsigned char* row, int i) { return reinterpret_cast<const uint32_t*>(row)[i]; };
-#pragma unroll
+#pragma unroll(BB > 64 ? 1 : kUnit)  // more would spill
       for (int k = 0; k < kUnit; k += 8) {
         const int here = warp * 8 + quad, line = k + t;
         const uint32_t x[2] = {at(X + line * Traits::X_ROW, here), at(X + (line + 4) * Traits::X_ROW, here)};

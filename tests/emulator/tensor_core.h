@@ -60,6 +60,25 @@ void load_matrices(uint32_t (&r)[4], const void* row, const emulator::Where& whe
   });
 }
 
+inline float toward_zero(double x) {
+  const float nearest = float(x);
+  return std::isfinite(nearest) && std::fabs(double(nearest)) > std::fabs(x) ? std::nextafterf(nearest, 0.0f) : nearest;
+}
+
+// As tensor cores of Volta to Hopper sum (Fasi et al., PeerJ CS 7:e330, section 4): exact products, of which each, and
+// the accumulator, is cut off one bit below the last place of the largest, and the sum is rounded toward zero. PTX leaves
+// it open.
+template <int COUNT>
+float tensor_core_sum(const double (&addend)[COUNT]) {
+  double largest = 0, plain = 0;
+  for (const double x : addend) largest = std::max(largest, std::fabs(x)), plain += x;
+  if (!std::isfinite(plain) || largest == 0) return float(plain);
+  const double place = std::ldexp(1.0, std::ilogb(largest) - 24), inverse = 1 / place;
+  int64_t sum = 0;
+  for (const double x : addend) sum += int64_t(x * inverse);
+  return toward_zero(double(sum) * place);
+}
+
 struct Product {
   float* d;
   const uint32_t* a;
@@ -84,10 +103,9 @@ void product(Product& mine, const emulator::Where& where, Number number) {
     for (int lane = 0; lane < 32; ++lane)
       for (int e = 0; e < 4; ++e) {
         const int row = lane / 4 + e / 2 * 8, column = lane % 4 * 2 + e % 2;
-        // products are exact and the sum is rounded once: PTX leaves both open, tensor cores are near that
-        double sum = all[lane]->d[e];
-        for (int k = 0; k < K; ++k) sum += double(A[row][k]) * B[k][column];
-        all[lane]->d[e] = float(sum);
+        double addend[K + 1] = {all[lane]->d[e]};
+        for (int k = 0; k < K; ++k) addend[k + 1] = double(A[row][k]) * B[k][column];
+        all[lane]->d[e] = tensor_core_sum(addend);
       }
   });
 }
