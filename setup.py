@@ -3,6 +3,7 @@
 HYPERFORMER_FAST_BUILD   auto (default) | cpu | cuda | all | none, see build_tools/plan.py
 CXX, CXXFLAGS, LDFLAGS   the C++ compiler, and flags to add
 CUDA_HOME                a CUDA toolkit; TORCH_CUDA_ARCH_LIST the architectures, default 8.0;8.6;9.0+PTX
+                         (Blackwell runs what its driver makes of the last, or 10.0 or 12.0 of its own)
 MAX_JOBS                 compilers run at once, default the number of processors
 """
 

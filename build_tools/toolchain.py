@@ -49,7 +49,10 @@ def find_cuda_home(environ: Mapping[str, str] = os.environ) -> Path | None:
 
 
 def arch_flags(archs: str) -> list[str]:
-    """nvcc's -gencode flags for a list "8.0;9.0+PTX" (TORCH_CUDA_ARCH_LIST); BuildError names a misspelt one."""
+    """nvcc's -gencode flags for a list "8.0;9.0+PTX" (TORCH_CUDA_ARCH_LIST); BuildError names a misspelt one.
+
+    What is older than the kernels need (cp.async: 8.0) is left out of the list, which is often written for torch.
+    """
     flags = []
     for arch in archs.replace(" ", ";").replace(",", ";").split(";"):
         if not arch:
@@ -57,9 +60,14 @@ def arch_flags(archs: str) -> list[str]:
         number = arch.removesuffix("+PTX").replace(".", "")
         if not number.rstrip("af").isdigit():
             raise BuildError(f"TORCH_CUDA_ARCH_LIST must be a list such as {DEFAULT_ARCHS}, got {arch!r} in {archs!r}")
+        if int(number.rstrip("af")) < 80:
+            print(f"hyperformer_fast: TORCH_CUDA_ARCH_LIST: {arch} is left out, 8.0 is the oldest served", flush=True)
+            continue
         flags += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
         if arch.endswith("+PTX"):
             flags += ["-gencode", f"arch=compute_{number},code=compute_{number}"]
+    if not flags:
+        raise BuildError(f"TORCH_CUDA_ARCH_LIST must name an architecture of 8.0 or later, got {archs!r}")
     return flags
 
 

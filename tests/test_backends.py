@@ -1,16 +1,22 @@
 from __future__ import annotations
 
+import importlib
 import os
+import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from support.cases import random_packed
 
 from hyperformer_fast import backends, ops
+from hyperformer_fast.backends.cuda import CudaBackend
+from hyperformer_fast.backends.reference import ReferenceBackend
 from hyperformer_fast.layout import AdapterLayout
 
+select = importlib.import_module("hyperformer_fast.backends.select")  # the package has a function of that name
 LAYOUT = AdapterLayout(8, 2)
 
 
@@ -98,3 +104,30 @@ def test_live_check_of_available_backends():
             assert report["reason"]
             with pytest.raises(RuntimeError, match="not available"):
                 backends.live_check(report["name"])
+
+
+def test_live_check_works_on_the_backends_own_device(monkeypatch):
+    class Elsewhere(ReferenceBackend):
+        device = "meta"
+
+        def fold(self, packed, layout, dtype):
+            raise NotImplementedError(packed.device.type)
+
+    monkeypatch.setitem(select._BACKENDS, "elsewhere", Elsewhere())
+    with pytest.raises(NotImplementedError, match="meta"):
+        backends.live_check("elsewhere")
+
+
+@pytest.mark.parametrize(("count", "capability", "reason"), [
+    (-35, (9, 0), "own CUDA run-time finds no device .error 35.*: update the driver"),
+    (1, (7, 5), "needs compute capability 8.0, got 7.5"),
+    (1, (8, 0), None),
+])  # fmt: skip
+def test_cuda_says_what_is_wrong_with_a_machine(monkeypatch, count, capability, reason):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: capability)
+    backend = CudaBackend()
+    monkeypatch.setattr(backend, "library", lambda: SimpleNamespace(device_count=lambda: count))
+    found = backend.unavailable()
+    assert found is None if reason is None else re.search(reason, found)

@@ -173,7 +173,9 @@ def test_a_cuda_graph_replays_it(backend):
 def test_the_current_stream_is_used(backend):
     step, leaves, *_ = adapter_and_leaves()
     expected = step(*leaves)
-    with torch.cuda.stream(torch.cuda.Stream()):
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
         found = step(*leaves)
     torch.cuda.synchronize()
     assert all(torch.equal(a, b) for a, b in zip(found, expected))

@@ -56,6 +56,12 @@ void expect_adapter(int64_t d, int64_t b) {
   STD_TORCH_CHECK(b <= kLargestBottleneck, "b must be at most ", kLargestBottleneck, ", got ", b);
 }
 
+void expect_device(const Tensor& x, std::initializer_list<const Tensor*> others) {
+  for (const Tensor* t : others)
+    STD_TORCH_CHECK(t->get_device_index() == x.get_device_index(), "all tensors must be on one device, ",
+                    x.get_device_index(), ", got one on ", t->get_device_index());
+}
+
 const float* floats(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }
 float* floats(Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
 
@@ -77,6 +83,7 @@ GenerateParams generate_params(const Tensor& E, const Tensor& G, const Tensor& g
 
 Tensor generate_weights_op(const Tensor& E, const Tensor& G, const Tensor& g0) {
   expect_generator(E, G, g0);
+  expect_device(E, {&G, &g0});
   const int64_t Q = E.size(0), n = E.size(1), k = E.size(2), P = G.size(1);
   Tensor packed = empty({Q}, {n, P}, ScalarType::Float, &E);
   if (Q * n * P == 0) return packed;
@@ -207,12 +214,6 @@ struct Call {
     tasks.wide = index->scalar_type() == ScalarType::Long;
   }
 
-  static void expect_device(const Tensor& x, std::initializer_list<const Tensor*> others) {
-    for (const Tensor* t : others)
-      STD_TORCH_CHECK(t->get_device_index() == x.get_device_index(), "all tensors must be on x's device, ",
-                      x.get_device_index(), ", got one on ", t->get_device_index());
-  }
-
   void use(const Tensor& x, const Tensor& wd, const Tensor& wg, const Tensor& vectors, const Tensor& scale,
            const Tensor& root, const Tensor& mean) {
     expect_folded(layout, tasks.T, x.scalar_type(), wd, wg, vectors, scale, root, mean);
@@ -265,7 +266,7 @@ std::tuple<Tensor, Tensor> adapter_backward_op(const Tensor& g, const Tensor& x,
   expect_saved(call.layout, x, z, r, pre_mean, pre_rstd);
   const int64_t T = call.tasks.T, P = call.layout.numel();
   expect("packed", packed, ScalarType::Float, {T, P});
-  Call::expect_device(x, {&g, &z, &r, &pre_mean, &pre_rstd, &packed});
+  expect_device(x, {&g, &z, &r, &pre_mean, &pre_rstd, &packed});
   const std::vector<int64_t> none;
   Tensor dx = need_dx ? empty(lead_of(x), {d}, x.scalar_type(), &x) : empty(none, {0}, x.scalar_type(), &x);
   Tensor dpacked = need_dpacked ? empty({T}, {P}, ScalarType::Float, &x) : empty(none, {0}, ScalarType::Float, &x);
@@ -312,7 +313,7 @@ HyperAdapter hyper_adapter_op(const Tensor& x, const Tensor& E, const Tensor& G,
   const int64_t T = E.size(0), k = E.size(1);
   Call call(x, T, task_index, d, b, pre_norm, post_norm, activation);
   expect_site_generator(call.layout, E, G, g0);
-  Call::expect_device(x, {&E, &G, &g0});
+  expect_device(x, {&E, &G, &g0});
   const int64_t P = call.layout.numel();
   Tensor packed = empty({T}, {P}, ScalarType::Float, &x);
   FoldedTensors folded = make_folded(packed, call.layout, x.scalar_type());
@@ -334,6 +335,7 @@ int64_t device_count_op() {
 #else
   int count = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);
+  (void)cudaGetLastError();
   return error == cudaSuccess ? count : -int64_t(error);
 #endif
 }

@@ -52,14 +52,14 @@ __device__ __forceinline__ void square_root(double* G, double* scales, int n) {
 template <class From, class To>
 __device__ __forceinline__ void each_of(int n, From from, To to) {
   constexpr int AT_ONCE = 16, THREADS = FoldTraits::THREADS;
-  for (int first = threadIdx.x; first < n; first += AT_ONCE * THREADS) {
+  for (int64_t first = threadIdx.x; first < n; first += AT_ONCE * THREADS) {
     decltype(from(0)) value[AT_ONCE] = {};
 #pragma unroll
     for (int u = 0; u < AT_ONCE; ++u)
-      if (first + u * THREADS < n) value[u] = from(first + u * THREADS);
+      if (first + u * THREADS < n) value[u] = from(int(first) + u * THREADS);
 #pragma unroll
     for (int u = 0; u < AT_ONCE; ++u)
-      if (first + u * THREADS < n) to(first + u * THREADS, value[u]);
+      if (first + u * THREADS < n) to(int(first) + u * THREADS, value[u]);
   }
 }
 

@@ -119,7 +119,7 @@ constexpr int kUnit = 32;  // rows of one sample that a block takes at a time
 constexpr int64_t partial_sums(int64_t d, int64_t b) { return ((2 * b + 2) * d + b * b + 3 * b + 2 + 3) / 4 * 4; }
 
 // Into how many stretches of rows the weight gradients' sums are cut: a function of sizes alone, so that the order of
-// summation, and every bit, is the same on every GPU.
+// summation is the same on every GPU.
 int stretches(const Adapter&, int64_t units, int64_t T, Kind);
 
 // Up to how many rows a forward takes the kernel that has a block for each; a process may set it (0: never).

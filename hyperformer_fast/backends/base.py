@@ -44,6 +44,8 @@ class Backend(abc.ABC):
     ``ReferenceBackend``)."""
 
     name: str
+    #: The type of the device that its kernels run on; None: of any.
+    device: str | None = None
 
     @abc.abstractmethod
     def unavailable(self) -> str | None:
@@ -52,6 +54,12 @@ class Backend(abc.ABC):
     @abc.abstractmethod
     def refuses(self, request: Request) -> str | None:
         """Why this request can't be served, with the cure; None where it can. Only asked of an available backend."""
+
+    def misplaced(self, request: Request) -> str | None:
+        """Why inputs on the request's device are not for this backend; None where they are."""
+        if self.device in (None, request.device):
+            return None
+        return f"the inputs are on {request.device}, not on {self.device}"
 
     def passes(self, request: Request) -> str | None:
         """Why ``auto`` leaves to others what this backend could serve; None where it does not."""

@@ -23,6 +23,7 @@ class CpuBackend(CompiledBackend):
     """
 
     name = "cpu"
+    device = "cpu"
 
     def library(self):
         return native.cpu_library()
@@ -43,8 +44,8 @@ class CpuBackend(CompiledBackend):
         return INSTRUCTION_SETS[self.library().instruction_set()]
 
     def refuses(self, request: Request) -> str | None:
-        if request.device != "cpu":
-            return f"the inputs are on {request.device}, not on cpu"
+        if wrong := self.misplaced(request):
+            return wrong
         if request.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"dtype {request.dtype} is not float32, bfloat16 or float16; use backend 'auto' or 'reference'"
         return None

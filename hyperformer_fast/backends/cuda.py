@@ -26,7 +26,8 @@ class CudaBackend(CompiledBackend):
     """The compiled library ``_hf_cuda``.
 
     Rows with a common stride are read where they lie; others are copied once. float32 products are three tf32 products
-    each (to 2^-23), whatever ``torch.get_float32_matmul_precision()`` says.
+    each (to 2^-23, their sums rounded to nearest outside the tensor cores), whatever
+    ``torch.get_float32_matmul_precision()`` says.
     """
 
     name = "cuda"
@@ -42,15 +43,19 @@ class CudaBackend(CompiledBackend):
             return "torch sees no CUDA device; use backend 'auto' or 'reference'"
         if torch.version.hip:
             return "the CUDA library serves NVIDIA GPUs, and this is a ROCm build of torch; use backend 'auto'"
-        found = min(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
-        if found < OLDEST:
-            return f"it needs compute capability {OLDEST[0]}.{OLDEST[1]}, got {found[0]}.{found[1]}; use 'auto'"
+        seen = self.library().device_count()
+        if seen <= 0:
+            return (
+                f"the library's own CUDA run-time finds no device (error {-seen}), as where the driver is older than "
+                "the toolkit that compiled it: update the driver, or build with an older toolkit (CUDA_HOME)"
+            )
+        newest = max(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
+        if newest < OLDEST:
+            return f"it needs compute capability {OLDEST[0]}.{OLDEST[1]}, got {newest[0]}.{newest[1]}; use 'auto'"
         return None
 
     def refuses(self, request: Request) -> str | None:
-        if request.device != self.device:
-            return f"the inputs are on {request.device}, not on {self.device}"
-        return refused_by_gpu_kernels(request)
+        return self.misplaced(request) or refused_by_gpu_kernels(request)
 
     def passes(self, request: Request) -> str | None:
         return "no measurement on a GPU says that it is faster: ask for it by name"

@@ -154,12 +154,13 @@ def live_check(name: str) -> dict[str, float]:
     truth = _BACKENDS["reference"]
     generator = torch.Generator().manual_seed(0)
     layout = AdapterLayout(96, 12)
+    device = backend.device or "cpu"
 
     def run(served: Backend, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         generator.manual_seed(0)
-        packed = (torch.randn(2, layout.numel, generator=generator, dtype=torch.float64) * 0.1).to(dtype)
-        x, g = (torch.randn(4, 8, 96, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
-        index = torch.tensor([0, 1, -1, 1])
+        packed = (torch.randn(2, layout.numel, generator=generator, dtype=torch.float64) * 0.1).to(device, dtype)
+        x, g = (torch.randn(4, 8, 96, generator=generator, dtype=torch.float64).to(device, dtype) for _ in range(2))
+        index = torch.tensor([0, 1, -1, 1], device=device)
         folded = getattr(served, "fold", truth.fold)(packed, layout, dtype)
         out, saved = getattr(served, "adapter_forward", truth.adapter_forward)(
             x, folded, layout, "gelu_new", index, True

@@ -41,6 +41,10 @@ class TritonBackend(FullBackend):
 
     name = "triton"
 
+    @property
+    def device(self) -> str:
+        return "cpu" if interpreted() else "cuda"
+
     def unavailable(self) -> str | None:
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed: pip install 'triton>=3.6,<3.10'; or use backend 'auto' or 'reference'"
@@ -52,10 +56,7 @@ class TritonBackend(FullBackend):
         return None
 
     def refuses(self, request: Request) -> str | None:
-        device = "cpu" if interpreted() else "cuda"
-        if request.device != device:
-            return f"the inputs are on {request.device}, not on {device}"
-        return refused_by_gpu_kernels(request)
+        return self.misplaced(request) or refused_by_gpu_kernels(request)
 
     def passes(self, request: Request) -> str | None:
         return "its interpreter is for tests: ask for it by name" if interpreted() else None

@@ -174,6 +174,9 @@ def test_arch_flags():
         "arch=compute_90,code=compute_90",
     ]
     assert toolchain.arch_flags("8.0 9.0a") == toolchain.arch_flags("8.0;9.0a")
+    assert toolchain.arch_flags("7.5;8.0") == toolchain.arch_flags("8.0")
+    with pytest.raises(tool("plan").BuildError, match="8.0 or later, got '7.0;7.5'"):
+        toolchain.arch_flags("7.0;7.5")
     with pytest.raises(tool("plan").BuildError, match="'Ampere' in '8.0;Ampere'"):
         toolchain.arch_flags("8.0;Ampere")
 

@@ -132,5 +132,7 @@ def device_of(blocks: int):
 def few_rows(limit: int) -> Iterator[None]:
     """The forward's kernel for few rows serves up to ``limit``."""
     before = library().use_few_rows(limit)
-    yield
-    library().use_few_rows(before)
+    try:
+        yield
+    finally:
+        library().use_few_rows(before)
