@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from . import native
+
+if TYPE_CHECKING:
+    # For type checkers and editors; at run time __getattr__ imports the same names when they are first used.
+    from . import backends, official, ops, reference
+    from .adapter import FusedHyperAdapter
+    from .backends import explain, use_backend
+    from .config import HyperFormerConfig
+    from .layout import AdapterLayout
+    from .model import HyperFormerModel, get_hyperformer_model
 
 __version__ = "0.1.0"
 
 native.warn_once()
 
+#: Public name -> the module that defines it.
 _PUBLIC = {
     "AdapterLayout": "layout",
     "FusedHyperAdapter": "adapter",
@@ -21,10 +32,22 @@ _PUBLIC = {
 }
 _MODULES = ("backends", "official", "ops", "reference")
 
-__all__ = [*_PUBLIC, *_MODULES]
+__all__ = [
+    "AdapterLayout",
+    "FusedHyperAdapter",
+    "HyperFormerConfig",
+    "HyperFormerModel",
+    "backends",
+    "explain",
+    "get_hyperformer_model",
+    "official",
+    "ops",
+    "reference",
+    "use_backend",
+]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     # Lazy, so that the command's help and the doctor do not wait for transformers.
     if name in _PUBLIC:
         return getattr(import_module(f".{_PUBLIC[name]}", __name__), name)

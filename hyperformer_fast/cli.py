@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .extras import MissingPackage, require
+
 USAGE, FAILURE, INTERRUPTED = 2, 1, 130
 
 #: Options of ``train`` that are fields of a run, with their help; the defaults are RunConfig's.
@@ -212,6 +214,7 @@ def _quiet() -> None:
 
 
 def _params(options: argparse.Namespace) -> None:
+    require("the table of parameters", "rich")
     from rich.console import Console
 
     from .parameters import table
@@ -254,6 +257,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # the reader of our output went away, as `head` does
         sys.stderr.close()
+        return FAILURE
+    except MissingPackage as error:
+        print(f"hyperformer-fast: error: {error}", file=sys.stderr)
         return FAILURE
     except Exception as error:
         if getattr(options, "debug", False):

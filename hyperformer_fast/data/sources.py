@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..extras import require
 from .jsonl import read_jsonl
 from .tasks import GLUE, KNOWN, DataError, TaskSpec, builtin_spec, infer_spec
 
@@ -139,6 +140,7 @@ def _hub_rows(task: str, split: str) -> list[tuple[str, dict[str, Any]]]:
     """GLUE as ``nyu-mll/glue``. Its test splits are without labels, so there is none."""
     if split == "test":
         return []
+    require("GLUE from the Hub", "datasets")
     from datasets import load_dataset
 
     name = "validation_matched" if (task, split) == ("mnli", "validation") else split

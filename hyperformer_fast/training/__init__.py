@@ -1,5 +1,9 @@
 """Training, evaluation and prediction of whole runs, on Hugging Face's Trainer."""
 
+from ..extras import require
+
+require("training", "accelerate", "numpy", "rich", "scipy", "sklearn")
+
 from .arguments import RunConfig
 from .evaluate import evaluate_run
 from .folder import RunError

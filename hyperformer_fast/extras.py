@@ -1,0 +1,29 @@
+"""The packages that only parts of the library need, asked for by name where they are missing."""
+
+from __future__ import annotations
+
+import importlib.util
+
+#: The name to install, where it is not the name to import.
+_DISTRIBUTIONS = {"sklearn": "scikit-learn"}
+
+
+class MissingPackage(ImportError):
+    """An optional package is not installed; the message says which, what needs it, and how to get it."""
+
+
+def require(what: str, *modules: str) -> None:
+    """Raise :class:`MissingPackage` unless every module can be imported.
+
+    Args:
+        what: what needs them, as the subject of a sentence ("training").
+        modules: names to import, all of them in the extra ``train``.
+    """
+    missing = [_DISTRIBUTIONS.get(module, module) for module in modules if importlib.util.find_spec(module) is None]
+    if missing:
+        names = " and ".join([", ".join(missing[:-1]), missing[-1]] if len(missing) > 1 else missing)
+        verb = "are" if len(missing) > 1 else "is"
+        raise MissingPackage(
+            f"{what} needs {names}, which {verb} not installed: pip install 'hyperformer-fast[train]'",
+            name=missing[0],
+        )
