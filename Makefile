@@ -4,7 +4,7 @@
 # make test-packaging  every way to build and install, in virtual environments of their own
 # make sanitize      the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer (g++)
 # make race          the Triton kernels on a CPU under ttsem: accesses out of bounds, races between programs
-# make lint          ruff
+# make lint          ruff, clang-format and mypy: style, formats, types
 # make clean         remove what the above left
 # Each sets up what it needs, once: .venv from requirements/lock.txt, with the package built in place.
 
@@ -16,6 +16,7 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 PYTEST_FLAGS ?= -q -n $(WORKERS)
 TORCH := $(shell grep -i '^torch==' requirements/common.txt)
+CXX_FILES := $(shell find csrc tests/emulator -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \))
 BUILD_INPUTS := $(shell find csrc build_tools -type f \( -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \)) \
   setup.py pyproject.toml hyperformer_fast/_sources.py
 
@@ -48,6 +49,9 @@ race: $(VENV)/.built
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_FILES)
+	$(VENV)/bin/mypy
 
 setup: $(VENV)/.built
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "build_tools"))
 
-from native_build import COMMANDS, EXTENSION  # noqa: E402
-from setuptools import setup  # noqa: E402
+from native_build import COMMANDS, EXTENSION
+from setuptools import setup
 
 setup(ext_modules=[EXTENSION], cmdclass=COMMANDS)

@@ -153,7 +153,7 @@ class ForwardContext:
         raise ValueError(f"tasks were given for {index.shape[0]} samples, but the batch has {rows}")
 
 
-class active:  # noqa: N801 - used as a function
+class active:
     """Make ``context`` the one that this thread's hooks read, while a ``with`` block runs and however it ends.
     Reusable: a backward with ``retain_graph`` recomputes a block once for every backward pass."""
 
