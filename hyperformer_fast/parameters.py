@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch import nn
 
 from .config import HyperFormerConfig
 from .hypernetwork import HyperNetwork, TaskEmbeddings
@@ -31,7 +32,7 @@ PAPER = {
 
 
 class ParameterCount(NamedTuple):
-    """What a HyperFormer trains beside what the T5 has. Numbers of parameters."""
+    """How many parameters a HyperFormer trains, by part, and how many its T5 has."""
 
     hypernetworks: int
     task_embeddings: int
@@ -50,17 +51,18 @@ class ParameterCount(NamedTuple):
 
 
 def count(config: HyperFormerConfig, t5_config: T5Config) -> ParameterCount:
-    """Count without allocating a weight: everything is built on the meta device."""
+    """Count the parameters of a configuration. Everything is built on the meta device, so no weight is allocated."""
     from transformers import T5ForConditionalGeneration
 
-    numel = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
+    def numel(module: nn.Module) -> int:
+        return sum(p.numel() for p in module.parameters())
+
     with torch.device("meta"):
         t5 = T5ForConditionalGeneration(t5_config)
-        stacks = [
-            HyperNetwork(config, t5_config.d_model, n) for n in (t5_config.num_layers, t5_config.num_decoder_layers)
-        ]
+        decoder_layers = t5_config.num_decoder_layers or t5_config.num_layers
+        stacks = [HyperNetwork(config, t5_config.d_model, n) for n in (t5_config.num_layers, decoder_layers)]
         embeddings = TaskEmbeddings(config)
-    trained = {}
+    trained: dict[str, int] = {}
     if config.unfreeze_layer_norms:
         trained |= {name: p.numel() for name, p in t5.named_parameters() if name.endswith("layer_norm.weight")}
     if config.unfreeze_lm_head:
@@ -76,8 +78,14 @@ def published_config(variant: str) -> HyperFormerConfig:
     Its per-block HyperFormer kept the authors' default of 512-d task embeddings, projected to 64; the shared variants
     have 64-d ones.
     """
-    per_block = {"task_embedding_dim": 512, "train_task_embeddings": True} if variant == "hyperformer" else {}
-    return HyperFormerConfig(tasks=list(GLUE), variant=variant, reduction_factor=32, **per_block)
+    per_block = variant == "hyperformer"
+    return HyperFormerConfig(
+        tasks=list(GLUE),
+        variant=variant,
+        reduction_factor=32,
+        task_embedding_dim=512 if per_block else 64,
+        train_task_embeddings=per_block,
+    )
 
 
 def rows() -> list[tuple[str, str, ParameterCount, float | None]]:
@@ -87,7 +95,7 @@ def rows() -> list[tuple[str, str, ParameterCount, float | None]]:
     from .config import VARIANTS
 
     return [
-        (variant, name, count(published_config(variant), T5Config(**shape)), PAPER.get((variant, name)))
+        (variant, name, count(published_config(variant), T5Config.from_dict(shape)), PAPER.get((variant, name)))
         for variant in VARIANTS
         for name, shape in T5_SHAPES.items()
     ]

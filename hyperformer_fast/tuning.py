@@ -1,7 +1,7 @@
-"""``hyperformer-fast tune``: try tiles of the Triton kernels on this GPU, and write down which were fastest.
+"""``hyperformer-fast tune``: try tiles of the Triton kernels on this GPU, and save the fastest in a table.
 
-The table is by (kernel, d, b, dtype, pre-norm, architecture). It is made at one number of rows and serves all: no call
-ever tunes.
+The table's key is (kernel, d, b, dtype, pre-norm, architecture). It is measured with one number of rows and used for
+all of them; nothing is ever tuned within a call.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ import torch
 from torch import Tensor
 
 from .backends.triton import TritonBackend
+from .extras import require
 from .layout import AdapterLayout
 
-#: Of the rule's time, below which another tile takes its place: less is a measurement's own spread.
+#: Replace the rule's tile only if the new one takes under 97 % of its time; smaller gains are noise.
 GAIN = 0.97
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def candidates(kernel: str) -> list:
-    """Tiles worth a try for a rule of ``kernels/tiles.py``."""
+    """The tiles to try for a kernel of ``kernels/tiles.py``."""
     from .kernels.tiles import Tile
 
     plain = [Tile(*shape) for shape in itertools.product((16, 32, 64), (32, 64, 128), (4, 8), (1, 2, 3))]
@@ -50,7 +51,7 @@ def on_the_gpu(call: Callable[[], object]) -> float:
 
 
 def calls(layout: AdapterLayout, dtype: torch.dtype, rows: int, device: str) -> dict[str, Callable[[], list[Tensor]]]:
-    """By rule: what runs that kernel, and returns what it computes."""
+    """For each kernel of ``kernels/tiles.py``, a function that runs it and returns its results."""
     backend = TritonBackend()
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
@@ -72,7 +73,7 @@ def calls(layout: AdapterLayout, dtype: torch.dtype, rows: int, device: str) -> 
 
 
 def _agrees(mine: list[Tensor], expected: list[Tensor], dtype: torch.dtype) -> bool:
-    """Up to another order of sums and one rounding; every number finite."""
+    """Whether two tiles' results agree up to the order of sums and one rounding, every number being finite."""
     near = lambda a, b: (a.double() - b.double()).norm() <= 4 * torch.finfo(dtype).eps * b.double().norm()  # noqa: E731
     return all(bool(near(a, b)) for a, b in zip(mine, expected, strict=True))
 
@@ -86,12 +87,17 @@ def tune(
     tiles_of: Callable[[str], list] = candidates,
     tried: Callable[[str], object] = lambda line: None,
 ) -> dict[str, dict]:
-    """The tiles that beat the rules' here, as entries of a table. One that does not compile, does not fit on the GPU or
-    computes something else is passed over.
+    """Find the tiles that beat the rules' on this GPU, as entries of a table. A tile that does not compile, does not
+    fit on the GPU or computes something else is passed over.
 
     Args:
-        layout: of the adapter. dtype: of x. rows: how many the timings are made with.
-        timer: seconds of a call. tried: is told of each tile.
+        layout: the adapter's layout.
+        dtype: dtype of x.
+        rows: the number of rows N to time with.
+        timer: a function that returns the seconds a call takes.
+        device: where to run.
+        tiles_of: the tiles to try for a kernel.
+        tried: called with one line of text for each tile that was tried.
     """
     from .kernels import tiles
 
@@ -120,7 +126,7 @@ def tune(
 
 
 def merge(path: Path, entries: dict[str, dict], device: str) -> int:
-    """Write ``entries`` over those in ``path``, whole or not at all. Returns how many there are then."""
+    """Merge ``entries`` into the table at ``path``, atomically. Returns how many entries the table then has."""
     from .kernels import tiles
 
     everything = {name: tile._asdict() for name, tile in tiles.read(path).items()} | entries
@@ -131,13 +137,16 @@ def merge(path: Path, entries: dict[str, dict], device: str) -> int:
     return len(everything)
 
 
-def main(widths: list[int], bottlenecks: list[int], dtypes: list[str], pre_norm: bool, rows: int, out: Path | None):
+def main(
+    widths: list[int], bottlenecks: list[int], dtypes: list[str], pre_norm: bool, rows: int, out: Path | None
+) -> None:
     """Tune every combination and write the table.
 
     Raises:
         ValueError: there is no GPU to tune for, or the table that is there is not one.
     """
-    from rich.progress import Progress
+    require("tuning", "rich")
+    from rich.progress import Progress, TaskID
 
     if not torch.cuda.is_available():
         raise ValueError("tune times kernels on a GPU, and torch sees no CUDA or HIP device")
@@ -152,10 +161,11 @@ def main(widths: list[int], bottlenecks: list[int], dtypes: list[str], pre_norm:
         total = sum(len(candidates(kernel)) for kernel in ("forward", "backward", "weights"))
         for d, b, dtype in combinations:
             task = progress.add_task(f"d={d} b={b} {dtype}", total=total)
-            entries = tune(
-                AdapterLayout(d, b, pre_norm), DTYPES[dtype], rows,
-                tried=lambda line, task=task: progress.update(task, advance=1, description=line),
-            )  # fmt: skip
+
+            def tried(line: str, task: TaskID = task) -> None:
+                progress.update(task, advance=1, description=line)
+
+            entries = tune(AdapterLayout(d, b, pre_norm), DTYPES[dtype], rows, tried=tried)
             count = merge(path, entries, torch.cuda.get_device_name())
             progress.update(task, description=f"d={d} b={b} {dtype}: {len(entries)} of 3 better than the rules")
     print(f"{path}: {count} tiles; read at the next start" + (f" with {tiles.TABLE_VARIABLE}={path}" if out else ""))

@@ -37,7 +37,8 @@ def generate_texts(
     ids = [encode(tokenizer, source, max_source_length) for source in sources]
     # Longest first: batches of like lengths pad little, and memory peaks at once.
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
-    collate, limit, texts = Collator(tokenizer.pad_token_id), max_new_tokens(spec, tokenizer), {}
+    collate, limit = Collator(tokenizer.pad_token_id), max_new_tokens(spec, tokenizer)
+    texts: dict[int, str] = {}
     was_training = model.training
     model.eval()
     try:

@@ -1,7 +1,7 @@
-"""The paper's metrics, by scikit-learn and scipy. All from 0 to 100 (correlations from -100).
+"""The paper's metrics, computed by scikit-learn and scipy, in percent: 0 to 100, correlations -100 to 100.
 
-``score`` of a task is the mean of its metrics, and the average over tasks that of their scores, as in the paper's
-table 1.
+A task's ``score`` is the mean of its metrics, and the average over tasks is the mean of their scores, as in the
+paper's table 1.
 """
 
 from __future__ import annotations
