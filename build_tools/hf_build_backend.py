@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from editable import use_path_file
 from find_torch import find_torch
 from plan import requested_mode
 from setuptools import build_meta as _setuptools
@@ -36,3 +37,9 @@ def get_requires_for_build_wheel(config_settings=None):
 
 def get_requires_for_build_editable(config_settings=None):
     return _setuptools.get_requires_for_build_editable(config_settings) + _torch()
+
+
+def build_editable(wheel_directory, config_settings=None, metadata_directory=None):
+    name = _setuptools.build_editable(wheel_directory, config_settings, metadata_directory)
+    use_path_file(Path(wheel_directory, name), Path(__file__).resolve().parents[1])
+    return name

@@ -15,6 +15,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from support.typed import check_types
 
 pytestmark = pytest.mark.packaging
 
@@ -28,6 +29,7 @@ NOT_SOURCES = (
     "*.egg-info",
     "*.so",
     "build_info.json",
+    ".editable",
     ".hypothesis",
     ".*_cache",
     ".benchmarks",
@@ -176,6 +178,7 @@ def test_editable_offline(sources, full, pip):
     full.offline_tools()
     full.pip("install", "--no-index", "--no-build-isolation", "--no-deps", "-e", sources, PIP_FIND_LINKS="")
     check_works(full)
+    check_types(full.python, full.folder, full.folder / "mypy")
     fold = sources / "csrc/cpu/fold.cpp"
     fold.write_text(fold.read_text() + "\n// changed\n")
     report = full.doctor()
@@ -219,6 +222,7 @@ def test_wheel(sources, full, empty, tmp_path):
     full.pip("install", "--no-index", "--no-deps", wheel)
     shutil.rmtree(sources)
     check_works(full)
+    check_types(full.python, full.folder, full.folder / "mypy")
 
 
 def test_wheel_from_a_source_distribution(sources, full, tmp_path):
