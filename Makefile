@@ -41,11 +41,11 @@ test-packaging: $(VENV)/.built
 	$(PYTEST) $(VENV)/bin/pytest -v -m packaging tests/packaging
 
 sanitize: $(VENV)/.installed
-	$(VENV)/bin/python scripts/sanitize.py
+	$(VENV)/bin/python tools/sanitize.py
 
 race: $(VENV)/.built
 	$(VENV)/bin/python -m pip install --quiet --no-deps --ignore-requires-python ttsem==0.1.0
-	$(VENV)/bin/python scripts/race.py
+	$(VENV)/bin/python tools/race.py
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .

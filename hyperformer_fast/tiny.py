@@ -26,7 +26,7 @@ def load_tiny() -> tuple[T5ForConditionalGeneration, ByT5Tokenizer]:
         if not (asset / name).is_file():
             raise FileNotFoundError(
                 f"the embedded T5 lacks {asset / name}: reinstall hyperformer_fast, or make it with "
-                "scripts/pretrain_tiny.py"
+                "tools/pretrain_tiny.py"
             )
     with as_file(asset) as folder:
         t5 = T5ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, local_files_only=True)

@@ -50,7 +50,7 @@ def test_it_is_built(library):
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton's disassembler")
 def test_its_machine_code_is_what_was_meant(library, monkeypatch):
     """Tensor cores at work, 16-byte accesses, no stack: of every kernel for every architecture."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.syspath_prepend(ROOT / "tools")
     cuda_gate = importlib.import_module("cuda_gate")
     compiled = list(cuda_gate.gate(library))
     assert {result.kernel.partition(",")[0] for result in compiled} == set(cuda_gate.KERNELS)

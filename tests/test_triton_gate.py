@@ -1,4 +1,4 @@
-"""What the Triton kernels compile to, for GPUs that are not there (benchmarks/triton_gate.py has every combination)."""
+"""What the Triton kernels compile to, for GPUs that are not there (tools/triton_gate.py has every combination)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def triton_gate():
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+        patch.syspath_prepend(Path(__file__).parents[1] / "tools")
         yield importlib.import_module("triton_gate")
 
 

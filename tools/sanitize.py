@@ -1,6 +1,6 @@
 """Run the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the sources.
 
-    python scripts/sanitize.py [--isa NAME ...] [--skip-self-test]
+    python tools/sanitize.py [--isa NAME ...] [--skip-self-test]
 
 The instrumented library is built in build/sanitize/tree, beside nothing that anybody imports. Every instruction set
 that this CPU has is forced in turn ("cuda": the CUDA kernels, in their emulator). At the end faults are planted in the

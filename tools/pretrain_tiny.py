@@ -1,6 +1,6 @@
 """Pretrain the embedded byte-level T5 on text without labels.
 
-    python scripts/pretrain_tiny.py --text-dir DIR [DIR ...] --output hyperformer_fast/assets/tiny_t5 --minutes 30
+    python tools/pretrain_tiny.py --text-dir DIR [DIR ...] --output hyperformer_fast/assets/tiny_t5 --minutes 30
 
 Reads every .txt file and every string of every .jsonl file below the folders, and the unlabelled sentences of the
 built-in tasks. Progress is kept in OUTPUT.partial; the same command again goes on from there. docs/tiny_t5.md says

@@ -1,6 +1,6 @@
 """Compile every Triton kernel as its host launches it, for GPUs that are not there, and report what comes out.
 
-    python benchmarks/triton_gate.py [--write] [--arch 80 90 100] [--dtype bf16 fp16 fp32 tf32] [--shape base large/8]
+    python tools/triton_gate.py [--write] [--arch 80 90 100] [--dtype bf16 fp16 fp32 tf32] [--shape base large/8]
 
 Nothing runs: the hosts are called with CPU tensors, each launch is caught and handed to ``triton.compile`` with the
 types and alignments that it would have had, and the tools of Triton's wheel take the machine code apart. Registers,
@@ -52,7 +52,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, 
 ROUNDED = ("adapter_forward", "rows", "weights")
 
 ROOT = Path(__file__).parents[1]
-RECORD, PAGE = ROOT / "benchmarks/results/triton_gate.json", ROOT / "docs/triton_gate.md"
+RECORD, PAGE = ROOT / "tools/results/triton_gate.json", ROOT / "docs/triton_gate.md"
 
 _TYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32",

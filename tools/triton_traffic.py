@@ -1,7 +1,7 @@
 """Count what the Triton kernels load, store and compute in one training step of a stack, and what an H100 should make
 of it.
 
-    TRITON_INTERPRET=1 python benchmarks/triton_traffic.py [--rows 1024 4096 16384] [--write]
+    TRITON_INTERPRET=1 python tools/triton_traffic.py [--rows 1024 4096 16384] [--write]
 
 Bytes are counted access by access in Triton's interpreter, for bfloat16 x and float32 masters. A prediction is the
 largest of: each tensor once at the memory's bandwidth; all accesses at the second-level cache's; products, padding

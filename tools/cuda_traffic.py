@@ -1,6 +1,6 @@
 """What the CUDA kernels ask for, counted from their launches, and what an H100 should make of it, beside Triton's.
 
-    python benchmarks/cuda_traffic.py [--write]
+    python tools/cuda_traffic.py [--write]
 
 Written down to be compared with a measurement, and is none. The rule is triton_traffic.py's: the largest of each tensor
 once at the memory's bandwidth, all accesses at the second-level cache's, products at their units' peak, and the latency

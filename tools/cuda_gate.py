@@ -1,6 +1,6 @@
 """What the CUDA kernels compile to, for GPUs that need not be there.
 
-    python benchmarks/cuda_gate.py [--write] [--arch 80 86 89 90 100 120] [--library PATH]
+    python tools/cuda_gate.py [--write] [--arch 80 86 89 90 100 120] [--library PATH]
 
 Builds the library for these architectures with spills as errors, or takes one that is built, and takes its machine
 code apart with the tools of Triton's wheel: registers, stack, shared memory and instructions are facts of it, and how

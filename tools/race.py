@@ -1,7 +1,7 @@
 """Run every Triton kernel, compiled to Triton's IR, on a CPU under ttsem, which stops at an access outside its tensor
 and at two programs that touch one number, one of them writing.
 
-    python scripts/race.py
+    python tools/race.py
 
 Needs ttsem (`pip install --no-deps --ignore-requires-python ttsem`; `make race` does). At the end faults are planted in
 a copy of the sources: the tool must see them too.
@@ -85,7 +85,7 @@ def run(root: Path) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
     environment.pop("PYTHONSAFEPATH", None)
     return subprocess.run(
-        [sys.executable, "-m", "ttsem.sanitize", str(root / "scripts/race.py"), "--kernels"],
+        [sys.executable, "-m", "ttsem.sanitize", str(root / "tools/race.py"), "--kernels"],
         env=environment, cwd=root, capture_output=True, text=True,
     )  # fmt: skip
 
@@ -99,7 +99,7 @@ def main() -> None:
         sys.exit(f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}\nrace: failed")
     for plant in PLANTS:
         shutil.rmtree(PLACE, ignore_errors=True)
-        for name in ("hyperformer_fast", "kernels", "scripts"):
+        for name in ("hyperformer_fast", "kernels", "tools"):
             ignored = shutil.ignore_patterns("__pycache__", "*.so", "assets")
             shutil.copytree(ROOT / name, PLACE / name, symlinks=True, ignore=ignored)
         path = PLACE / plant.file
