@@ -1,12 +1,11 @@
-"""Compile every Triton kernel as its host launches it, for GPUs that are not there, and report what comes out.
+"""Compile report of the Triton kernels: registers, shared memory, spills and instructions, without a GPU.
 
     python tools/triton_gate.py [--write] [--arch 80 90 100] [--dtype bf16 fp16 fp32 tf32] [--shape base large/8]
 
-Nothing runs: the hosts are called with CPU tensors, each launch is caught and handed to ``triton.compile`` with the
-types and alignments that it would have had, and the tools of Triton's wheel take the machine code apart. Registers,
-shared memory and instructions are facts of the compiled code, and how many blocks fit on a multiprocessor follows from
-them; how fast it is, only a GPU can say. ``--write`` records all combinations in ``results/triton_gate.json``, to which
-``tests/test_triton_gate.py`` holds later code, and in docs/triton_gate.md.
+Nothing runs: the hosts are called with CPU tensors, and each launch is caught and handed to ``triton.compile`` with the
+types and alignments that it would have had on a GPU. The report says nothing about speed. ``--write`` records it in
+tools/results; tests/test_triton_gate.py fails where later code is worse than the record. Exits with 1 where a kernel
+has a fault (see ``faults``).
 """
 
 from __future__ import annotations
@@ -14,16 +13,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import json
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
+import tables
 import torch
 import triton
-from machine_code import blocks_per_multiprocessor, take_apart
+from device import blocks_per_multiprocessor
+from machine_code import take_apart
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
@@ -32,7 +32,7 @@ from hyperformer_fast.kernels import entry, tiles
 from hyperformer_fast.layout import AdapterLayout
 from hyperformer_fast.reference import Folded, Saved
 
-#: d, b, pre-norm: T5-small, base and large with the published reduction factor of 32, and with those named.
+#: (d, b, pre-norm). T5-small, base and large with the published reduction factor of 32, or with the one named.
 SHAPES = {
     "small": (512, 16, False),
     "base": (768, 24, False),
@@ -48,11 +48,10 @@ SHAPES = {
 ARCHITECTURES = (80, 90, 100)
 #: tf32 is float32 under ``torch.set_float32_matmul_precision("high")``.
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
-#: Kernels of which tf32 makes another one.
+#: Kernels whose float32 products may be rounded to tf32: they compile to other code then.
 ROUNDED = ("adapter_forward", "rows", "weights")
 
-ROOT = Path(__file__).parents[1]
-RECORD, PAGE = ROOT / "tools/results/triton_gate.json", ROOT / "docs/triton_gate.md"
+RECORD = "triton_gate"
 
 _TYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32",
@@ -68,7 +67,7 @@ class Launch:
 
 @dataclasses.dataclass
 class Compiled:
-    """Machine code in numbers; the last six count instructions, wherever they stand."""
+    """One kernel's machine code in numbers; the last seven count instructions where they stand in the code."""
 
     kernel: str
     shape: str
@@ -81,8 +80,8 @@ class Compiled:
     blocks: int  #: that fit on a multiprocessor at a time
     spills: int  #: local loads and stores
     tensor: int  #: tensor-core products
-    tf32: int  #: of those, products of float32 rounded to tf32
-    wide_loads: int  #: of 16 bytes a thread, asynchronous ones included
+    tf32: int  #: those of float32 rounded to tf32
+    wide_loads: int  #: 16 bytes a thread, asynchronous copies included
     narrow_loads: int
     wide_stores: int
     narrow_stores: int
@@ -90,7 +89,7 @@ class Compiled:
 
 @contextlib.contextmanager
 def caught_launches(arch: int) -> Iterator[list[Launch]]:
-    """Within it, kernels are not run but noted; the tile table believes in a GPU of ``arch``."""
+    """Within the block launches are recorded instead of run, and tiles are chosen as on a GPU of ``arch``."""
     launches: list[Launch] = []
 
     def note(self, *args, grid, warmup, **kwargs):
@@ -100,7 +99,7 @@ def caught_launches(arch: int) -> Iterator[list[Launch]]:
     with (
         mock.patch.object(JITFunction, "run", note),
         mock.patch.object(tiles, "architecture", lambda device: arch),
-        mock.patch.object(tiles, "_table", dict),  # the rules, not what somebody tuned here
+        mock.patch.object(tiles, "_table", dict),  # the rules, not what was tuned on this machine
     ):
         yield launches
 
@@ -132,7 +131,7 @@ def launches_of(
 
 
 def compile_launch(launch: Launch, arch: int):
-    """The kernel for this launch, every pointer 16-byte aligned as torch allocates it, lengths not specialised on."""
+    """Compile the kernel of ``launch``: pointers aligned to 16 bytes, as torch allocates, and no length specialised."""
     signature, constants, attributes = {}, {}, {}
     for i, name in enumerate(launch.kernel.arg_names):
         value = launch.arguments[name]
@@ -169,7 +168,7 @@ def measure(binary, arch: int) -> dict[str, int]:
 
 
 def gate(shapes=tuple(SHAPES), dtypes=tuple(DTYPES), architectures=ARCHITECTURES) -> Iterator[Compiled]:
-    """Compile and measure; what does not depend on the dtype (generation, with float32 masters) once only."""
+    """Compile and measure every combination; kernels that only see the float32 master weights appear once."""
     for arch in architectures:
         for shape in shapes:
             for dtype in dtypes:
@@ -191,7 +190,7 @@ def gate(shapes=tuple(SHAPES), dtypes=tuple(DTYPES), architectures=ARCHITECTURES
 
 
 def faults(compiled: Compiled) -> list[str]:
-    """What the gate does not let pass."""
+    """Why this kernel must not be released; empty if it may be."""
     found = []
     known = compiled.kernel == "fold" and SHAPES[compiled.shape][1] > 64  # docs/triton_gate.md
     if (compiled.stack or compiled.spills) and not known:
@@ -199,8 +198,8 @@ def faults(compiled: Compiled) -> list[str]:
     if compiled.dtype != "fp32" and compiled.kernel in ROUNDED and not compiled.tensor:
         found.append("no tensor-core products")
     if compiled.kernel in ("adapter_forward", "rows") and compiled.dtype != "tf32" and compiled.tf32:
-        found.append(f"{compiled.tf32} products in tf32, where columns that nearly cancel meet")
-    # out or dx in wide pieces; z or dz, and the numbers that a row has one of, are narrow by nature
+        found.append(f"{compiled.tf32} products in tf32, which is too coarse for columns that nearly cancel")
+    # out and dx must be stored 16 bytes at a time; z, dz and the numbers that each row has one of cannot be
     if compiled.kernel in ("adapter_forward", "rows") and (not compiled.wide_stores or compiled.narrow_stores > 4):
         found.append(f"{compiled.narrow_stores} narrow stores, {compiled.wide_stores} wide")
     return found
@@ -211,24 +210,8 @@ def key(compiled: Compiled) -> str:
 
 
 def recorded() -> dict[str, int]:
-    """Blocks per multiprocessor of what was last recorded, by :func:`key`."""
-    return {key(Compiled(**entry)): entry["blocks"] for entry in json.loads(RECORD.read_text())["compiled"]}
-
-
-def table(results: list[Compiled]) -> str:
-    names = [field.name for field in dataclasses.fields(Compiled)]
-    lines = ["| " + " | ".join(name.replace("_", " ") for name in names) + " |", "|" + " --- |" * len(names)]
-    for result in results:
-        lines.append("| " + " | ".join(str(getattr(result, name)) for name in names) + " |")
-    return "\n".join(lines)
-
-
-def write(results: list[Compiled]) -> None:
-    entries = ",\n".join("  " + json.dumps(dataclasses.asdict(result)) for result in results)
-    RECORD.write_text(f'{{"triton": "{triton.__version__}", "compiled": [\n{entries}\n]}}\n')
-    head, _, rest = PAGE.read_text().partition("<!-- gate -->")
-    tail = rest.partition("<!-- /gate -->")[2]
-    PAGE.write_text(f"{head}<!-- gate -->\n{table(results)}\n<!-- /gate -->{tail}")
+    """Blocks per multiprocessor of the last record, by :func:`key`."""
+    return {key(Compiled(**entry)): entry["blocks"] for entry in tables.read(RECORD)}
 
 
 def main() -> None:
@@ -236,14 +219,17 @@ def main() -> None:
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES)
     parser.add_argument("--dtype", nargs="+", default=tuple(DTYPES), choices=DTYPES)
     parser.add_argument("--shape", nargs="+", default=tuple(SHAPES), choices=SHAPES)
-    parser.add_argument("--write", action="store_true", help=f"record in {RECORD.name} and {PAGE.name}")
+    parser.add_argument("--write", action="store_true", help=f"record in {tables.RESULTS}")
     options = parser.parse_args()
     results = []
     for result in gate(tuple(options.shape), tuple(options.dtype), tuple(options.arch)):
         results.append(result)
         print(result, *faults(result), flush=True)
     if options.write:
-        write(results)
+        tables.write(
+            RECORD, "What the Triton kernels compile to", "python tools/triton_gate.py --write",
+            [dataclasses.asdict(result) for result in results], triton=triton.__version__,
+        )  # fmt: skip
     sys.exit(any(faults(result) for result in results))
 
 
