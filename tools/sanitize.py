@@ -106,7 +106,7 @@ def environment(tree: Path, logs: Path, isa: str | None = None) -> dict[str, str
         "OMP_NUM_THREADS": "2",
     }
     if isa == EMULATED:
-        return {**os.environ, **made, "HF_EMULATOR_FLAGS": FLAGS}
+        return {**os.environ, **made, "HFF_EMULATOR_FLAGS": FLAGS}
     made["HYPERFORMER_FAST_SWEEP_EXAMPLES"] = SWEEP
     if isa:
         made["HYPERFORMER_FAST_CPU_ISA"] = isa

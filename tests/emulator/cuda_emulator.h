@@ -2,8 +2,8 @@
 // For tests: slow, and strict.
 //
 // Shared memory starts as NaN and is guarded; an asynchronous copy arrives at its wait and not before, or, as it may on
-// a GPU too, at once (HF_EMULATOR_COPIES "late" or "early"); threads, and blocks, run in the order of HF_EMULATOR_ORDER
-// ("forward", "reverse" or a seed), each until it must wait; by HF_EMULATOR_TURNS "greedy" the first that may go on
+// a GPU too, at once (HFF_EMULATOR_COPIES "late" or "early"); threads, and blocks, run in the order of HFF_EMULATOR_ORDER
+// ("forward", "reverse" or a seed), each until it must wait; by HFF_EMULATOR_TURNS "greedy" the first that may go on
 // does, so that a warp runs ahead of the others as far as barriers let it, by "fair" the next in turn. A barrier that
 // not all threads reach at the same place, a warp-wide operation that not all lanes reach, copies never waited for, and
 // writes beyond shared memory end the launch with a std::runtime_error.
@@ -13,11 +13,13 @@
 #include <atomic>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <numeric>
 #include <random>
 #include <source_location>
@@ -199,16 +201,22 @@ inline void advance(Block& b) {
   }
 }
 
-inline std::string setting(const char* variable, const char* otherwise) {
-  const char* asked = std::getenv(variable);
-  return asked ? asked : otherwise;
+// The value of an HFF_* variable. Its old HF_* name works for one release, and warns once.
+inline std::string setting(const std::string& variable, const char* otherwise) {
+  if (const char* asked = std::getenv(variable.c_str())) return asked;
+  const std::string old = "HF_" + variable.substr(4);
+  const char* asked = std::getenv(old.c_str());
+  if (!asked) return otherwise;
+  static std::once_flag warned;
+  std::call_once(warned, [&] { std::fprintf(stderr, "%s is now called %s\n", old.c_str(), variable.c_str()); });
+  return asked;
 }
 
 // Of a block's threads, and of a grid's blocks.
 inline std::vector<int> order_of(int n) {
   std::vector<int> order(n);
   std::iota(order.begin(), order.end(), 0);
-  const std::string name = setting("HF_EMULATOR_ORDER", "forward");
+  const std::string name = setting("HFF_EMULATOR_ORDER", "forward");
   if (name == "reverse")
     std::reverse(order.begin(), order.end());
   else if (name != "forward")
@@ -233,8 +241,8 @@ struct Place {
     block.threads = std::vector<Thread>(launch.threads);
     block.warps.resize(launch.threads / 32);
     block.order = order_of(launch.threads);
-    block.early_copies = setting("HF_EMULATOR_COPIES", "late") == "early";
-    block.fair = setting("HF_EMULATOR_TURNS", "greedy") == "fair";
+    block.early_copies = setting("HFF_EMULATOR_COPIES", "late") == "early";
+    block.fair = setting("HFF_EMULATOR_TURNS", "greedy") == "fair";
     block.together = together;
     block.size = {unsigned(launch.threads), 1, 1};
     block.grid = launch.blocks;
@@ -264,10 +272,10 @@ inline void check(const Launch& launch) {
   if (launch.shared > 227 << 10) throw std::runtime_error("emulator: too much shared memory");
 }
 
-// Block by block, on each of HF_EMULATOR_THREADS host threads.
+// Block by block, on each of HFF_EMULATOR_THREADS host threads.
 inline void run_grid(const Launch& launch) {
   check(launch);
-  const int hosts = std::stoi(setting("HF_EMULATOR_THREADS", "1"));
+  const int hosts = std::stoi(setting("HFF_EMULATOR_THREADS", "1"));
   const unsigned all = launch.blocks.x * launch.blocks.y;
   const std::vector<int> order = order_of(int(all));
   std::vector<std::exception_ptr> faults(hosts);
@@ -385,10 +393,10 @@ void launch(void (*kernel)(P), const char*, dim3 blocks, int threads, size_t sha
 
 inline void wait_for_grid(const emulator::Where& where = emulator::Where::current()) { emulator::grid_barrier(where); }
 
-// The device holds HF_EMULATOR_BLOCKS at a time.
+// The device holds HFF_EMULATOR_BLOCKS at a time.
 template <class P>
 void launch_together(void (*kernel)(P), const char*, int64_t useful, int threads, size_t shared, void*, const P& p) {
-  const int64_t fit = std::stoi(emulator::setting("HF_EMULATOR_BLOCKS", "3"));
+  const int64_t fit = std::stoi(emulator::setting("HFF_EMULATOR_BLOCKS", "3"));
   emulator::run_together({{unsigned(std::min(useful, fit)), 1, 1}, threads, shared, [&] { kernel(p); }});
 }
 

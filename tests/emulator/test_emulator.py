@@ -9,6 +9,7 @@ import subprocess
 import pytest
 import torch
 from support.emulated import EMULATOR, build, device_of, needs_compiler, thread_order
+from support.environment import setting
 
 pytestmark = needs_compiler
 
@@ -96,9 +97,22 @@ def test_faults_of_a_grid_end_the_launch(kernels, fault, blocks, words):
     assert kernels.count(pointer(counts), 3, FAULTS.index("none")) == b""
 
 
+def test_the_old_names_of_variables_work_and_warn(kernels, monkeypatch, capfd):
+    monkeypatch.setenv("HF_EMULATOR_ORDER", "neither forward nor reverse nor a seed")
+    assert "stoul" in reverse(kernels, "none")[2]
+    assert "HF_EMULATOR_ORDER is now called HFF_EMULATOR_ORDER" in capfd.readouterr().err
+    monkeypatch.setenv("HFF_EMULATOR_ORDER", "forward")
+    assert reverse(kernels, "none")[2] == ""
+
+    monkeypatch.delenv("HFF_EMULATOR_FLAGS", raising=False)
+    monkeypatch.setenv("HF_EMULATOR_FLAGS", "-g3")
+    with pytest.warns(DeprecationWarning, match="HF_EMULATOR_FLAGS is now called HFF_EMULATOR_FLAGS"):
+        assert setting("HFF_EMULATOR_FLAGS") == "-g3"
+
+
 @pytest.mark.parametrize("hosts", ["1", "4"])
 def test_blocks_on_several_host_threads_add_up(kernels, hosts, monkeypatch):
-    monkeypatch.setenv("HF_EMULATOR_THREADS", hosts)
+    monkeypatch.setenv("HFF_EMULATOR_THREADS", hosts)
     counts = torch.zeros(3, dtype=torch.int32)
     assert kernels.add(pointer(counts), 40) == b""
     assert counts.tolist() == [40 * 64 * 100, 40 * 64, 40 * 64 - 1]

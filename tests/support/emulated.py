@@ -20,13 +20,14 @@ import pytest
 import torch
 
 from hyperformer_fast.backends.cuda import CudaBackend
+from support.environment import setting
 
 ROOT = Path(__file__).resolve().parents[2]
 select = importlib.import_module("hyperformer_fast.backends.select")  # the package has a function of that name
 EMULATOR, CSRC = ROOT / "tests/emulator", ROOT / "csrc"
 BUILT = ROOT / "build/emulator"
 #: Added to the compiler's and the linker's command lines, as "-fsanitize=address".
-FLAGS = os.environ.get("HF_EMULATOR_FLAGS", "").split()
+FLAGS = setting("HFF_EMULATOR_FLAGS").split()
 
 needs_compiler = pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler (g++, or CXX)"
@@ -118,14 +119,14 @@ def thread_order(name: str, copies: str = "late", turns: str = "greedy") -> Iter
     """The order in which a block's threads, and a grid's blocks, run: "forward", "reverse", or a seed; whether
     asynchronous copies arrive "late", at their wait, or "early", at once; and whether the first that may go on does
     ("greedy") or the next ("fair")."""
-    settings = {"HF_EMULATOR_ORDER": name, "HF_EMULATOR_COPIES": copies, "HF_EMULATOR_TURNS": turns}
+    settings = {"HFF_EMULATOR_ORDER": name, "HFF_EMULATOR_COPIES": copies, "HFF_EMULATOR_TURNS": turns}
     with mock.patch.dict(os.environ, settings):
         yield
 
 
 def device_of(blocks: int):
     """So many blocks fit on the device at a time: what a cooperative launch gets."""
-    return mock.patch.dict(os.environ, {"HF_EMULATOR_BLOCKS": str(blocks)})
+    return mock.patch.dict(os.environ, {"HFF_EMULATOR_BLOCKS": str(blocks)})
 
 
 @contextlib.contextmanager
