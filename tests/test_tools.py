@@ -33,10 +33,10 @@ def test_blocks_per_multiprocessor(tool, registers, shared, warps, arch, blocks)
 
 
 def test_a_table_is_written_for_programs_and_for_people(tool, tmp_path):
-    tables = tool("tables")
-    records = [{"kernel": "fold", "wide_loads": 3}, {"kernel": "rows", "wide_loads": 0}]
-    tables.write("made", "A title", "python tools/made.py", records, tmp_path, triton="3.9.0")
-    assert tables.read("made", tmp_path) == records
+    records = tool("records")
+    made = [{"kernel": "fold", "wide_loads": 3}, {"kernel": "rows", "wide_loads": 0}]
+    records.write("made", "A title", "python tools/made.py", made, tmp_path, triton="3.9.0")
+    assert records.read("made", tmp_path) == made
     assert json.loads((tmp_path / "made.json").read_text())["triton"] == "3.9.0"
     page = (tmp_path / "made.md").read_text()
     assert "| kernel | wide loads |" in page and "| rows | 0 |" in page and "`python tools/made.py`" in page

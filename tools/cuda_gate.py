@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import tables
+import records
 import torch
 from device import MULTIPROCESSORS, blocks_per_multiprocessor
 from machine_code import Code, cubins, take_apart
@@ -121,7 +121,7 @@ def faults(compiled: Compiled) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
-    parser.add_argument("--write", action="store_true", help=f"record in {tables.RESULTS}")
+    parser.add_argument("--write", action="store_true", help=f"record in {records.RESULTS}")
     parser.add_argument(
         "--library", type=Path, help="read this library instead of building one; --arch is then ignored"
     )
@@ -133,7 +133,7 @@ def main() -> None:
     for result in results:
         print(result, *faults(result), flush=True)
     if options.write:
-        tables.write(
+        records.write(
             "cuda_gate", "What the CUDA kernels compile to", "python tools/cuda_gate.py --write",
             [dataclasses.asdict(result) for result in results],
         )  # fmt: skip

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 
-import tables
+import records
 from device import H100, Work
 from traffic import PREDICTED, SHAPES, row
 
@@ -122,7 +122,7 @@ def site(d: int, b: int, N: int, T: int = 8) -> list[tuple[str, Work]]:
 
 def triton_predictions() -> dict[tuple[str, str, str], str]:
     """The Triton kernels' predicted times, by model, kernel and what they are of."""
-    return {(row["model"], row["kernel"], row["of"]): row[PREDICTED] for row in tables.read("triton_traffic")}
+    return {(row["model"], row["kernel"], row["of"]): row[PREDICTED] for row in records.read("triton_traffic")}
 
 
 def rows() -> list[dict]:
@@ -154,13 +154,13 @@ def rows() -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help=f"record in {tables.RESULTS}")
+    parser.add_argument("--write", action="store_true", help=f"record in {records.RESULTS}")
     options = parser.parse_args()
     found = rows()
-    print(tables.record_table(found))
+    print(records.record_table(found))
     if options.write:
         command = "python tools/cuda_traffic.py --write"
-        tables.write("cuda_traffic", "Predicted times of the CUDA kernels on an H100", command, found)
+        records.write("cuda_traffic", "Predicted times of the CUDA kernels on an H100", command, found)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     python tools/pretrain_tiny.py --text-dir DIR [DIR ...] --output hyperformer_fast/assets/tiny_t5 --minutes 30
 
-Reads every .txt file and every string of every .jsonl file below the folders, and the unlabelled sentences of the
-built-in tasks. Progress is kept in OUTPUT.partial; the same command again goes on from there. docs/tiny_t5.md says
-what the shipped weights saw.
+It reads every .txt file and every string of every .jsonl file below the folders, and the unlabelled sentences of the
+built-in tasks. Progress is kept in OUTPUT.partial, from which the same command continues. docs/tiny_t5.md says which
+text the shipped weights were trained on.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ TIED = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.w
 
 
 def read_sentences(folders: Sequence[Path]) -> list[str]:
-    """Sentences of 15 to MAX_BYTES bytes and four words or more, each once."""
+    """All distinct sentences with 15 to MAX_BYTES bytes and at least four words."""
     found: dict[str, None] = {}
     paths = {path for folder in folders for path in folder.rglob("*") if path.suffix in (".txt", ".jsonl")}
     for path in sorted(paths):
@@ -103,7 +103,7 @@ class Example:
 
 
 class Objectives:
-    """Draws examples. A batch is of single sentences or of pairs, whose lengths differ by a factor of two."""
+    """Draws batches of single sentences or of pairs; mixing them would pad, since a pair is about twice as long."""
 
     def __init__(self, general: list[str], builtin: list[str], seed: int):
         self.general, self.builtin, self.draw = general, builtin, random.Random(seed)
@@ -124,7 +124,7 @@ class Objectives:
         return [maker() for maker in self.draw.choices(makers, weights, k=size)]
 
     def spans(self) -> Example:
-        """T5's span corruption, whose spans are words here: a sentinel for each, and their bytes as the target."""
+        """T5's span corruption with words for spans: a sentinel in place of each, and their bytes as the target."""
         example, words = Example(self.vocabulary), self.sentence()
         hidden = self._hide(example, words)
         example.say("sentence: ")
@@ -132,7 +132,7 @@ class Objectives:
         return example
 
     def pair_spans(self) -> Example:
-        """Span corruption of the second of two sentences that share words: some can be read off the first."""
+        """Span corruption of the second of two sentences that share words; some can be copied from the first."""
         example = Example(self.vocabulary)
         first, second = self._relatives()
         hidden = self._hide(example, second)
@@ -174,7 +174,7 @@ class Objectives:
         return example
 
     def last(self) -> Example:
-        """The last word."""
+        """Repeat the last word."""
         example, words = Example(self.vocabulary), self.sentence()
         example.say("last: sentence: ")
         example.lay(words)
@@ -218,7 +218,7 @@ def pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
 
 
 class Pretraining(nn.Module):
-    """The T5, and linear readers of its encoder, which are thrown away.
+    """The T5, and linear readers of its encoder that are dropped after training.
 
     At each word's last byte they read which word it is (from the middle and the top of the encoder), whether the other
     sentence of the pair has it, and whether it was altered. At the end token they read the words of a sentence, and the
@@ -236,7 +236,7 @@ class Pretraining(nn.Module):
 
     @torch.no_grad()
     def _look_for_likes(self) -> None:
-        """Start the last head of the upper encoder layers as one that looks for its like far away.
+        """Initialise the last head of the upper encoder layers to attend to similar positions far away.
 
         Keys equal to queries, up to a factor, make every position attend to what resembles it; the bias makes what is
         near less likely. From a random start 1,150 steps taught it next to nothing of which words two sentences share
@@ -248,7 +248,7 @@ class Pretraining(nn.Module):
             attention.q.weight[-width:] = attention.k.weight[-width:] / 2
         bias = self.t5.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
         half = CONFIG.relative_attention_num_buckets // 2
-        # of the 16 buckets of each direction, the first ten are of the distances below 16
+        # the first ten of each direction's 16 buckets are for distances below 16
         bias.view(2, half, -1)[:, :10, -1] = -5.0
 
     def forward(self, examples: Sequence[Example]) -> dict[str, Tensor]:
@@ -275,14 +275,14 @@ class Pretraining(nn.Module):
 
 
 def weights_of(module: nn.Module, dtype: torch.dtype) -> bytes:
-    """A safetensors file, tied weights once."""
+    """A safetensors file that has tied weights once."""
     tensors = module.state_dict().items()
     kept = {name: tensor.to(dtype).contiguous() for name, tensor in tensors if name.removeprefix("t5.") not in TIED}
     return save(kept, metadata={"format": "pt"})
 
 
 def save_model(t5: T5ForConditionalGeneration, output: Path) -> None:
-    """The whole folder, in one step: float16 weights, config.json and generation_config.json."""
+    """Write the whole folder atomically: float16 weights, config.json and generation_config.json."""
     with write_directory(output) as folder:
         t5.config.save_pretrained(folder)
         t5.generation_config.save_pretrained(folder)
@@ -290,7 +290,7 @@ def save_model(t5: T5ForConditionalGeneration, output: Path) -> None:
 
 
 class State:
-    """What a resumed run goes on from."""
+    """What a resumed run continues from, kept in ``folder``."""
 
     def __init__(self, folder: Path, model: Pretraining, optimizer: torch.optim.Optimizer):
         self.folder, self.model, self.optimizer = folder, model, optimizer
@@ -310,7 +310,7 @@ class State:
 
 
 def train(state: State, objectives: Objectives, minutes: float, batch_size: int, learning_rate: float) -> None:
-    """Until ``minutes`` are spent: linear warm-up, cosine decay over the minutes."""
+    """Train until ``minutes`` are spent, with a linear warm-up and a cosine decay over that time."""
     columns = (TextColumn("step {task.fields[step]}  {task.fields[loss]}"), BarColumn(), TimeRemainingColumn())
     averages: dict[str, float] = {}
     with Progress(*columns) as progress:

@@ -1,10 +1,10 @@
-"""Run every Triton kernel, compiled to Triton's IR, on a CPU under ttsem, which stops at an access outside its tensor
-and at two programs that touch one number, one of them writing.
+"""Find data races and accesses out of bounds in the Triton kernels, on a CPU.
 
     python tools/race.py
 
-Needs ttsem (`pip install --no-deps --ignore-requires-python ttsem`; `make race` does). At the end faults are planted in
-a copy of the sources: the tool must see them too.
+ttsem executes the kernels' Triton IR. It stops at an access outside its tensor, and where two programs touch the same
+number and one of them writes it. It must be installed (`pip install --no-deps --ignore-requires-python ttsem`, which
+`make race` does). At the end faults are planted in a copy of the sources, which the tool must find.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ PLACE = ROOT / "build/race"
 
 
 class Plant(NamedTuple):
+    """A fault to plant in the sources."""
+
     name: str
     file: str
     pattern: str
     replacement: str
-    seen: str  #: what the report of it says
+    seen: str  #: a regular expression that the report must match
 
 
 PLANTS = (
@@ -48,7 +50,7 @@ PLANTS = (
 
 
 def kernels() -> None:
-    """Every kernel at two shapes, with tasks and without, against the reference; "cuda" is ttsem's CPU."""
+    """Run every kernel at two shapes, with tasks and without, against the reference. ttsem calls its CPU "cuda"."""
     import torch
 
     from hyperformer_fast import reference

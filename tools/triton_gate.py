@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
-import tables
+import records
 import torch
 import triton
 from device import blocks_per_multiprocessor
@@ -211,7 +211,7 @@ def key(compiled: Compiled) -> str:
 
 def recorded() -> dict[str, int]:
     """Blocks per multiprocessor of the last record, by :func:`key`."""
-    return {key(Compiled(**entry)): entry["blocks"] for entry in tables.read(RECORD)}
+    return {key(Compiled(**entry)): entry["blocks"] for entry in records.read(RECORD)}
 
 
 def main() -> None:
@@ -219,14 +219,14 @@ def main() -> None:
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES)
     parser.add_argument("--dtype", nargs="+", default=tuple(DTYPES), choices=DTYPES)
     parser.add_argument("--shape", nargs="+", default=tuple(SHAPES), choices=SHAPES)
-    parser.add_argument("--write", action="store_true", help=f"record in {tables.RESULTS}")
+    parser.add_argument("--write", action="store_true", help=f"record in {records.RESULTS}")
     options = parser.parse_args()
     results = []
     for result in gate(tuple(options.shape), tuple(options.dtype), tuple(options.arch)):
         results.append(result)
         print(result, *faults(result), flush=True)
     if options.write:
-        tables.write(
+        records.write(
             RECORD, "What the Triton kernels compile to", "python tools/triton_gate.py --write",
             [dataclasses.asdict(result) for result in results], triton=triton.__version__,
         )  # fmt: skip

@@ -13,7 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
-import tables
+import records
 import torch
 from device import Work
 from traffic import SHAPES, row
@@ -87,7 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[1024, 4096, 16384])
     parser.add_argument("--tasks", type=int, default=8)
-    parser.add_argument("--write", action="store_true", help=f"record in {tables.RESULTS}")
+    parser.add_argument("--write", action="store_true", help=f"record in {records.RESULTS}")
     options = parser.parse_args()
     if not interpreted():
         sys.exit("set TRITON_INTERPRET=1: this counts in Triton's interpreter")
@@ -101,7 +101,7 @@ def main() -> None:
         found += rows_of(model, adapter_launches(AdapterLayout(*SHAPES[model]), N), f"N = {N}", N)
     if options.write:
         command = "TRITON_INTERPRET=1 python tools/triton_traffic.py --write"
-        tables.write("triton_traffic", "Predicted times of the Triton kernels on an H100", command, found)
+        records.write("triton_traffic", "Predicted times of the Triton kernels on an H100", command, found)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Generated tables: records as JSON for programs and as Markdown for people, both in ``tools/results``."""
+"""Write generated tables to ``tools/results``: as JSON for programs, and as Markdown for people."""
 
 from __future__ import annotations
 
