@@ -1,16 +1,16 @@
-"""Everything a GPU can tell, in one command.
+"""Test and time everything on a GPU, in one command.
 
     python benchmarks/gpu_report.py [--output DIR] [--parts tests adapter ...] [--dry-run]
 
 tests        tests/test_on_device.py
 sanitizer    compute-sanitizer (memcheck, racecheck, synccheck), where it is found, over every op of both backends
-kernels      each Triton and each CUDA kernel's own time, from the profiler, and their share of a copy's bandwidth
-small        small.py: few rows and whole sites, both backends and every form of the CUDA library's
-adapter      report.py on the device: eager, torch.compile with CUDA graphs and without, `adapters`, ours, two ceilings
-memory       the peak of a forward and backward, ours and eager's
+kernels      each Triton and CUDA kernel's own time, from the profiler, and the adapter's share of a copy's bandwidth
+small        small.py: few rows and whole sites, by both backends and every form of the CUDA library
+adapter      report.py: eager, torch.compile with CUDA graphs and without, `adapters`, ours, and two ceilings
+memory       the peak memory of a forward and backward, ours and eager's
 
-Each part has its own time limit and leaves what it found, so that one that fails does not take the others with it.
-JSON and plots are named after the device. ``--dry-run`` walks through all parts on the CPU with tiny inputs.
+Parts that start processes have time limits, and a part that fails does not stop the others. JSON and plots are named
+after the device. ``--dry-run`` walks through all parts on the CPU with tiny inputs.
 """
 
 from __future__ import annotations
@@ -27,24 +27,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from providers import ACTIVATION, Case, make
+from plots import draw
+from providers import ACTIVATION, OURS, Case, make, present
 from small import ROWS, ours
 from small import measure as measure_small
-from timing import RESULTS, described, machine, seconds, show, write
+from timing import RESULTS, machine, seconds, show, write
 
 from hyperformer_fast import backends, ops
 from hyperformer_fast.layout import AdapterLayout
 
 ROOT = Path(__file__).parents[1]
 SANITIZER_TOOLS = ("memcheck", "racecheck", "synccheck")
-
-
-#: In the names that the profiler gives the kernels of either backend.
+#: Our kernels in the names that the profiler reports, of either backend.
 KERNEL = re.compile(r"\b([a-z_]+)_kernel\b")
 
 
 def run(command: list[str], limit: float, **environment: str) -> dict:
-    """A command's exit code and the end of what it said; -1 where it took too long."""
+    """Run a command for ``limit`` seconds at most: its exit code (-1 if it took too long), seconds, and last output."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")])
     start = time.perf_counter()
     try:
@@ -68,7 +67,7 @@ def tests(options: argparse.Namespace) -> dict:
 
 
 def every_op(device: str) -> None:
-    """All kernels, mixed tasks, ragged rows, many and few: what the sanitizer looks at."""
+    """Run all kernels once, with mixed tasks, ragged rows, many rows and few, for the sanitizer to look at."""
     for name in ours(device):
         with backends.use_backend(name):
             for dtype, d, b, pre in ((torch.bfloat16, 768, 24, False), (torch.float32, 97, 5, True)):
@@ -98,7 +97,7 @@ def sanitizer(options: argparse.Namespace) -> dict:
 
 
 def kernels(options: argparse.Namespace) -> list[dict]:
-    """Seconds of each kernel by the profiler; and of the whole, the share of a same-size copy's bandwidth."""
+    """Time each kernel by the profiler, and the whole adapter as a share of a same-size copy's bandwidth."""
     activity = torch.profiler.ProfilerActivity
     activities = [activity.CPU] if options.device == "cpu" else [activity.CPU, activity.CUDA]
     found = []
@@ -112,7 +111,7 @@ def kernels(options: argparse.Namespace) -> list[dict]:
 
 
 def kernels_of(case: Case, activities: list, repeats: int) -> dict:
-    calls = {"forward": make("hyperformer_fast", case, False), "both": make("hyperformer_fast", case, True)}
+    calls = {"forward": make(OURS, case, False), "both": make(OURS, case, True)}
     for call in calls.values():
         seconds(call, 3)
     with torch.profiler.profile(activities=activities) as profile:
@@ -148,14 +147,14 @@ def adapter(options: argparse.Namespace) -> dict:
 
 
 def memory(options: argparse.Namespace) -> list[dict]:
-    """Bytes at the peak of a forward and backward beyond x, g and the weights, over x's own."""
+    """The peak memory of a forward and backward beyond x, g and the weights, in sizes of x."""
     if options.device == "cpu":
         return []
     found = []
     for dtype in (torch.bfloat16, torch.float32):
         case = Case(16384, 768, 24, dtype, options.device)
         peaks = {}
-        for provider in ("eager", "hyperformer_fast", "hyperformer_fast, CUDA C++"):
+        for provider in sorted({"eager", OURS, f"{OURS}, CUDA C++"} & {*present(options.device)}):
             call = make(provider, case, True)
             call()
             torch.cuda.synchronize()
@@ -170,30 +169,6 @@ def memory(options: argparse.Namespace) -> list[dict]:
 PARTS: dict[str, Callable[[argparse.Namespace], object]] = {
     "tests": tests, "sanitizer": sanitizer, "kernels": kernels, "small": small, "adapter": adapter, "memory": memory,
 }  # fmt: skip
-
-
-def plot(found: list[dict], where: dict[str, str], path: Path) -> None:
-    """The share of a copy's bandwidth over N."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(6, 4))
-    for i, (backend, dtype) in enumerate(sorted({(row["backend"], row["dtype"]) for row in found})):
-        rows = [row for row in found if (row["backend"], row["dtype"]) == (backend, dtype)]
-        for style, name in (("-", "forward"), ("--", "both")):
-            label = f"{backend}, {'forward' if name == 'forward' else 'forward+backward'}, {dtype}"
-            shares = [100 * row[f"{name}_of_copy_bandwidth"] for row in rows]
-            axis.plot([row["N"] for row in rows], shares, style, color=f"C{i}", marker="o", markersize=3, label=label)
-    axis.set(xscale="log", xlabel="rows N", ylabel="% of a copy's bandwidth", title="the adapter, d = 768, b = 24")
-    figure.suptitle(described(where), fontsize=8)
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 def main() -> None:
@@ -216,7 +191,7 @@ def main() -> None:
         start = time.perf_counter()
         try:
             report[name] = PARTS[name](options)
-        except Exception as error:  # whatever it is, the parts to come must still run
+        except Exception as error:  # whatever failed, the other parts must still run
             report[name] = {"exit": 1, "said": f"{type(error).__name__}: {error}"}
         print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
         path = write("gpu-report", where, report, options.output)
@@ -232,8 +207,8 @@ def main() -> None:
             )
             for r in shares
         ]
-        show("Of a same-size copy's bandwidth", where, ("backend", "N", "dtype", *passes), rows)
-        plot(shares, where, path.with_suffix(".png"))
+        show("Share of a same-size copy's bandwidth", where, ("backend", "N", "dtype", *passes), rows)
+        draw(path)
     failed = [name for name, found in report.items() if isinstance(found, dict) and found.get("exit", 0)]
     failed += [
         f"sanitizer {tool}" for tool, found in report.get("sanitizer", {}).items()

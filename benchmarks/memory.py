@@ -1,20 +1,20 @@
-"""What an adapter keeps for its backward: `python benchmarks/memory.py`."""
+"""What an adapter keeps for its backward, ours beside eager PyTorch's.
+
+python benchmarks/memory.py [--quick] [--output DIR]
+"""
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import torch
 from providers import ACTIVATION, Case
-from timing import RESULTS, machine, show, write
+from timing import arguments, machine, show, write
 from torch import Tensor
 
 from hyperformer_fast import ops, reference
 
 
 def saved_tensors(call) -> list[Tensor]:
-    """The tensors that autograd keeps for ``call()``, each storage once."""
+    """The tensors that autograd keeps for the backward of ``call()``, each storage once."""
     kept: dict[int, Tensor] = {}
 
     def pack(t: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ def saved_tensors(call) -> list[Tensor]:
 
 
 def bytes_per_row(tensors: list[Tensor], N: int) -> float:
-    """Of those with N rows; what depends on the weights alone is the same for any N."""
+    """Bytes per row of the tensors with N rows; the others depend on the weights alone, whatever N is."""
     return sum(t.numel() * t.element_size() for t in tensors if t.dim() and t.shape[0] == N) / N
 
 
@@ -45,10 +45,7 @@ def measure(case: Case) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="few rows")
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    options = parser.parse_args()
+    options = arguments(__doc__, quick="few rows").parse_args()
     N = 97 if options.quick else 4097
     where = machine()
     cases = [Case(N, 768, b, dtype) for b in (24, 96) for dtype in (torch.float32, torch.bfloat16)]

@@ -1,31 +1,32 @@
-"""Several tasks in one batch against one task, and against a loop over tasks: `python benchmarks/mixed.py`."""
+"""Time several tasks in one batch against one task, and against a loop over the tasks.
+
+python benchmarks/mixed.py [--batch 32] [--length 128] [--tasks 8] [--rounds 15] [--quick] [--output DIR]
+"""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from timing import RESULTS, interleaved, machine, show, write
+from providers import ACTIVATION, DTYPES
+from timing import arguments, interleaved, machine, relative_error, show, write
 from torch import Tensor
 
 from hyperformer_fast import ops, reference
 from hyperformer_fast.layout import AdapterLayout
 
-LAYOUT, ACTIVATION, K = AdapterLayout(768, 24), "gelu_new", 64
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+LAYOUT, EMBEDDING = AdapterLayout(768, 24), 64
 
 
 def batches(B: int, T: int) -> dict[str, Tensor]:
-    """How the samples of a batch are spread over the tasks."""
+    """The task of each sample: evenly spread, or most samples in one task."""
     generator = torch.Generator().manual_seed(0)
     uneven = (torch.rand(B, generator=generator) ** 3 * T).long()
     return {"even": torch.arange(B) % T, "uneven": uneven}
 
 
 class Leaves:
-    """A batch, the weights of its tasks as leaves or generated from embeddings, and a loss gradient."""
+    """A batch, a loss gradient, and the weights of T tasks, as leaves or as what they are generated from."""
 
     def __init__(self, B: int, L: int, T: int, dtype: torch.dtype):
         generator = torch.Generator().manual_seed(1)
@@ -34,7 +35,8 @@ class Leaves:
         self.packed = draw(T, LAYOUT.numel) * 0.05
         LAYOUT.unpack(self.packed)["post_gamma"].add_(1)
         self.packed.requires_grad_()
-        self.E, self.G = (draw(1, T, K)).requires_grad_(), (draw(1, LAYOUT.numel, K) * 0.02).requires_grad_()
+        self.E = draw(1, T, EMBEDDING).requires_grad_()
+        self.G = (draw(1, LAYOUT.numel, EMBEDDING) * 0.02).requires_grad_()
         self.g0 = self.packed.detach()[:1].clone().requires_grad_()
 
     def weights(self, generated: bool) -> tuple[Tensor, list[Tensor]]:
@@ -44,13 +46,13 @@ class Leaves:
 
 
 def looped(apply: Callable[[Tensor, Tensor, int], Tensor], x: Tensor, packed: Tensor, groups: list[Tensor]) -> Tensor:
-    """Each task's samples by themselves, put back in order: what a batch of one task at a time comes to."""
+    """One call of ``apply`` for each task's samples; the results are put back in the batch's order."""
     parts = [apply(x[rows], packed[t : t + 1], t) for t, rows in enumerate(groups) if len(rows)]
     return torch.cat(parts)[torch.argsort(torch.cat([rows for rows in groups if len(rows)]))]
 
 
 def providers(leaves: Leaves, index: Tensor, generated: bool) -> dict[str, Callable[[], list[Tensor]]]:
-    """name -> forward and backward: [out, gradients...]."""
+    """Calls by name; each does a forward and a backward and returns [out, gradients...]."""
     dtype, T = leaves.x.dtype, leaves.packed.shape[0]
     groups = [(index == t).nonzero().flatten() for t in range(T)]
     ready = ops.fold(leaves.packed, LAYOUT, dtype)
@@ -78,25 +80,33 @@ def providers(leaves: Leaves, index: Tensor, generated: bool) -> dict[str, Calla
     }
 
 
-def off(mine: Tensor, other: Tensor) -> float:
-    return ((mine.double() - other.double()).norm() / other.double().norm()).item()
+def check(calls: dict[str, Callable], leaves: Leaves, index: Tensor, generated: bool) -> dict[str, float | bool]:
+    """How far the mixed batch is from float64 and from calls of single tasks.
 
-
-def measure(leaves: Leaves, index: Tensor, generated: bool, rounds: int) -> dict:
-    calls = providers(leaves, index, generated)
+    Raises:
+        SystemExit: it is too far for rounding.
+    """
     mixed, by_task = calls["mixed"](), calls["loop, ours"]()
     with torch.no_grad():
         packed, _ = leaves.weights(generated)
         truth = reference.adapter(leaves.x.double(), packed.double(), LAYOUT, ACTIVATION, task_index=index)
     eps = torch.finfo(leaves.x.dtype).eps
-    concatenated = max(off(a, b) for a, b in zip(mixed, by_task))
-    if not (off(mixed[0], truth) <= 4 * eps and concatenated <= 16 * eps):
-        raise SystemExit(f"wrong: {off(mixed[0], truth):.1e} off float64, {concatenated:.1e} off single tasks")
-    times = interleaved(calls, rounds)
+    off, concatenated = relative_error(mixed[0], truth), max(map(relative_error, mixed, by_task))
+    if not (off <= 4 * eps and concatenated <= 16 * eps):
+        raise SystemExit(f"wrong: {off:.1e} off float64, {concatenated:.1e} off single tasks")
     return {
-        "off_float64": off(mixed[0], truth),
+        "off_float64": off,
         "off_single_tasks": concatenated,
         "bits_of_single_tasks": all(torch.equal(a, b) for a, b in zip(mixed[:2], by_task[:2])),
+    }
+
+
+def measure(leaves: Leaves, index: Tensor, generated: bool, rounds: int) -> dict:
+    calls = providers(leaves, index, generated)
+    checked = check(calls, leaves, index, generated)
+    times = interleaved(calls, rounds)
+    return {
+        **checked,
         "mixed_over_one_task": times["mixed"] / times["one task"],
         "eager_loop_over_mixed": times["loop, eager"] / times["mixed"],
         "our_loop_over_mixed": times["loop, ours"] / times["mixed"],
@@ -104,13 +114,10 @@ def measure(leaves: Leaves, index: Tensor, generated: bool, rounds: int) -> dict
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__, quick="a small batch, one round")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--tasks", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--quick", action="store_true", help="a small batch, one round")
-    parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     B, L, T = (8, 4, 3) if options.quick else (options.batch, options.length, options.tasks)
     where, results = machine(), []

@@ -1,7 +1,7 @@
-"""The authors' generation for one stack, restated: what ours is measured against.
+"""The authors' generation of one stack's adapters, restated: the rival of stack.py.
 
-HyperFormer++ (their ``efficient_unique_hyper_net``), read in github.com/rabeehk/hyperformer: for each block, and there
-for each of its two adapters, two embedding look-ups by a fresh index tensor, the projector and its norm on one vector,
+This is HyperFormer++ (their ``efficient_unique_hyper_net``) as in github.com/rabeehk/hyperformer. For each of the two
+adapters of each block it does two embedding look-ups by a fresh index tensor, the projector and its norm on one vector,
 and six generators (down, up and post-norm, a weight and a bias each) on that vector. Parameters have the authors'
 names, so that ``hyperformer_fast.official`` loads them into ours.
 """
@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 
 class _Generator(nn.Module):
-    """A weight and a bias from one embedding."""
+    """Generates a weight and a bias from one embedding."""
 
     def __init__(self, k: int, shape: tuple[int, ...], wrapped: bool = True):
         super().__init__()
         self.shape = shape
         numel = torch.Size(shape).numel()
         linears = nn.Linear(k, numel), nn.Linear(k, shape[0])
-        # theirs sit in a Sequential of one, but for the norms'
+        # the authors wrap all but the norms' generators in a Sequential
         self.weight_generator, self.bias_generator = map(nn.Sequential, linears) if wrapped else linears
 
     def forward(self, e: Tensor) -> tuple[Tensor, Tensor]:
@@ -31,7 +31,11 @@ class OriginalStack(nn.Module):
     """One stack's hypernetwork.
 
     Args:
-        d: width; b bottleneck; layers: blocks; k, hidden: widths of the embeddings and of the projector.
+        d: width.
+        b: bottleneck.
+        layers: blocks.
+        k: width of the embeddings.
+        hidden: width of the projector.
     """
 
     def __init__(self, d: int, b: int, layers: int, k: int = 64, hidden: int = 128):

@@ -1,22 +1,29 @@
-"""Who is measured: each provider makes a callable for one adapter and one input, and is checked against float64 before
-it is timed."""
+"""The registry of providers: each computes one adapter in its own way, and is checked against float64 before timing.
+
+A provider registers itself with :func:`provider`, and says in ``missing`` what must be installed where it cannot run.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch._inductor.config
+from timing import relative_error
 from torch import Tensor
 
 from hyperformer_fast import backends, ops, reference
 from hyperformer_fast.layout import AdapterLayout
 
-#: d and the reduction factors of the published settings.
+#: The width d of each published T5.
 MODELS = {"T5-small": 512, "T5-base": 768, "T5-large": 1024}
 ACTIVATION = "gelu_new"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+OURS = "hyperformer_fast"
 
 
 @dataclasses.dataclass
@@ -24,7 +31,11 @@ class Case:
     """One adapter and its input.
 
     Args:
-        N: rows; d width; b bottleneck; dtype of x; device of everything.
+        N: rows.
+        d: width.
+        b: bottleneck.
+        dtype: the dtype of x.
+        device: where everything lies.
     """
 
     N: int
@@ -43,17 +54,17 @@ class Case:
 
     @property
     def forward_flops(self) -> int:
-        """The two skinny products."""
+        """Operations of the two products of a forward."""
         return 4 * self.N * self.d * self.b
 
     @property
     def row_bytes(self) -> int:
-        """Of one [N, d]."""
+        """Bytes of x."""
         return self.x.numel() * self.x.element_size()
 
     @functools.cached_property
     def truth(self) -> list[Tensor]:
-        """out, dx, dpacked in float64."""
+        """out, dx and dpacked, computed in float64."""
         x, packed = self.x.double().requires_grad_(), self.packed.double().requires_grad_()
         out = reference.adapter(x, packed, self.layout, ACTIVATION)
         return [out.detach(), *torch.autograd.grad(out, (x, packed), self.g.double())]
@@ -62,39 +73,89 @@ class Case:
 Apply = Callable[[Tensor, Tensor], Tensor]
 
 
-def _eager(case: Case) -> Apply:
+class Provider(NamedTuple):
+    """One way to compute an adapter.
+
+    Args:
+        build: makes a function of (x, packed) that returns out. It may have an attribute ``parameters``: tensors that
+            it trains in place of ``packed``.
+        missing: why it cannot run on a device, and what to install; empty where it can.
+    """
+
+    build: Callable[[Case], Apply]
+    missing: Callable[[str], str]
+
+
+PROVIDERS: dict[str, Provider] = {}
+
+
+def provider(name: str, missing: Callable[[str], str] = lambda device: "") -> Callable[[Callable], Callable]:
+    """Register a :class:`Provider` under ``name``; tables keep the order of registration."""
+
+    def register(build: Callable[[Case], Apply]) -> Callable[[Case], Apply]:
+        PROVIDERS[name] = Provider(build, missing)
+        return build
+
+    return register
+
+
+def absent(device: str = "cpu") -> dict[str, str]:
+    """The providers that cannot run on ``device`` here, and why."""
+    reasons = {name: found.missing(device) for name, found in PROVIDERS.items()}
+    return {name: reason for name, reason in reasons.items() if reason}
+
+
+def present(device: str = "cpu") -> list[str]:
+    """The providers that can run on ``device`` here."""
+    return [name for name in PROVIDERS if name not in absent(device)]
+
+
+@functools.cache
+def _without_adapters(device: str) -> str:
+    if importlib.util.find_spec("adapters") is None:
+        return "pip install adapters"
+    try:
+        import adapters  # noqa: F401
+    except Exception as error:  # a version that does not go with the installed transformers fails in many ways
+        return f"pip install a version of adapters for this transformers: {error}"
+    return ""
+
+
+def _without_gpu(device: str) -> str:
+    return "" if device.startswith("cuda") else "needs a GPU"
+
+
+def _without_cuda_library(device: str) -> str:
+    if not device.startswith("cuda"):
+        return "needs a GPU"
+    with backends.use_backend("cuda"):
+        found = backends.explain("adapter_forward", device=device)
+    return "" if found.chosen else found.reasons["cuda"]
+
+
+@provider("eager")
+def eager(case: Case) -> Apply:
     return lambda x, packed: reference.adapter(x, packed, case.layout, ACTIVATION)
 
 
-def _compiled(case: Case) -> Apply:
+@provider("torch.compile")
+def compiled(case: Case) -> Apply:
     torch._dynamo.reset()
     if torch.backends.cpu.get_cpu_capability() == "AVX2":
-        # It asks the CPU, not ATen's capability, and mixes the two: its results were wrong where AVX2 was forced.
+        # torch.compile asks the CPU for its vectors' width, not ATen; where AVX2 is forced, the mixture is wrong.
         torch._inductor.config.cpp.simdlen = 256
-    return torch.compile(_eager(case), dynamic=False)
+    return torch.compile(eager(case), dynamic=False)
 
 
-def _ours(case: Case) -> Apply:
-    folded = ops.fold(case.packed, case.layout, case.dtype)
-    return lambda x, packed: ops.adapter(x, packed, case.layout, ACTIVATION, folded)
+@provider("torch.compile, CUDA graphs", _without_gpu)
+def graphed(case: Case) -> Apply:
+    torch._dynamo.reset()
+    return torch.compile(eager(case), dynamic=False, mode="reduce-overhead")
 
 
-def _ours_in_cuda(case: Case) -> Apply:
-    with backends.use_backend("cuda"):
-        found = backends.explain("adapter_forward", case.x, b=case.b)
-        if found.chosen is None:
-            raise ImportError(found.reasons["cuda"])
-        folded = ops.fold(case.packed, case.layout, case.dtype)
-
-    def apply(x: Tensor, packed: Tensor) -> Tensor:
-        with backends.use_backend("cuda"):
-            return ops.adapter(x, packed, case.layout, ACTIVATION, folded)
-
-    return apply
-
-
-def _adapters_library(case: Case) -> Apply:
-    """`adapters.Adapter` with ln_after and the residual after the norm: our formula, its weights its own parameters."""
+@provider("adapters", _without_adapters)
+def adapters_library(case: Case) -> Apply:
+    """``adapters.Adapter`` set up to compute our formula, with our numbers as its own parameters."""
     from adapters import AdapterConfig
     from adapters.methods.modeling import Adapter
 
@@ -122,48 +183,52 @@ def _adapters_library(case: Case) -> Apply:
             for parameter, name in zip((layer.weight, layer.bias), names.split()):
                 parameter.copy_(w[name])
     module.to(case.device, case.dtype)
-    parameters = list(module.parameters())
 
     def apply(x: Tensor, packed: Tensor) -> Tensor:
         return module(x, residual_input=x)[0]
 
-    apply.parameters = parameters
+    apply.parameters = list(module.parameters())
     return apply
 
 
-def _graphed(case: Case) -> Apply:
-    if not case.device.startswith("cuda"):
-        raise ImportError("CUDA graphs need a GPU")
-    torch._dynamo.reset()
-    return torch.compile(_eager(case), dynamic=False, mode="reduce-overhead")
+@provider(OURS)
+def ours(case: Case) -> Apply:
+    folded = ops.fold(case.packed, case.layout, case.dtype)
+    return lambda x, packed: ops.adapter(x, packed, case.layout, ACTIVATION, folded)
 
 
-PROVIDERS: dict[str, Callable[[Case], Apply]] = {
-    "eager": _eager,
-    "torch.compile": _compiled,
-    "torch.compile, CUDA graphs": _graphed,
-    "adapters": _adapters_library,
-    "hyperformer_fast": _ours,
-    "hyperformer_fast, CUDA C++": _ours_in_cuda,
-}
+@provider(f"{OURS}, CUDA C++", _without_cuda_library)
+def ours_in_cuda(case: Case) -> Apply:
+    with backends.use_backend("cuda"):
+        found = backends.explain("adapter_forward", case.x, b=case.b)
+        if found.chosen is None:
+            raise Unavailable(found.reasons["cuda"])
+        apply = ours(case)
+
+    def in_cuda(x: Tensor, packed: Tensor) -> Tensor:
+        with backends.use_backend("cuda"):
+            return apply(x, packed)
+
+    return in_cuda
 
 
 class Unavailable(RuntimeError):
-    """The provider is not installed, or does not compute what is asked."""
+    """The provider does not compute what is asked."""
 
 
-def make(provider: str, case: Case, backward: bool) -> Callable[[], object]:
-    """The callable to time: a forward under no_grad, or a forward and a backward to x and the weights. Checked first.
+class Wrong(Unavailable):
+    """The provider's result is not that of float64."""
+
+
+def make(name: str, case: Case, backward: bool) -> Callable[[], object]:
+    """The checked call to time: a forward under no_grad, or a forward and a backward to x and the weights.
 
     Raises:
-        Unavailable: it cannot be imported, or its result is wrong.
+        Unavailable: the provider does not serve this case.
+        Wrong: its result is off.
     """
-    try:
-        apply = PROVIDERS[provider](case)
-    except ImportError as error:
-        raise Unavailable(f"{provider}: {error}") from error
-    # a generated weight is float32 and is cast on every call; a provider with parameters of its own has them in x's
-    # dtype
+    apply = PROVIDERS[name].build(case)
+    # Generated weights are float32 and cast at every call; a provider with parameters of its own has them in x's dtype.
     packed = case.packed.clone().requires_grad_(backward)
     x = case.x.clone().requires_grad_(backward)
     leaves = [x, *getattr(apply, "parameters", [packed])]
@@ -176,13 +241,10 @@ def make(provider: str, case: Case, backward: bool) -> Callable[[], object]:
         out = apply(x, packed)
         return [out, *torch.autograd.grad(out, leaves, case.g)]
 
-    _check(provider, case, forward_backward() if backward else [forward_only()], own_weights=len(leaves) > 2)
+    results = forward_backward() if backward else [forward_only()]
+    # dpacked is not compared where the provider trains parameters of its own
+    for what, mine, truth in zip(("out", "dx", "dpacked")[: 3 if leaves[1] is packed else 2], results, case.truth):
+        error = relative_error(mine, truth)
+        if not error <= 16 * torch.finfo(case.dtype).eps:
+            raise Wrong(f"{name}: {what} is off by {error:.1e} relative to float64")
     return forward_backward if backward else forward_only
-
-
-def _check(provider: str, case: Case, results: list[Tensor], own_weights: bool) -> None:
-    eps = torch.finfo(case.dtype).eps
-    for name, mine, truth in zip(("out", "dx") if own_weights else ("out", "dx", "dpacked"), results, case.truth):
-        error = ((mine.double() - truth).norm() / truth.norm()).item()
-        if not error <= 16 * eps:
-            raise Unavailable(f"{provider}: {name} is off by {error:.1e} relative to float64")

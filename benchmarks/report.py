@@ -1,62 +1,60 @@
-"""Time the providers in one process, one after the other in every round, and print ratios with two ceilings measured
-beside them.
+"""Time the adapter by every provider, and print ratios beside two ceilings.
 
-    python benchmarks/report.py [--sizes T5-base] [--rows 1024 4096] [--reductions 32] [--dtypes fp32 bf16] [--rounds
-    15] [--device cuda] [--output DIR]
+    python benchmarks/report.py [--sizes T5-base] [--rows 1024 4096] [--reductions 32] [--dtypes fp32 bf16]
+        [--rounds 15] [--device cuda] [--output DIR]
 
-Every result is checked against float64 before it is timed. The ceilings are the bytes of a copy and the flops of a
-large product of the same dtype; "of bound" is the larger of the two least times over the time taken. Medians; the
-machine is named.
+All providers take turns in one process, and each result is checked against float64 before it is timed. The ceilings are
+measured beside them: the bytes at the rate of a copy, and the operations at the rate of a large product of the same
+dtype. "of bound" is the larger of the two least times over the time that we took.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from providers import MODELS, PROVIDERS, Case, Unavailable, make
+from plots import draw
+from providers import DTYPES, MODELS, OURS, PROVIDERS, Case, Unavailable, absent, make, present
 from rich.progress import track
-from timing import RESULTS, described, interleaved, machine, show, write
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+from timing import arguments, interleaved, machine, show, write
 
 
 def ceilings(case: Case) -> dict[str, Callable[[], object]]:
-    """A copy of x into fresh memory, and a square product, of the case's dtype."""
+    """The calls whose rates bound every provider: a copy of x into fresh memory, and a square product of its dtype."""
     a, b = (torch.randn(side(case), side(case)).to(case.dtype).to(case.device) for _ in range(2))
     return {"copy": lambda: torch.empty_like(case.x).copy_(case.x), "product": lambda: a @ b}
 
 
 def side(case: Case) -> int:
-    """Of the product: large enough for the device, and no larger."""
+    """The side of the square product: large enough to keep the device busy."""
     return 8192 if case.device.startswith("cuda") else 1024
 
 
 def measure(case: Case, backward: bool, rounds: int) -> dict:
-    calls, absent = {}, {}
-    for provider in PROVIDERS:
+    calls, without = {}, absent(case.device)
+    for name in present(case.device):
         try:
-            calls[provider] = make(provider, case, backward)
+            calls[name] = make(name, case, backward)
         except Unavailable as error:
-            absent[provider] = str(error)
+            if name == OURS:
+                raise
+            without[name] = str(error)
     times = interleaved({**calls, **ceilings(case)}, rounds)
     copy, product = times.pop("copy"), times.pop("product")
     flops, tensors = case.forward_flops * (3 if backward else 1), 5 if backward else 2
-    # a copy reads and writes one [N, d]: half of its time for each that a kernel must touch (x, out; and g, x, dx)
+    # A copy touches two tensors like x. A forward must touch two (x, out), a backward three more (g, x, dx).
     bound = max(copy * tensors / 2, flops / (2 * side(case) ** 3 / product))
     return {
         "N": case.N, "d": case.d, "b": case.b, "dtype": str(case.dtype).removeprefix("torch."), "backward": backward,
-        "ratios": {name: t / times["hyperformer_fast"] for name, t in times.items()},
-        "of_bound": bound / times["hyperformer_fast"],
+        "ratios": {name: t / times[OURS] for name, t in times.items()},
+        "of_bound": bound / times[OURS],
         "bound_by": "bytes" if bound == copy * tensors / 2 else "flops",
-        "absent": absent,
+        "absent": without,
     }  # fmt: skip
 
 
 def table(results: list[dict], where: dict[str, str]) -> None:
-    rivals = [name for name in PROVIDERS if name != "hyperformer_fast"]
+    rivals = [name for name in PROVIDERS if name != OURS]
     rows = [
         (
             "fwd+bwd" if r["backward"] else "fwd", r["d"], r["b"], r["N"], r["dtype"],
@@ -65,51 +63,21 @@ def table(results: list[dict], where: dict[str, str]) -> None:
         )
         for r in results
     ]  # fmt: skip
-    show("Time of each provider over ours", where, ("pass", "d", "b", "N", "dtype", *rivals, "of bound"), rows)
-
-
-def plot(results: list[dict], where: dict[str, str], path: Path) -> None:
-    """Ratios over N, a panel per pass and dtype."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    panels = sorted({(r["backward"], r["dtype"]) for r in results})
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.3 * len(panels), 4), squeeze=False, sharey=True)
-    for axis, (backward, dtype) in zip(axes[0], panels):
-        chosen = [r for r in results if (r["backward"], r["dtype"]) == (backward, dtype)]
-        for i, name in enumerate(name for name in PROVIDERS if name != "hyperformer_fast"):
-            for style, d in zip(("-", "--", ":"), sorted({r["d"] for r in chosen})):
-                points = sorted((r["N"], r["ratios"][name]) for r in chosen if r["d"] == d and name in r["ratios"])
-                if points:
-                    axis.plot(*zip(*points), style, color=f"C{i}", marker="o", markersize=3, label=f"{name}, d={d}")
-        axis.axhline(1, color="0.4", linewidth=1)
-        axis.set(
-            xscale="log",
-            yscale="log",
-            xlabel="rows N",
-            title=f"{'forward+backward' if backward else 'forward'}, {dtype}",
-        )
-        axis.grid(alpha=0.25, which="both")
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].set_ylabel("time over ours (above 1: slower)")
-    axes[0, -1].legend(frameon=False, fontsize=8)
-    figure.suptitle(described(where), fontsize=10)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    show(
+        "Time of each rival over ours; above 1 ours is faster",
+        where,
+        ("pass", "d", "b", "N", "dtype", *rivals, "of bound"),
+        rows,
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__)
     parser.add_argument("--sizes", nargs="+", default=["T5-base"], choices=MODELS)
     parser.add_argument("--rows", nargs="+", type=int, default=[128, 1024, 4096, 16384])
     parser.add_argument("--reductions", nargs="+", type=int, default=[32])
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"], choices=DTYPES)
-    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     where, results = machine(options.device), []
     cases = [
@@ -123,10 +91,10 @@ def main() -> None:
     for case, backward in track(cases, "measuring"):
         results.append(measure(case, backward, options.rounds))
     table(results, where)
-    for provider, reason in sorted({item for r in results for item in r["absent"].items()}):
-        print(f"not measured: {provider}: {reason}")
+    for name, reason in sorted({item for r in results for item in r["absent"].items()}):
+        print(f"not measured: {name}: {reason}")
     path = write("adapter", where, results, options.output)
-    plot(results, where, path.with_suffix(".png"))
+    draw(path)
 
 
 if __name__ == "__main__":

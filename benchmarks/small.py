@@ -1,23 +1,21 @@
-"""Few rows, as in decoding, and whole sites: the backends beside one another, and the forms that the CUDA library has.
+"""Time few rows, as in decoding, and whole sites: our backends, and every form of the CUDA library's kernels.
 
     python benchmarks/small.py [--device cuda] [--rows 1 8 64 256 1024 4096] [--rounds 15] [--output DIR]
 
-"forward" applies folded weights; "site" generates, folds and applies. Each row is another task's. On a GPU every call
-is also replayed from a CUDA graph: without what the host takes. Ratios over the first backend; every result is checked
-against float64 before it is timed.
+"forward" applies folded weights; "site" generates, folds and applies. Each row belongs to another task than the one
+before it. On a GPU every call is also replayed from a CUDA graph, which leaves out the host's time. Ratios are over the
+first backend's time; every result is checked against float64 before it is timed.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from unittest import mock
 
 import torch
 from providers import ACTIVATION, Case
-from timing import RESULTS, interleaved, machine, show, write
+from timing import arguments, interleaved, machine, relative_error, show, write
 from torch import Tensor
 
 from hyperformer_fast import backends, ops, reference
@@ -25,8 +23,10 @@ from hyperformer_fast.backends import cuda
 
 T, EMBEDDING = 8, 64
 ROWS = (1, 8, 64, 256, 1024, 4096)
-#: Of the CUDA library: up to how many rows the forward takes a row a block, and ``hyper_adapter`` one launch.
+#: Limits on the number of rows.
 ALWAYS, NEVER = 2**31 - 1, 0
+#: For each form of the CUDA library: up to how many rows the forward gives every row a block of its own, and up to how
+#: many ``hyper_adapter`` is one launch. None leaves both as they are.
 FORMS = {
     "cuda": None,
     "cuda, row by row, three launches": (ALWAYS, NEVER),
@@ -37,14 +37,14 @@ FORMS = {
 
 
 def ours(device: str) -> list[str]:
-    """Our own backends that serve ``device`` here, the reference apart."""
+    """Our backends that serve ``device`` here, without the reference."""
     names = ["triton", "cuda"] if device.startswith("cuda") else ["cpu"]
     return [found["name"] for found in backends.backend_report() if found["name"] in names and found["available"]]
 
 
 @contextlib.contextmanager
 def form(name: str) -> Iterator[None]:
-    """Within it a backend, or a form of the CUDA library's, serves."""
+    """Force a backend, or a form of the CUDA library, within the block; afterwards all is as before."""
     with backends.use_backend(name.partition(",")[0]):
         if not FORMS.get(name):
             yield
@@ -52,13 +52,15 @@ def form(name: str) -> Iterator[None]:
         few, one_launch = FORMS[name]
         library = cuda.CudaBackend().library()
         before = library.use_few_rows(few)
-        with mock.patch.object(cuda, "ONE_LAUNCH_ROWS", one_launch):
-            yield
-        library.use_few_rows(before)
+        try:
+            with mock.patch.object(cuda, "ONE_LAUNCH_ROWS", one_launch):
+                yield
+        finally:
+            library.use_few_rows(before)
 
 
 def replayed(call: Callable[[], Tensor]) -> Callable[[], object]:
-    """The same from a CUDA graph."""
+    """``call`` as a replay of a CUDA graph."""
     call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -68,7 +70,7 @@ def replayed(call: Callable[[], Tensor]) -> Callable[[], object]:
 
 
 def calls_of(case: Case) -> dict[str, dict[str, Callable[[], Tensor]]]:
-    """By what is done, and by form."""
+    """The calls by what they do ("forward", "site") and by form, each checked against float64."""
     generator = torch.Generator().manual_seed(0)
     numel = case.layout.numel
     E, G = (torch.randn(n, EMBEDDING, generator=generator).to(case.device) for n in (T, numel))
@@ -88,7 +90,7 @@ def calls_of(case: Case) -> dict[str, dict[str, Callable[[], Tensor]]]:
         for name in FORMS if backend == "cuda" else [backend]:
             for what, call in (("forward", forward), ("site", site)):
                 if what == "forward" and name.endswith("one launch"):
-                    continue  # the same as with three
+                    continue  # the forward alone is the same as with three launches
 
                 def forced(name=name, call=call) -> Tensor:
                     with form(name):
@@ -100,7 +102,7 @@ def calls_of(case: Case) -> dict[str, dict[str, Callable[[], Tensor]]]:
     truth = reference.adapter(case.x.double(), packed, case.layout, ACTIVATION, index)
     for what, calls in made.items():
         for name, call in calls.items():
-            error = ((call().double() - truth).norm() / truth.norm()).item()
+            error = relative_error(call(), truth)
             if not error <= 16 * torch.finfo(case.dtype).eps:
                 raise RuntimeError(f"{what} by {name} is off by {error:.1e} relative to float64")
     return made
@@ -108,7 +110,7 @@ def calls_of(case: Case) -> dict[str, dict[str, Callable[[], Tensor]]]:
 
 @torch.no_grad()
 def measure(device: str, rows: list[int], rounds: int) -> list[dict]:
-    """Ratios over the first backend's time, and its seconds, by N and by what is done."""
+    """For each N and each thing done: the first backend's seconds, and the ratio of every form over them."""
     found = []
     for N in rows:
         for what, calls in calls_of(Case(N, 768, 24, torch.bfloat16, device)).items():
@@ -124,11 +126,9 @@ def measure(device: str, rows: list[int], rounds: int) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     where, results = machine(options.device), measure(options.device, options.rows, options.rounds)
     names = list(dict.fromkeys(name for r in results for name in r["over_first"]))

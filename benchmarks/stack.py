@@ -1,20 +1,19 @@
-"""Generation and folding of a whole T5's adapters against the authors' calls, site by site:
-`python benchmarks/stack.py`.
+"""Time the generation and folding of a whole T5's adapters against the authors' calls, site by site.
+
+    python benchmarks/stack.py [--sizes T5-small T5-base] [--rounds 15] [--quick] [--output DIR]
 
 HyperFormer++ as published (reduction factor 32, 64-d embeddings), encoder and decoder, one task, float32. The weights
-and the gradients of every parameter are compared with float64 before anything is timed. The original does not fold (its
-norm runs over each row later): "generate" is like for like, "generate and fold" is what a step of ours pays.
+and the gradients of every parameter are compared with float64 before anything is timed. The original does not fold,
+since its norm runs over each row later: "generate" compares like with like, "generate and fold" is what our step takes.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from original import OriginalStack
-from timing import RESULTS, interleaved, machine, show, write
+from timing import arguments, interleaved, machine, relative_error, show, write
 from torch import Tensor
 
 from hyperformer_fast import official, ops
@@ -22,15 +21,16 @@ from hyperformer_fast.parameters import T5_SHAPES
 
 ORIGINAL, GENERATE, FOLD = "original", "generate", "generate and fold"
 REDUCTION, TASK, NET = 32, "task_embedding_controller.task_to_embeddings.task", "adapter_layers_hyper_net."
-#: Relative to float64; a gradient of the task's embedding is a sum over all numbers generated.
+#: Of an error relative to float64; the gradient of the task's embedding is a sum over all generated numbers.
 TOLERANCE = 64 * torch.finfo(torch.float32).eps
 
 
 class Stack:
-    """One stack in both arrangements, with the same parameters, and a gradient of what it generates.
+    """One stack as the authors compute it and as we do, with the same parameters, and a gradient of its weights.
 
     Args:
-        d: width; layers: blocks.
+        d: width.
+        layers: blocks.
     """
 
     def __init__(self, d: int, layers: int):
@@ -50,22 +50,22 @@ class Stack:
         self.truth = official.build_stack(config, layers, {name: tensor.double() for name, tensor in state.items()})
         self.layout = self.ours.hypernetwork.layout
         self.g = torch.randn(2 * layers, 1, self.layout.numel)
-        # the original goes block by block, ours position by position
+        # the original generates block by block, ours position by position
         sites = [position * layers + layer for layer in range(layers) for position in range(2)]
         self.g_parts = [part for site in sites for part in self.layout.unpack(self.g[site, 0]).values()]
 
     def generate(self, stack: official.OfficialStack) -> Tensor:
-        """Ours: packed [sites, 1, P]."""
+        """Our generation: packed [sites, 1, P]."""
         return stack.hypernetwork(stack.task_embeddings())
 
     def generate_and_fold(self) -> Tensor:
-        """Ours as a step has it; returns the packed weights, to which the gradient goes."""
+        """Our generation and fold; returns the packed weights, to which the gradient flows."""
         packed = self.generate(self.ours)
         ops.fold(packed, self.layout, torch.float32)
         return packed
 
     def backward(self, who: str) -> tuple[Tensor, ...]:
-        """Forward and backward: the gradients of every parameter."""
+        """A forward and a backward; returns the gradients of every parameter."""
         if who == ORIGINAL:
             parts = [part for block in self.original(self.task) for site in block for part in site]
             return torch.autograd.grad(parts, [self.task, *self.original.parameters()], self.g_parts)
@@ -73,15 +73,15 @@ class Stack:
         return torch.autograd.grad(packed, list(self.ours.parameters()), self.g)
 
     def difference(self) -> float:
-        """The largest error relative to float64 of either side's weights and gradients.
+        """The largest relative error of the weights and gradients, theirs and ours, from float64.
 
         Raises:
-            SystemExit: it is beyond rounding.
+            SystemExit: it is too large for rounding.
         """
         truth, worst = self._ours(self.truth), 0.0
         for who, found in ((ORIGINAL, self._theirs()), (GENERATE, self._ours(self.ours))):
             for name, tensor in found.items():
-                error = ((tensor - truth[name]).norm() / truth[name].norm()).item()
+                error = relative_error(tensor, truth[name])
                 if not error <= TOLERANCE:
                     raise SystemExit(f"wrong: {who}: {name} is off by {error:.1e} relative to float64")
                 worst = max(worst, error)
@@ -115,7 +115,7 @@ def providers(stacks: list[Stack], backward: bool) -> dict[str, Callable[[], obj
 
 
 def stacks(size: str) -> list[Stack]:
-    """Encoder and decoder."""
+    """The stacks of the encoder and the decoder."""
     shape = T5_SHAPES[size]
     torch.manual_seed(0)
     return [Stack(shape["d_model"], shape["num_layers"]) for _ in range(2)]
@@ -136,11 +136,8 @@ def measure(size: str, rounds: int) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__, quick="T5-small, one round")
     parser.add_argument("--sizes", nargs="+", default=list(T5_SHAPES), choices=list(T5_SHAPES))
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--quick", action="store_true", help="T5-small, one round")
-    parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     where = machine()
     sizes, rounds = (["T5-small"], 1) if options.quick else (options.sizes, options.rounds)

@@ -1,7 +1,8 @@
-"""Interleaved timings, the machine they are of, and how they are written down."""
+"""What every report shares: its command line, interleaved timing, the machine's description, tables and JSON."""
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import platform
@@ -13,6 +14,7 @@ from statistics import median
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from hyperformer_fast.backends import explain
 from hyperformer_fast.backends.cpu import CpuBackend
@@ -20,8 +22,29 @@ from hyperformer_fast.backends.cpu import CpuBackend
 RESULTS = Path(__file__).parent / "results"
 
 
+def arguments(doc: str, rounds: int = 15, quick: str | None = None) -> argparse.ArgumentParser:
+    """The options that all reports have.
+
+    Args:
+        doc: the report's docstring; it becomes the help.
+        rounds: the default of ``--rounds``.
+        quick: what ``--quick`` makes small; without it there is no such option.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=rounds, help="turns of each call; the median counts")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON and the plot")
+    if quick:
+        parser.add_argument("--quick", action="store_true", help=quick)
+    return parser
+
+
+def relative_error(mine: Tensor, truth: Tensor) -> float:
+    """The norm of the difference over the truth's norm, in float64."""
+    return ((mine.double() - truth.double()).norm() / truth.double().norm()).item()
+
+
 def machine(device: str = "cpu") -> dict[str, str]:
-    """CPU, PyTorch's instruction set and ours, threads, torch; and the GPU, where that is the device."""
+    """The CPU, PyTorch's instruction set and ours, threads and torch; or the GPU, where that is the device."""
     if device.startswith("cuda"):
         return {
             "gpu": torch.cuda.get_device_name(device),
@@ -47,7 +70,7 @@ def machine(device: str = "cpu") -> dict[str, str]:
 
 
 def described(where: dict[str, str]) -> str:
-    """One line for the head of a table or a plot."""
+    """The machine in one line, for the head of a table or a plot."""
     if "gpu" in where:
         return f"{where['gpu']}, PyTorch {where['torch']}, ours ({where['backend']})"
     return (
@@ -57,14 +80,14 @@ def described(where: dict[str, str]) -> str:
 
 
 def slug(where: dict[str, str]) -> str:
-    """Of a results file: PyTorch's instruction set, the backend, the threads; or the GPU and the backend."""
+    """The machine in a file's name: PyTorch's instruction set, backend and threads; or the GPU and the backend."""
     if "gpu" in where:
         return "-".join([*where["gpu"].lower().split(), where["backend"]])
     return f"{where['instruction_set'].lower()}-{where['backend']}-{where['threads']}threads"
 
 
 def seconds(call: Callable[[], object], repeats: int) -> float:
-    """Per call, and on a GPU until it is done with the last."""
+    """Mean seconds per call; on a GPU, synchronises after the last."""
     settle = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
     settle()
     start = time.perf_counter()
@@ -75,7 +98,10 @@ def seconds(call: Callable[[], object], repeats: int) -> float:
 
 
 def interleaved(calls: dict[str, Callable[[], object]], rounds: int, least: float = 2e-3) -> dict[str, float]:
-    """Median seconds of each call over rounds in which all take turns; a turn lasts ``least`` seconds or one call."""
+    """Median seconds of each call over ``rounds`` in which all calls take turns, so that disturbances meet all alike.
+
+    A turn repeats the call until it lasts about ``least`` seconds.
+    """
     repeats = {}
     for name, call in calls.items():
         call()
@@ -93,17 +119,24 @@ def interleaved(calls: dict[str, Callable[[], object]], rounds: int, least: floa
 
 
 def show(title: str, where: dict[str, str], columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
-    """One table, for every report alike."""
+    """Print one table under its title and the machine; floats are ratios."""
+    print(text_table(title, where, columns, rows))
+
+
+def text_table(title: str, where: dict[str, str], columns: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    """What :func:`show` prints."""
     table = Table(*columns)
     for row in rows:
         table.add_row(*(f"{cell:.2f}x" if isinstance(cell, float) else str(cell) for cell in row))
-    console = Console(width=140)
-    console.print(f"[bold]{title}[/bold]\n{described(where)}", highlight=False)
-    console.print(table)
+    console = Console(width=140, markup=False)
+    with console.capture() as captured:
+        console.print(f"{title}\n{described(where)}", highlight=False)
+        console.print(table)
+    return captured.get()
 
 
 def write(name: str, where: dict[str, str], results: object, folder: Path = RESULTS) -> Path:
-    """``folder/name-<instruction set>-<backend>-<threads>threads.json``; returns its path."""
+    """Write ``folder/name-<machine>.json``, named by :func:`slug`; returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}-{slug(where)}.json"
     path.write_text(json.dumps({"machine": where, "results": results}, indent=1) + "\n")

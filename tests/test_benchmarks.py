@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from hyperformer_fast import native
+from hyperformer_fast.backends import cuda
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
-pytestmark = pytest.mark.skipif(
+needs_library = pytest.mark.skipif(
     native.cpu_library() is None, reason="needs the compiled CPU library, which is not built"
 )
 
 
+@pytest.fixture
+def benchmark_module(monkeypatch):
+    """Imports a module of benchmarks/ by its name."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module
+
+
+@needs_library
 @pytest.mark.parametrize(
     "command",
     [
@@ -41,11 +54,118 @@ def test_a_report_runs(command, tmp_path):
     assert list(tmp_path.glob("*.json"))
 
 
-def test_every_suite_is_collected():
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", str(BENCHMARKS)],
-        cwd=BENCHMARKS.parent, env={**os.environ, "HF_BENCH_QUICK": "1"}, capture_output=True, text=True,
+def pytest_run(*options, **environment):
+    # one thread a process: nothing here is timed in earnest
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(BENCHMARKS), *options], cwd=BENCHMARKS.parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, capture_output=True, text=True,
     )  # fmt: skip
+
+
+OPS = ("adapter, forward and backward", "mixed batch", "generate_weights", "fold", "hyper_adapter", "a T5's weights",
+       "training step")  # fmt: skip
+
+
+def test_the_short_list_has_every_op_and_the_full_one_every_shape():
+    collected = {}
+    for options in ((), ("--full",)):
+        done = pytest_run("--collect-only", "-q", *options)
+        assert done.returncode == 0, done.stdout[-2000:]
+        collected[options] = {line for line in done.stdout.splitlines() if "test_suite.py::" in line}
+    short, full = collected.values()
+    assert short < full and len(short) < 80 < len(full)
+    for op in OPS:
+        assert any(f"[{op}" in line for line in short), op
+    for shape in ("T5-small r=8 N=1-", "T5-large r=8 N=16384-", "T5-base, 4+4 layers"):
+        assert any(shape in line for line in full), shape
+
+
+@pytest.mark.parametrize("options", [(), ("--full",)], ids=["short", "full"])
+def test_a_provider_that_is_absent_is_one_line_and_not_collected(options, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.util\nfind_spec = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *rest: None if name == 'adapters' else find_spec(name, *rest)\n"
+    )
+    paths = [str(tmp_path), str(BENCHMARKS.parent), os.environ.get("PYTHONPATH", "")]
+    done = pytest_run("--collect-only", *options, PYTHONPATH=os.pathsep.join(filter(None, paths)))
     assert done.returncode == 0, done.stdout[-2000:]
-    for group in ("test_adapter.py", "test_weights.py"):
-        assert group in done.stdout
+    assert done.stdout.count("adapters (pip install adapters)") == 1
+    assert "-adapters]" not in done.stdout and "-eager]" in done.stdout
+
+
+@needs_library
+def test_a_run_ends_with_a_table_of_ratios():
+    done = pytest_run("--benchmark-only", "-k", "fold and not weights and (eager or hyperformer_fast)")
+    assert done.returncode == 0, done.stdout[-2000:]
+    table = done.stdout.partition("Time of each rival over ours")[2]
+    assert re.search(r"fold\W+T5-base r=32, 24 sites, 1 task\W+fp32\W+\d+\.\d\dx", table), done.stdout[-3000:]
+
+
+def test_the_old_variable_of_the_short_list_warns():
+    done = pytest_run("--collect-only", "-q", "-W", "error::DeprecationWarning", HF_BENCH_QUICK="1")
+    assert done.returncode and "--full times all" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", ["cuda, row by row, one launch", "cuda, rows by 32, three launches"])
+def test_a_form_that_fails_leaves_the_library_as_it_was(benchmark_module, monkeypatch, name):
+    small = benchmark_module("small")
+    limits = {"few_rows": 64}
+
+    def use_few_rows(limit):
+        before, limits["few_rows"] = limits["few_rows"], limit
+        return before
+
+    monkeypatch.setattr(cuda.CudaBackend, "library", lambda self: SimpleNamespace(use_few_rows=use_few_rows))
+    before = cuda.ONE_LAUNCH_ROWS
+    with pytest.raises(RuntimeError, match="a kernel failed"), small.form(name):
+        assert limits["few_rows"] == small.FORMS[name][0] and cuda.ONE_LAUNCH_ROWS == small.FORMS[name][1]
+        raise RuntimeError("a kernel failed")
+    assert limits["few_rows"] == 64 and cuda.ONE_LAUNCH_ROWS == before
+
+
+def test_a_provider_that_computes_something_else_is_not_timed(benchmark_module, monkeypatch):
+    providers = benchmark_module("providers")
+    wrong = providers.Provider(lambda case: lambda x, packed: x, lambda device: "")
+    monkeypatch.setitem(providers.PROVIDERS, "identity", wrong)
+    case = providers.Case(3, 16, 4, providers.DTYPES["fp32"])
+    with pytest.raises(providers.Wrong, match="identity: out is off by"):
+        providers.make("identity", case, False)
+    assert providers.make("eager", case, True)()[0].shape == (3, 16)
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are saved, kept open so that they can be looked at."""
+    from matplotlib import pyplot as plt
+
+    kept = []
+    monkeypatch.setattr(plt, "close", lambda figure: (figure.canvas.draw(), kept.append(figure)))
+    yield kept
+    monkeypatch.undo()
+    plt.close("all")
+
+
+RESULTS = sorted(path for path in (BENCHMARKS / "results").glob("*.json") if path.with_suffix(".png").exists())
+
+
+@pytest.mark.parametrize("result", RESULTS, ids=lambda path: path.stem)
+def test_plots_have_plain_ticks_and_no_legend_over_the_curves(benchmark_module, figures, tmp_path, result):
+    plots = benchmark_module("plots")
+    copy = tmp_path / result.name
+    copy.write_text(result.read_text())
+    assert plots.draw(copy).stat().st_size > 10_000
+    (figure,) = figures
+    assert figure.legends and not any(axis.get_legend() for axis in figure.axes)
+    legend = figure.legends[0].get_window_extent()
+    for axis in figure.axes:
+        assert not legend.overlaps(axis.get_window_extent())
+        for tick in (*axis.get_xticklabels(), *axis.get_yticklabels(), *axis.get_yticklabels(minor=True)):
+            assert "^" not in tick.get_text() and "times" not in tick.get_text()
+    if result.name.startswith("adapter"):
+        assert figure.axes[0].get_ylabel() == "time of the rival over ours\n(above 1: ours is faster)"
+
+
+def test_results_without_a_plot_are_refused_by_name(benchmark_module, tmp_path):
+    plots = benchmark_module("plots")
+    (tmp_path / "mixed-x.json").write_text(json.dumps({"machine": {}, "results": []}))
+    assert plots.draw(tmp_path / "mixed-x.json") is None

@@ -1,0 +1,164 @@
+"""Draw the plots of the results; also again, from their JSON, without measuring anything:
+
+    python benchmarks/plots.py [benchmarks/results/adapter-avx512-cpu-2threads.json ...]
+
+Without arguments it redraws every result that a plot is kept of. Each plot is beside its JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from timing import RESULTS, described
+
+#: The label of every axis that shows how a rival compares.
+RATIO = "time of the rival over ours\n(above 1: ours is faster)"
+#: Steps of a logarithmic axis within a decade, where the axis spans little more than one.
+FINE, COARSE = (1, 1.5, 2, 3, 4, 5, 7), (1,)
+#: Differences below this are drawn at it: a logarithmic axis has no zero.
+LEAST = 1e-9
+
+
+@contextlib.contextmanager
+def panels(count: int, path: Path, where: Mapping[str, str], **settings) -> Iterator[Sequence]:
+    """``count`` axes side by side in one style, under the machine's description; saved as ``path`` at the end.
+
+    The lines of all axes share one legend, below them.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}
+    with plt.rc_context({**style, "grid.alpha": 0.25, "axes.titlesize": 11}):
+        figure, axes = plt.subplots(
+            1, count, figsize=(max(6.5, 4.3 * count), 4.2), squeeze=False, layout="constrained", **settings
+        )
+        try:
+            yield axes[0]
+            figure.suptitle(described(where), fontsize=9)
+            lines = {}
+            for axis in axes[0]:
+                lines = {label: line for line, label in zip(*axis.get_legend_handles_labels())} | lines
+            columns = min(6, len(lines))
+            figure.legend(lines.values(), lines, loc="outside lower center", ncols=columns, frameon=False)
+            figure.savefig(path, dpi=130)
+        finally:
+            plt.close(figure)
+
+
+def plain_logarithmic(axis, ticks: Sequence[float] | None = None) -> None:
+    """Make ``axis`` (an ``xaxis`` or ``yaxis``) logarithmic with plain numbers for ticks: 6, not 6 x 10^0.
+
+    Args:
+        ticks: where they are; chosen by the axis' limits if not given.
+    """
+    from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, NullLocator
+
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    low, high = axis.get_view_interval()
+    subs = FINE if high / low < 30 else COARSE
+    axis.set_major_locator(FixedLocator(ticks) if ticks is not None else LogLocator(subs=subs, numticks=12))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
+def adapter(results: list[dict], where: Mapping[str, str], path: Path) -> None:
+    """Each rival's time over ours, over the number of rows: a panel for each pass and dtype."""
+    shown = sorted({(r["backward"], r["dtype"]) for r in results})
+    rivals = list(dict.fromkeys(name for r in results for name in r["ratios"] if name != "hyperformer_fast"))
+    widths = sorted({(r["d"], r["b"]) for r in results})
+    rows = sorted({r["N"] for r in results})
+    with panels(len(shown), path, where, sharey=True) as axes:
+        for axis, (backward, dtype) in zip(axes, shown):
+            chosen = [r for r in results if (r["backward"], r["dtype"]) == (backward, dtype)]
+            for i, name in enumerate(rivals):
+                for style, (d, b) in zip(("-", "--", ":", "-."), widths):
+                    points = sorted(
+                        (r["N"], r["ratios"][name])
+                        for r in chosen
+                        if (r["d"], r["b"]) == (d, b) and name in r["ratios"]
+                    )
+                    label = f"{name}, d={d}, b={b}" if len(widths) > 1 else name
+                    if points:
+                        axis.plot(*zip(*points), style, color=f"C{i}", marker="o", markersize=3.5, label=label)
+            axis.axhline(1, color="0.4", linewidth=1)
+            axis.set(xlabel="rows N", title=f"{'forward and backward' if backward else 'forward'}, {dtype}")
+            plain_logarithmic(axis.xaxis, rows)
+        plain_logarithmic(axes[0].yaxis)
+        axes[0].set_ylabel(RATIO)
+
+
+def apart(a: Sequence[float], b: Sequence[float]) -> list[float]:
+    """The difference of each pair, relative to the first."""
+    return [abs(x - y) / abs(x) for x, y in zip(a, b)]
+
+
+def training(results: dict, where: Mapping[str, str], path: Path) -> None:
+    """The demo's loss with the reference and with the kernels, and how far the losses are apart."""
+    curves = results["losses"]
+    reference, ours, control = curves
+    steps = range(1, len(curves[reference]) + 1)
+    with panels(2, path, where) as (left, right):
+        for style, name, color in (("-", reference, "C0"), ("--", ours, "C1")):
+            left.plot(steps, curves[name], style, color=color, label=name)
+        left.set(xlabel="optimizer step", ylabel="loss", title="training loss of the demo, float32")
+        for name, color in ((ours, "C1"), (control, "0.6")):
+            gaps = [max(LEAST, gap) for gap in apart(curves[reference], curves[name])]
+            right.plot(steps, gaps, color=color, label=name)
+        right.axhline(1e-4, color="0.4", linewidth=1, linestyle=":")
+        right.set(
+            xlabel="optimizer step", ylabel="relative difference (1e-09: equal)",
+            title="difference from the reference's loss",
+        )  # fmt: skip
+        plain_logarithmic(right.yaxis)
+
+
+def gpu_report(results: dict, where: Mapping[str, str], path: Path) -> None:
+    """The share of a copy's bandwidth that the adapter reaches, over the number of rows."""
+    found = results["kernels"]
+    with panels(1, path, where) as (axis,):
+        for i, (backend, dtype) in enumerate(sorted({(r["backend"], r["dtype"]) for r in found})):
+            rows = [r for r in found if (r["backend"], r["dtype"]) == (backend, dtype)]
+            for style, name, words in (("-", "forward", "forward"), ("--", "both", "forward and backward")):
+                shares = [100 * r[f"{name}_of_copy_bandwidth"] for r in rows]
+                label = f"{backend}, {words}, {dtype}"
+                axis.plot([r["N"] for r in rows], shares, style, color=f"C{i}", marker="o", markersize=3.5, label=label)
+        axis.set(xlabel="rows N", ylabel="% of a copy's bandwidth", title="the adapter, d = 768, b = 24")
+        plain_logarithmic(axis.xaxis, sorted({r["N"] for r in found}))
+
+
+#: By the start of a result's file name.
+PLOTS = {"adapter": adapter, "training": training, "gpu-report": gpu_report}
+
+
+def draw(path: Path) -> Path | None:
+    """Draw the plot of a result's JSON; returns the PNG's path, or None if such results have no plot."""
+    for start, plot in PLOTS.items():
+        if path.name.startswith(f"{start}-"):
+            found = json.loads(path.read_text())
+            plot(found["results"], found["machine"], path.with_suffix(".png"))
+            return path.with_suffix(".png")
+    return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("results", nargs="*", type=Path, help="JSON files (default: those that a plot is kept of)")
+    options = parser.parse_args()
+    for path in options.results or [p for p in sorted(RESULTS.glob("*.json")) if p.with_suffix(".png").exists()]:
+        drawn = draw(path)
+        if drawn is None:
+            sys.exit(f"{path.name}: no plot is made of such results, only of {', '.join(PLOTS)}")
+        print(drawn)
+
+
+if __name__ == "__main__":
+    main()
