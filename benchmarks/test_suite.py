@@ -16,7 +16,7 @@ def pytest_generate_tests(metafunc):
 
 
 def test_suite(benchmark, record_median, entry, provider):
-    benchmark.group = f"{entry.op}, {entry.shape}, {entry.dtype}"
+    benchmark.group, benchmark.name = f"{entry.op}, {entry.shape}, {entry.dtype}", provider
     torch.manual_seed(0)
     try:
         call = entry.make(provider)

@@ -56,23 +56,36 @@ def test_a_report_runs(command, tmp_path):
 
 def pytest_run(*options, **environment):
     # one thread a process: nothing here is timed in earnest
-    return subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(BENCHMARKS), *options], cwd=BENCHMARKS.parent,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, capture_output=True, text=True,
     )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def collected(tmp_path_factory):
+    """What pytest prints as it collects the short list and the full one, where ``adapters`` is not installed."""
+    folder = tmp_path_factory.mktemp("without")
+    (folder / "sitecustomize.py").write_text(
+        "import importlib.util\nfind_spec = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *rest: None if name == 'adapters' else find_spec(name, *rest)\n"
+    )
+    paths = [str(folder), str(BENCHMARKS.parent), os.environ.get("PYTHONPATH", "")]
+    environment = {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    return {
+        name: pytest_run("--collect-only", *options, **environment)
+        for name, options in (("short", ()), ("full", ("--full",)))
+    }
 
 
 OPS = ("adapter, forward and backward", "mixed batch", "generate_weights", "fold", "hyper_adapter", "a T5's weights",
        "training step")  # fmt: skip
 
 
-def test_the_short_list_has_every_op_and_the_full_one_every_shape():
-    collected = {}
-    for options in ((), ("--full",)):
-        done = pytest_run("--collect-only", "-q", *options)
-        assert done.returncode == 0, done.stdout[-2000:]
-        collected[options] = {line for line in done.stdout.splitlines() if "test_suite.py::" in line}
-    short, full = collected.values()
+def test_the_short_list_has_every_op_and_the_full_one_every_shape(collected):
+    short, full = ({line for line in words.splitlines() if "<Function" in line} for words in collected.values())
     assert short < full and len(short) < 80 < len(full)
     for op in OPS:
         assert any(f"[{op}" in line for line in short), op
@@ -80,30 +93,19 @@ def test_the_short_list_has_every_op_and_the_full_one_every_shape():
         assert any(shape in line for line in full), shape
 
 
-@pytest.mark.parametrize("options", [(), ("--full",)], ids=["short", "full"])
-def test_a_provider_that_is_absent_is_one_line_and_not_collected(options, tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(
-        "import importlib.util\nfind_spec = importlib.util.find_spec\n"
-        "importlib.util.find_spec = lambda name, *rest: None if name == 'adapters' else find_spec(name, *rest)\n"
-    )
-    paths = [str(tmp_path), str(BENCHMARKS.parent), os.environ.get("PYTHONPATH", "")]
-    done = pytest_run("--collect-only", *options, PYTHONPATH=os.pathsep.join(filter(None, paths)))
-    assert done.returncode == 0, done.stdout[-2000:]
-    assert done.stdout.count("adapters (pip install adapters)") == 1
-    assert "-adapters]" not in done.stdout and "-eager]" in done.stdout
+@pytest.mark.parametrize("which", ["short", "full"])
+def test_a_provider_that_is_absent_is_one_line_and_not_collected(collected, which):
+    head, _, tests = collected[which].partition("collected")
+    assert head.count("not measured: adapters (pip install adapters)") == 1
+    assert "-eager]" in tests and "adapters]" not in tests
 
 
 @needs_library
 def test_a_run_ends_with_a_table_of_ratios():
-    done = pytest_run("--benchmark-only", "-k", "fold and not weights and (eager or hyperformer_fast)")
-    assert done.returncode == 0, done.stdout[-2000:]
-    table = done.stdout.partition("Time of each rival over ours")[2]
-    assert re.search(r"fold\W+T5-base r=32, 24 sites, 1 task\W+fp32\W+\d+\.\d\dx", table), done.stdout[-3000:]
-
-
-def test_the_old_variable_of_the_short_list_warns():
-    done = pytest_run("--collect-only", "-q", "-W", "error::DeprecationWarning", HF_BENCH_QUICK="1")
-    assert done.returncode and "--full times all" in done.stdout + done.stderr
+    said = pytest_run("--benchmark-only", "-k", "fold", HF_BENCH_QUICK="1")
+    table = said.partition("Time of each rival over ours")[2]
+    assert re.search(r"fold\W+T5-base r=32, 24 sites, 1 task\W+fp32\W+\d+\.\d\dx", table), said[-3000:]
+    assert "HF_BENCH_QUICK is no longer read" in said
 
 
 @pytest.mark.parametrize("name", ["cuda, row by row, one launch", "cuda, rows by 32, three launches"])
