@@ -17,10 +17,6 @@ from . import __version__, native
 
 _PACKAGES = ("torch", "transformers", "triton", "accelerate", "datasets", "safetensors", "numpy")
 
-#: The largest error that a live check allows, relative to the float64 reference. Correct float32 kernels are off by
-#: 1e-6 there, wrong ones by 1e-1.
-TOLERANCE = 1e-4
-
 
 def diagnose(check: bool = True) -> dict[str, Any]:
     """Collect the whole report, in types that JSON can hold.
@@ -29,9 +25,10 @@ def diagnose(check: bool = True) -> dict[str, Any]:
         check: also run each available backend against the reference.
 
     Returns:
-        ``ok`` (no live check failed), ``problems`` (lines for a person), ``versions``, ``cpu``, ``gpus``, ``native``
-        (library -> its status), ``build_info``, and ``backends``: name, available, serves, reason, and ``check`` (op ->
-        relative error) or ``check_error``.
+        ``ok`` (no live check failed, of those made now and of those at the first load), ``problems`` (lines for a
+        person), ``versions``, ``cpu``, ``gpus``, ``native`` (library -> its status), ``build_info``, and ``backends``:
+        name, available, serves, reason, ``wrong`` (its kernels compute wrong numbers, which is the reason), and
+        ``check`` (op -> relative error) or ``check_error``.
     """
     import torch
 
@@ -45,10 +42,12 @@ def diagnose(check: bool = True) -> dict[str, Any]:
                 _check(entry)
     problems = [line for line in (native.problem(),) if line]
     for entry in backends:
+        if entry["wrong"]:
+            problems.append(f"backend {entry['name']} is not used: {entry['reason']}")
         if entry.get("check_error"):
             problems.append(f"backend {entry['name']} fails its live check: {entry['check_error']}")
     return {
-        "ok": not any(entry.get("check_error") for entry in backends),
+        "ok": not any(entry["wrong"] or entry.get("check_error") for entry in backends),
         "problems": problems,
         "versions": _versions(),
         "cpu": {
@@ -99,17 +98,20 @@ def _json_ready(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check(entry: dict[str, Any]) -> None:
-    from .backends import live_check
+    import torch
 
+    from .backends import live_check, self_test
+
+    tolerance = self_test.TOLERANCE[torch.float32]
     try:
         errors = live_check(entry["name"])
     except Exception as error:  # the doctor reports what is broken; it does not break on it
         entry["check_error"] = f"{type(error).__name__}: {error}"
         return
     entry["check"] = errors
-    wrong = [f"{op} is off by {value:.1e}" for op, value in errors.items() if not value <= TOLERANCE]
+    wrong = [f"{op} is off by {value:.1e}" for op, value in errors.items() if not value <= tolerance]
     if wrong:
-        entry["check_error"] = f"{', '.join(wrong)}, more than {TOLERANCE:.0e}"
+        entry["check_error"] = f"{', '.join(wrong)}, more than {tolerance:.0e}"
 
 
 def _print(report: dict[str, Any]) -> None:

@@ -65,14 +65,31 @@ def _load(library: str) -> str | None:
         return f"the {library} library is not built: {why or 'the package was never built'}{cure}"
     import torch
 
+    subnormals = _has_subnormals()
     try:
-        torch.ops.load_library(str(_PACKAGE / built["file"]))
+        torch.ops.load_library(str(library_file(library)))
     except Exception as error:  # a missing file, another torch, another machine: the reference still serves
         words = str(error).strip().splitlines()
         cause = words[0] if words else repr(error)
         what = f"the {library} library does not load in torch {torch.__version__}"
         return f"{what}: {cause}; rebuild it with: {rebuild_command()}"
+    if subnormals and not _has_subnormals():
+        torch.set_flush_denormal(False)
+        return (
+            f"the {library} library was linked with -ffast-math and switched this thread's subnormal numbers off "
+            f"(they are on again); rebuild it without such flags: {rebuild_command()}"
+        )
     return None
+
+
+def library_file(library: str) -> Path | None:
+    """The file of ``library`` ("cpu" or "cuda"); None where the build made none."""
+    built = build_info().get("libraries", {}).get(library)
+    return _PACKAGE / built["file"] if built else None
+
+
+def _has_subnormals() -> bool:
+    return float("5e-324") * float("1") != 0
 
 
 @functools.cache

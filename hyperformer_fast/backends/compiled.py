@@ -7,10 +7,12 @@ import abc
 import torch
 from torch import Tensor
 
+from .. import native
 from .. import reference as truth
 from ..activations import ACTIVATIONS
 from ..layout import AdapterLayout
 from ..reference import Folded, Saved
+from . import trust
 from .base import FullBackend
 
 
@@ -22,9 +24,31 @@ def static_arguments(layout: AdapterLayout, activation: str) -> tuple[int, int, 
 class CompiledBackend(FullBackend):
     """Kernels of a library of csrc/; its schemas are in csrc/tensors.h. float64 is left to the reference."""
 
+    def __init__(self) -> None:
+        self._verdicts: dict[tuple[str, ...], str | None] = {}
+
     @abc.abstractmethod
     def library(self):
         """The raw ops; None where the library is not there."""
+
+    @abc.abstractmethod
+    def circumstances(self) -> tuple[str, ...]:
+        """What the results of one and the same library file rest on, for which it is tested once."""
+
+    def testable(self) -> bool:
+        """Whether the kernels may be tried right now."""
+        return True
+
+    def distrusted(self) -> str | None:
+        """Why the loaded library's kernels must not serve: they compute wrong numbers. Tests them at the first call."""
+        file = native.library_file(self.name)
+        if file is None or not self.testable():
+            return None
+        key = self.circumstances()
+        if key not in self._verdicts:
+            self._verdicts[key] = trust.fault(self, file, list(key), native.rebuild_command())
+        self.wrong = self._verdicts[key] is not None
+        return self._verdicts[key]
 
     def generate_weights(self, E: Tensor, G: Tensor, g0: Tensor) -> Tensor:
         if all(t.dtype == torch.float32 for t in (E, G, g0)):

@@ -37,7 +37,10 @@ class CpuBackend(CompiledBackend):
                 f"{ISA_VARIABLE}={asked} is not one of {', '.join(INSTRUCTION_SETS)} that this CPU has "
                 f"(it has {self.instruction_set()})"
             )
-        return None
+        return self.distrusted()
+
+    def circumstances(self) -> tuple[str, ...]:
+        return torch.backends.cpu.get_cpu_capability(), self.instruction_set()
 
     def instruction_set(self) -> str:
         """The one in use."""

@@ -52,7 +52,13 @@ class CudaBackend(CompiledBackend):
         newest = max(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
         if newest < OLDEST:
             return f"it needs compute capability {OLDEST[0]}.{OLDEST[1]}, got {newest[0]}.{newest[1]}; use 'auto'"
-        return None
+        return self.distrusted()
+
+    def testable(self) -> bool:
+        return not torch.cuda.is_current_stream_capturing()  # a test reads results back, which ends a capture
+
+    def circumstances(self) -> tuple[str, ...]:
+        return torch.cuda.get_device_name(), str(torch.version.cuda)
 
     def refuses(self, request: Request) -> str | None:
         return self.misplaced(request) or refused_by_gpu_kernels(request)

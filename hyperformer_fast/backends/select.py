@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
+from . import self_test
 from .base import OPS, Backend, Request
 from .cpu import CpuBackend
 from .cuda import CudaBackend
@@ -128,13 +129,15 @@ def explain(
 
 
 def backend_report() -> list[dict[str, object]]:
-    """Every backend: its name, whether it is available here, the ops it serves, and the reason where it is not."""
+    """Every backend: its name, whether it is available here, the ops it serves, the reason where it is not, and whether
+    that is that its kernels compute wrong numbers."""
     return [
         {
             "name": name,
             "available": backend.unavailable() is None,
             "serves": backend.serves,
             "reason": backend.unavailable() or "",
+            "wrong": backend.wrong,
         }
         for name, backend in _BACKENDS.items()
     ]
@@ -146,39 +149,7 @@ def live_check(name: str) -> dict[str, float]:
     Raises:
         RuntimeError: the backend is not available.
     """
-    from ..layout import AdapterLayout
-
     backend = _BACKENDS[_known(name, "live_check")]
     if backend.unavailable() is not None:
         raise RuntimeError(f"backend {name!r} is not available: {backend.unavailable()}")
-    truth = _BACKENDS["reference"]
-    generator = torch.Generator().manual_seed(0)
-    layout = AdapterLayout(96, 12)
-    device = backend.device or "cpu"
-
-    def run(served: Backend, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        generator.manual_seed(0)
-        packed = (torch.randn(2, layout.numel, generator=generator, dtype=torch.float64) * 0.1).to(device, dtype)
-        x, g = (torch.randn(4, 8, 96, generator=generator, dtype=torch.float64).to(device, dtype) for _ in range(2))
-        index = torch.tensor([0, 1, -1, 1], device=device)
-        folded = getattr(served, "fold", truth.fold)(packed, layout, dtype)
-        out, saved = getattr(served, "adapter_forward", truth.adapter_forward)(
-            x, folded, layout, "gelu_new", index, True
-        )
-        backward = getattr(served, "adapter_backward", truth.adapter_backward)
-        dx, dpacked = backward(g, x, saved, packed, folded, layout, "gelu_new", index, True, True)
-        E, G, g0 = packed[None, :, :5], packed.mT[None, :, :1].repeat(1, 1, 5), packed[:1]
-        generated = getattr(served, "generate_weights", truth.generate_weights)(E, G, g0)
-        hyper = getattr(served, "hyper_adapter", truth.hyper_adapter)
-        at_once = hyper(x, E[0], G[0], g0[0], layout, "gelu_new", index, False)[0]
-        backward_results = torch.cat([dx.flatten(), dpacked.flatten()])
-        return {
-            "generate_weights": generated,
-            "fold": folded.root,
-            "adapter_forward": out,
-            "adapter_backward": backward_results,
-            "hyper_adapter": at_once,
-        }
-
-    mine, expected = run(backend, torch.float32), run(truth, torch.float64)
-    return {op: ((mine[op] - expected[op]).abs().max() / expected[op].abs().max()).item() for op in backend.serves}
+    return self_test.errors(backend)
