@@ -69,4 +69,4 @@ $(VENV4)/.installed: requirements/lock-transformers4.txt requirements/common.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV4) build *.egg-info hyperformer_fast/*.so hyperformer_fast/build_info.json
+	rm -rf $(VENV) $(VENV4) build *.egg-info hyperformer_fast/*.so hyperformer_fast/build_info.json hyperformer_fast/live_check.json

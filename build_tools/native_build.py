@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from find_torch import find_torch
+from ninja_build import CACHE
 from plan import BuildError, make_plan, requested_mode
 from setuptools import Extension
 from setuptools.command.build_ext import build_ext
@@ -20,6 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
 PACKAGE = "hyperformer_fast"
 INFO = "build_info.json"
+#: Where the package remembers that the libraries were tested; empty here, so that an uninstall removes it.
+RECORD = "live_check.json"
 
 #: A placeholder, so that setuptools runs build_ext; what is built is decided there.
 EXTENSION = Extension(f"{PACKAGE}._hf_cpu", sources=[])
@@ -40,12 +43,15 @@ def say(message: str) -> None:
     print(f"hyperformer_fast: {message}", file=sys.stderr, flush=True)
 
 
-def build_libraries(out: Path, objects: Path) -> dict:
+def build_libraries(out: Path, objects: Path = CACHE) -> dict:
     """Make what HYPERFORMER_FAST_BUILD asks for in the folder ``out``, with build_info.json; returns its content.
+
+    ``objects`` is the folder of the object cache.
 
     BuildError where an explicit request cannot be met. In auto mode a failed compilation leaves a pure-Python install.
     """
-    mode, torch, cxx, cuda_home = requested_mode(), find_torch(), find_cxx(), find_cuda_home()
+    mode, torch, cuda_home = requested_mode(), find_torch(), find_cuda_home()
+    cxx = find_cxx() if mode != "none" else None
     cuda_sources = [path for path in sources.source_files(CSRC, "cuda") if path.suffix == ".cu"]
     plan = make_plan(mode, torch, cxx, cuda_home, bool(cuda_sources))
     info = {
@@ -63,9 +69,8 @@ def build_libraries(out: Path, objects: Path) -> dict:
         if name not in plan.build:
             continue
         compiler = Compiler(torch, cxx, cuda_home if name == "cuda" else None)
-        units = [path for path in sources.source_files(CSRC, name) if path.suffix in (".cpp", ".cu")]
         try:
-            compiler.build(units, objects / name, library)
+            shutil.copy2(compiler.build(f"_hf_{name}", sources.source_files(CSRC, name), objects), library)
         except BuildError as error:
             if mode != "auto":
                 raise
@@ -77,6 +82,7 @@ def build_libraries(out: Path, objects: Path) -> dict:
             **compiler.info(),
         }
     (out / INFO).write_text(json.dumps(info, indent=2) + "\n")
+    (out / RECORD).write_text("{}\n")
     _report(info)
     return info
 
@@ -97,10 +103,10 @@ class BuildNative(build_ext):
 
     def run(self) -> None:
         try:
-            info = build_libraries(self._folder, Path(self.build_temp))
+            info = build_libraries(self._folder)
         except BuildError as error:
             raise PlatformError(f"hyperformer_fast: {error}") from None
-        self._files = [INFO, *(library["file"] for library in info["libraries"].values())]
+        self._files = [INFO, RECORD, *(library["file"] for library in info["libraries"].values())]
         if self.inplace:
             for name in ("_hf_cpu.so", "_hf_cuda.so"):
                 # Replaced, never overwritten: a running process may have it mapped.
@@ -108,17 +114,20 @@ class BuildNative(build_ext):
             for name in self._files:
                 shutil.copy2(self._folder / name, ROOT / PACKAGE / name)
 
+    def has_libraries(self) -> bool:
+        return any(name.endswith(".so") for name in getattr(self, "_files", ()))
+
     @property
     def _folder(self) -> Path:
         return Path(self.build_lib) / PACKAGE
 
     def get_outputs(self) -> list[str]:
-        return [str(self._folder / name) for name in getattr(self, "_files", [INFO])]
+        return [str(self._folder / name) for name in getattr(self, "_files", [INFO, RECORD])]
 
     def get_output_mapping(self) -> dict[str, str]:
         if not self.inplace:
             return {}
-        return {str(self._folder / name): str(Path(PACKAGE, name)) for name in getattr(self, "_files", [INFO])}
+        return {str(self._folder / name): str(Path(PACKAGE, name)) for name in getattr(self, "_files", [INFO, RECORD])}
 
     def get_source_files(self) -> list[str]:
         found = {path for name in sources.PATTERNS for path in sources.source_files(CSRC, name)}
@@ -143,6 +152,6 @@ if bdist_wheel:
         def get_tag(self) -> tuple[str, str, str]:
             system = super().get_tag()[2]
             built = self.get_finalized_command("build_ext")
-            return "py3", "none", system if getattr(built, "_files", [INFO]) != [INFO] else "any"
+            return "py3", "none", system if built.has_libraries() else "any"
 
     COMMANDS["bdist_wheel"] = Wheel

@@ -1,24 +1,25 @@
-"""Compilers: where they are, and the command lines that make a library."""
+"""Compilers: where they are, and the commands that make a library."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shlex
 import shutil
 import subprocess
-import sys
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from arithmetic import HEADER, ieee_flags, refuse_fast_nvcc, refuse_fast_start, without_ofast
 from find_torch import Torch
+from ninja_build import CACHE, Link, Unit, build_library
 from plan import BuildError, split_flags
 
 #: libtorch's stable ABI as of 2.11: one library then loads in every torch from 2.11 on.
 TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 #: No -march=native: wheels travel; vector widths are chosen at run time.
-CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra", TARGET]
+CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", TARGET]
 NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--expt-relaxed-constexpr", TARGET]
 #: Machine code for three architectures shrinks to a fifth. nvcc knows the first form, the tighter one, from 12.8 on.
 NVCC_COMPRESSION = (["--compress-mode=size"], ["-Xfatbin", "-compress-all"])
@@ -27,14 +28,31 @@ DEFAULT_ARCHS = "8.0;8.6;9.0+PTX"
 
 
 def find_cxx(environ: Mapping[str, str] = os.environ) -> list[str] | None:
-    """The C++ compiler as the start of a command: CXX, else the first of g++, clang++ and c++ on PATH."""
-    if environ.get("CXX", "").strip():
-        command = shlex.split(environ["CXX"])
-        return command if shutil.which(command[-1], path=environ.get("PATH")) else None
-    for name in ("g++", "clang++", "c++"):
-        if shutil.which(name, path=environ.get("PATH")):
-            return [name]
-    return None
+    """The C++ compiler as the start of a command: CXX, else the first of g++, clang++ and c++ on PATH.
+
+    CXX may hold launchers before the compiler ("ccache g++") and flags after it ("g++ -pthread"). BuildError where it
+    names what is not there: a user who sets it does not mean a package without kernels.
+    """
+    path = environ.get("PATH")
+    asked = environ.get("CXX", "").strip()
+    if not asked:
+        return next(([name] for name in ("g++", "clang++", "c++") if shutil.which(name, path=path)), None)
+    try:
+        # A path with spaces may come without quotes.
+        command = [asked] if shutil.which(asked, path=path) else shlex.split(asked)
+        done = subprocess.run([*command, "--version"], env=environ, capture_output=True, text=True)
+    except (ValueError, OSError) as error:
+        raise BuildError(f"CXX={asked!r} cannot be run ({error}): correct it or unset it") from None
+    if done.returncode:
+        words = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()
+        raise BuildError(f"CXX={asked!r} is no compiler that runs ({words[0]}): correct it or unset it")
+    return without_ofast(command)
+
+
+def compiler_and_flags(cxx: Sequence[str]) -> tuple[str, list[str]]:
+    """The compiler itself in a command such as "ccache g++ -pthread", and its flags: what nvcc takes for its host."""
+    programs = list(itertools.takewhile(lambda word: not word.startswith("-"), cxx))
+    return (programs[-1] if shutil.which(programs[-1]) else programs[0]), list(cxx[len(programs) :])
 
 
 def find_cuda_home(environ: Mapping[str, str] = os.environ) -> Path | None:
@@ -79,14 +97,14 @@ def max_jobs(environ: Mapping[str, str] = os.environ) -> int:
     return int(value) if value else os.cpu_count() or 1
 
 
-def version_line(compiler: str) -> str:
+def version_line(command: Sequence[str]) -> str:
     """The line of ``--version`` that names the version; nvcc's is the last but one."""
-    lines = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout.strip().splitlines()
+    lines = subprocess.run([*command, "--version"], capture_output=True, text=True).stdout.strip().splitlines()
     return next((line.strip() for line in lines if "release" in line), lines[0].strip() if lines else "unknown")
 
 
 class Compiler:
-    """Objects from sources, a shared library from objects.
+    """The commands that make a library, run through ninja. BuildError where a flag would change the arithmetic.
 
     Args:
         torch: whose headers and libraries.
@@ -97,55 +115,45 @@ class Compiler:
     def __init__(self, torch: Torch, cxx: list[str], cuda_home: Path | None = None):
         self.torch, self.cxx, self.cuda_home = torch, cxx, cuda_home
         self.archs = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or DEFAULT_ARCHS
-        self.cxx_flags = CXX_FLAGS + split_flags("CXXFLAGS")
-        self.nvcc_flags = []
+        self.version = version_line(cxx)
+        ieee = ieee_flags(cxx)
+        self.cxx_flags = [*CXX_FLAGS, *without_ofast(split_flags("CXXFLAGS")), *ieee]
+        self.link_flags = without_ofast(split_flags("LDFLAGS"))
+        refuse_fast_start([*cxx, "-shared", *self.link_flags])
+        self.nvcc, self.nvcc_flags = [], []
         if cuda_home:
-            release = re.search(r"release (\d+)\.(\d+)", version_line(str(cuda_home / "bin/nvcc")))
+            self.nvcc = [str(cuda_home / "bin/nvcc")]
+            self.nvcc_version = version_line(self.nvcc)
+            release = re.search(r"release (\d+)\.(\d+)", self.nvcc_version)
             modern = release is not None and (int(release[1]), int(release[2])) >= (12, 8)
+            host, flags = compiler_and_flags(cxx)
+            self.nvcc_host = ["-ccbin", host, *(f"-Xcompiler={flag}" for flag in flags)]
             compression = NVCC_COMPRESSION[0 if modern else 1]
-            self.nvcc_flags = [*NVCC_FLAGS, *compression, "-ccbin", cxx[-1], *arch_flags(self.archs)]
+            self.nvcc_flags = [*NVCC_FLAGS, *compression, *self.nvcc_host, *arch_flags(self.archs)]
+            self.nvcc_flags += ["-include", str(HEADER)]
+            refuse_fast_nvcc([*self.nvcc, *self.nvcc_flags])
 
     def info(self) -> dict:
         """What build_info.json says of the compiler."""
-        info = {"compiler": version_line(self.cxx[-1]), "flags": self.cxx_flags + split_flags("LDFLAGS")}
+        info = {"compiler": self.version, "flags": self.cxx_flags + self.link_flags}
         if self.cuda_home:
-            info |= {
-                "nvcc": version_line(str(self.cuda_home / "bin/nvcc")),
-                "archs": self.archs,
-                "nvcc_flags": self.nvcc_flags,
-            }
+            info |= {"nvcc": self.nvcc_version, "archs": self.archs, "nvcc_flags": self.nvcc_flags}
         return info
 
-    def build(self, sources: list[Path], objects: Path, library: Path) -> None:
-        """Compile ``sources`` into ``objects``, MAX_JOBS at once, and link. BuildError quotes the compiler."""
-        objects.mkdir(parents=True, exist_ok=True)
-        library.parent.mkdir(parents=True, exist_ok=True)
-        made = [objects / f"{source.stem}{source.suffix.replace('.', '_')}.o" for source in sources]
-        commands = [self._compile(source, out) for source, out in zip(sources, made, strict=True)]
-        with ThreadPoolExecutor(max_jobs()) as pool:
-            list(pool.map(_run, commands))
+    def build(self, name: str, inputs: list[Path], cache: Path = CACHE) -> Path:
+        """The library of every .cpp and .cu file in ``inputs``, whose other files they may include."""
+        units = [Unit(path, self._command(path)) for path in inputs if path.suffix in (".cpp", ".cu")]
         libraries = [f"-L{self.torch.root / 'lib'}", "-ltorch_cpu", "-lc10"]
         linker = [*self.cxx, "-shared"]
         if self.cuda_home:
-            linker = [str(self.cuda_home / "bin/nvcc"), "-shared", "-cudart", "static", "-ccbin", self.cxx[-1]]
-        _run([*linker, *map(str, made), *libraries, *split_flags("LDFLAGS"), "-o", str(library)])
+            linker = [*self.nvcc, "-shared", "-cudart", "static", *self.nvcc_host]
+        link = Link(linker, [*libraries, *self.link_flags])
+        facts = [self.torch.version, self.version, self.nvcc_version if self.cuda_home else ""]
+        return build_library(name, units, link, inputs, facts, max_jobs(), cache)
 
-    def _compile(self, source: Path, out: Path) -> list[str]:
-        include = ["-isystem", str(self.torch.root / "include"), "-c", str(source), "-o", str(out)]
+    def _command(self, source: Path) -> list[str]:
+        include = ["-isystem", str(self.torch.root / "include")]
         if source.suffix == ".cu":
-            return [str(self.cuda_home / "bin/nvcc"), *self.nvcc_flags, *include]
+            return [*self.nvcc, *self.nvcc_flags, *include]
         headers = ["-isystem", str(self.cuda_home / "include")] if self.cuda_home else []
         return [*self.cxx, *self.cxx_flags, *headers, *include]
-
-
-def _run(command: list[str]) -> None:
-    print(" ".join(map(shlex.quote, command)), file=sys.stderr, flush=True)
-    try:
-        result = subprocess.run(command, capture_output=True, text=True)
-    except OSError as error:
-        raise BuildError(f"{command[0]} could not be run: {error}") from error
-    print(result.stdout + result.stderr, end="", file=sys.stderr, flush=True)
-    if result.returncode:
-        words = (result.stderr or result.stdout).strip().splitlines()
-        first = next((line for line in words if "error" in line.lower()), words[0] if words else "no message")
-        raise BuildError(f"{Path(command[0]).name} failed (exit status {result.returncode}): {first.strip()}")

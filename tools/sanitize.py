@@ -2,9 +2,9 @@
 
     python tools/sanitize.py [--isa NAME ...] [--skip-self-test]
 
-The instrumented library is built in build/sanitize/tree, beside nothing that anybody imports. Every instruction set
-that this CPU has is forced in turn ("cuda": the CUDA kernels, in their emulator). At the end faults are planted in the
-copy: the tool must see them too.
+The instrumented library is built in build/sanitize/tree, beside nothing that anybody imports; its objects are kept
+there for the next run. Every instruction set that this CPU has is forced in turn ("cuda": the CUDA kernels, in their
+emulator). At the end faults are planted in the copy: the tool must see them too.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "build_tools"))
+from toolchain import find_cxx  # noqa: E402
+
 PLACE = ROOT / "build/sanitize"
 COPIED = ("build_tools", "csrc", "hyperformer_fast", "tests", "setup.py", "pyproject.toml", "README.md")
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
@@ -88,8 +91,8 @@ EmulatedCuda().adapter_forward(torch.randn(9, 61), folded, layout, "relu", None,
 
 
 def runtime(name: str) -> str:
-    cxx = os.environ.get("CXX", "g++")
-    return subprocess.run([cxx, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+    command = [*(find_cxx() or ["g++"]), f"-print-file-name={name}"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def environment(tree: Path, logs: Path, isa: str | None = None) -> dict[str, str]:
@@ -114,15 +117,22 @@ def environment(tree: Path, logs: Path, isa: str | None = None) -> dict[str, str
 
 
 def copy_sources(tree: Path) -> None:
-    shutil.rmtree(tree, ignore_errors=True)
-    tree.mkdir(parents=True)
-    ignore = shutil.ignore_patterns("*.so", "build_info.json", "__pycache__", "build")
+    """Make ``tree`` a copy of the sources. What did not change keeps its time there, and with it its objects."""
+
+    def copy_changed(source: str, target: str) -> None:
+        if not os.path.exists(target) or Path(source).read_bytes() != Path(target).read_bytes():
+            shutil.copyfile(source, target)
+
+    tree.mkdir(parents=True, exist_ok=True)
+    ignore = shutil.ignore_patterns("*.so", "build_info.json", "live_check.json", "__pycache__", "build")
     for name in COPIED:
-        source = ROOT / name
-        if source.is_dir():
-            shutil.copytree(source, tree / name, ignore=ignore)
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, tree / name, ignore=ignore, copy_function=copy_changed, dirs_exist_ok=True)
+            for made in (tree / name).rglob("*"):
+                if made.is_file() and not (ROOT / made.relative_to(tree)).exists():
+                    made.unlink()
         else:
-            shutil.copy2(source, tree / name)
+            copy_changed(str(ROOT / name), str(tree / name))
 
 
 def compile_library(tree: Path) -> None:
@@ -185,7 +195,7 @@ def run_tests(tree: Path, logs: Path, isa: str) -> bool:
 
 def self_test() -> bool:
     """Whether each planted fault is reported."""
-    tree, logs, good = PLACE / "planted", PLACE / "planted-logs", True
+    tree, logs, good = PLACE / "tree", PLACE / "planted-logs", True
     for plant in PLANTS:
         copy_sources(tree)
         file = tree / plant.file
@@ -202,7 +212,7 @@ def self_test() -> bool:
         if not caught:
             print(f"exit status {done.returncode}\n{done.stderr[-2000:]}{reports(logs)}", flush=True)
         good = good and caught
-    shutil.rmtree(tree, ignore_errors=True)
+    copy_sources(tree)
     return good
 
 

@@ -21,6 +21,8 @@ def tools(monkeypatch):
         "CXX",
         "CXXFLAGS",
         "LDFLAGS",
+        "NVCC_PREPEND_FLAGS",
+        "NVCC_APPEND_FLAGS",
         "CUDA_HOME",
         "CUDA_PATH",
         "MAX_JOBS",
@@ -148,8 +150,44 @@ def test_find_cxx(tmp_path):
     assert find({"PATH": str(tmp_path)}) == ["clang++"]
     executable(tmp_path / "g++")
     assert find({"PATH": str(tmp_path)}) == ["g++"]
-    assert find({"PATH": str(tmp_path), "CXX": "ccache clang++"}) == ["ccache", "clang++"]
-    assert find({"PATH": str(tmp_path), "CXX": "icpx"}) is None
+
+
+@pytest.mark.parametrize(
+    "cxx, command, host, flags",
+    [
+        ("g++", ["g++"], "g++", []),
+        (" g++ -pthread -m64 ", ["g++", "-pthread", "-m64"], "g++", ["-pthread", "-m64"]),
+        ("launcher g++", ["launcher", "g++"], "g++", []),
+        ("launcher g++ -pthread", ["launcher", "g++", "-pthread"], "g++", ["-pthread"]),
+        ("launcher c++-of-its-own", ["launcher", "c++-of-its-own"], "launcher", []),
+        ("g++ '-DNAME=two words'", ["g++", "-DNAME=two words"], "g++", ["-DNAME=two words"]),
+        ("with space/g++", ["with space/g++"], "with space/g++", []),
+        ("'with space/g++' -pthread", ["with space/g++", "-pthread"], "with space/g++", ["-pthread"]),
+    ],
+)
+def test_the_compiler_in_cxx(tmp_path, monkeypatch, cxx, command, host, flags):
+    toolchain = tool("toolchain")
+    for name in ("g++", "launcher", "with space/g++"):
+        executable(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert toolchain.find_cxx({"PATH": str(tmp_path), "CXX": cxx}) == command
+    assert toolchain.compiler_and_flags(command) == (host, flags)
+
+
+@pytest.mark.parametrize("cxx", ["icpx", "icpx -pthread", "launcher icpx", "'g++", "failing", "failing -O2"])
+def test_a_cxx_that_names_no_compiler_is_an_error(tmp_path, monkeypatch, cxx):
+    """Not a package without kernels and exit status 0."""
+    executable(tmp_path / "g++")
+    executable(tmp_path / "launcher").write_text('#!/bin/sh\nexec "$@"\n')
+    executable(tmp_path / "failing").write_text("#!/bin/sh\necho no such target >&2\nexit 1\n")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CXX", cxx)
+    with pytest.raises(tool("plan").BuildError, match="CXX=.*correct it or unset it") as error:
+        tool("native_build").build_libraries(tmp_path / "out", tmp_path / "objects")
+    assert repr(cxx) in str(error.value) and "failing" not in cxx or "no such target" in str(error.value)
+    monkeypatch.setenv("HYPERFORMER_FAST_BUILD", "none")
+    assert tool("native_build").build_libraries(tmp_path / "out")["libraries"] == {}
 
 
 def test_cuda_home_needs_compiler_and_headers(tmp_path, monkeypatch):
@@ -189,18 +227,6 @@ def test_max_jobs():
             toolchain.max_jobs({"MAX_JOBS": bad})
 
 
-def test_a_failing_compiler_is_named(tmp_path, monkeypatch):
-    toolchain = tool("toolchain")
-    compiler = executable(tmp_path / "bad++")
-    compiler.write_text("#!/bin/sh\necho 'x.cpp:1: error: no such thing' >&2\nexit 3\n")
-    torch = tool("find_torch").Torch(tmp_path, "2.13.0", None)
-    build = toolchain.Compiler(torch, [str(compiler)]).build
-    with pytest.raises(
-        tool("plan").BuildError, match=r"bad\+\+ failed \(exit status 3\): x.cpp:1: error: no such thing"
-    ):
-        build([tmp_path / "x.cpp"], tmp_path / "o", tmp_path / "out/x.so")
-
-
 def test_the_default_build_is_portable():
     toolchain = tool("toolchain")
     flags = toolchain.CXX_FLAGS + toolchain.NVCC_FLAGS
@@ -219,29 +245,39 @@ def test_the_backend_asks_for_the_packages_own_torch(monkeypatch):
     assert Requirement(backend.torch_requirement()) == dependencies()["torch"]
     monkeypatch.setattr(backend, "find_torch", lambda: None)
     monkeypatch.setattr(backend, "find_cxx", lambda: ["g++"])
+    monkeypatch.setattr(backend, "find_ninja", lambda: None)
     # setuptools' own hooks would run setup.py here, and leave an egg-info folder
     for name in ("get_requires_for_build_wheel", "get_requires_for_build_editable"):
         monkeypatch.setattr(backend._setuptools, name, lambda config_settings=None: [])
     for hook in (backend.get_requires_for_build_wheel, backend.get_requires_for_build_editable):
-        assert hook() == [backend.torch_requirement()]
+        assert hook() == [backend.torch_requirement(), "ninja"]
 
 
 @pytest.mark.parametrize(
-    "mode, torch, cxx, asks",
+    "mode, torch, cxx, ninja, asks",
     [
-        ("auto", True, True, False),
-        ("auto", False, True, True),
-        ("auto", False, False, False),
-        ("none", False, True, False),
-        ("cpu", False, False, True),
+        ("auto", True, True, True, []),
+        ("auto", True, True, False, ["ninja"]),
+        ("auto", False, True, True, ["torch"]),
+        ("auto", False, False, False, []),
+        ("none", False, True, False, []),
+        ("cpu", False, False, False, ["torch", "ninja"]),
     ],
 )
-def test_when_the_backend_asks_for_torch(monkeypatch, mode, torch, cxx, asks):
+def test_what_the_backend_asks_for(monkeypatch, mode, torch, cxx, ninja, asks):
     backend = tool("hf_build_backend")
     monkeypatch.setenv("HYPERFORMER_FAST_BUILD", mode)
-    monkeypatch.setattr(backend, "find_torch", lambda: torch)
-    monkeypatch.setattr(backend, "find_cxx", lambda: cxx)
-    assert bool(backend._torch()) == asks
+    for name, there in (("find_torch", torch), ("find_cxx", cxx), ("find_ninja", ninja)):
+        monkeypatch.setattr(backend, name, lambda there=there: there)
+    assert [Requirement(text).name for text in backend.native_requirements()] == asks
+
+
+def test_the_backend_leaves_it_to_the_build_to_name_a_wrong_setting(monkeypatch):
+    backend = tool("hf_build_backend")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert backend.native_requirements() == []
+    monkeypatch.setenv("HYPERFORMER_FAST_BUILD", "fast")
+    assert backend.native_requirements() == []
 
 
 def test_torch_is_not_a_static_build_requirement():
@@ -299,3 +335,4 @@ def test_the_locks_pin_what_the_package_asks_for(name):
         assert requirement.specifier.contains(pins[requirement.name]), requirement
     assert pins["transformers"].startswith("4.57." if "4" in name else "5.")
     assert pins["torch"] == locked("common.txt")["torch"]
+    assert "ninja" in pins

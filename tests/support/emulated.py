@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
-import hashlib
 import importlib
 import os
-import shutil
-import subprocess
-import tempfile
+import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -25,58 +20,30 @@ from support.environment import setting
 ROOT = Path(__file__).resolve().parents[2]
 select = importlib.import_module("hyperformer_fast.backends.select")  # the package has a function of that name
 EMULATOR, CSRC = ROOT / "tests/emulator", ROOT / "csrc"
-BUILT = ROOT / "build/emulator"
+sys.path.insert(0, str(ROOT / "build_tools"))
+import arithmetic  # noqa: E402
+import ninja_build  # noqa: E402
+import toolchain  # noqa: E402
+
 #: Added to the compiler's and the linker's command lines, as "-fsanitize=address".
 FLAGS = setting("HFF_EMULATOR_FLAGS").split()
 
-needs_compiler = pytest.mark.skipif(
-    shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler (g++, or CXX)"
-)
+CXX = toolchain.find_cxx()
+
+needs_compiler = pytest.mark.skipif(CXX is None, reason="needs a C++ compiler (g++, clang++, or CXX)")
 
 
 def build(name: str, sources: list[Path], flags: list[str], link: list[str]) -> Path:
-    """A shared library of ``sources``, .cu files taken for C++; each built once for what it may read, the flags and
-    torch."""
-    compiler = os.environ.get("CXX", "g++")
+    """A shared library of ``sources``, .cu files taken for C++."""
     always = ["-std=c++20", "-O1", "-g1", "-pthread", "-fPIC", "-fvisibility=hidden"]
-    common = [compiler, *always, f"-I{EMULATOR}", *flags, *FLAGS]
-    BUILT.mkdir(parents=True, exist_ok=True)
-    with (BUILT / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the tests' processes need the same one
-        with ThreadPoolExecutor(2) as pool:
-            objects = list(pool.map(lambda source: _object(source, common), sources))
-        command = [compiler, "-shared", "-pthread", *FLAGS, *map(str, objects), *link]
-        library = BUILT / f"{name}-{_digest(repr(command))}.so"
-        if not library.exists():
-            _make(library, command)
-    return library
-
-
-def _object(source: Path, common: list[str]) -> Path:
-    # bindings.cpp, whose torch headers take longer than all kernels, reads none of theirs
-    headers = [*EMULATOR.glob("*.h"), *CSRC.rglob("*.h"), *(CSRC.rglob("*.cuh") if source.suffix == ".cu" else [])]
-    read = [path.read_bytes() for path in sorted({source, *headers})]
-    made = BUILT / f"{source.stem}-{_digest(repr((common, torch.__version__)), *read)}.o"
-    if not made.exists():
-        _make(made, [*common, "-x", "c++", "-c", str(source)])
-    return made
-
-
-def _digest(first: str, *more: bytes) -> str:
-    return hashlib.sha256(b"".join((first.encode(), *more))).hexdigest()[:16]
-
-
-def _make(made: Path, command: list[str]) -> None:
-    with tempfile.TemporaryDirectory(dir=BUILT) as folder:
-        fresh = Path(folder) / made.name
-        _run([*command, "-o", str(fresh)])
-        fresh.replace(made)
-
-
-def _run(command: list[str]) -> None:
-    # a sanitizer that is loaded into the tests is not for the compiler
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "LD_PRELOAD": ""})
-    assert done.returncode == 0, done.stderr[-3000:]
+    command = [*CXX, *always, f"-I{EMULATOR}", *flags, *FLAGS, *arithmetic.ieee_flags(CXX), "-x", "c++"]
+    units = [ninja_build.Unit(source, command) for source in sources]
+    linker = ninja_build.Link([*CXX, "-shared", "-pthread", *FLAGS], link)
+    headers = [path for folder in (CSRC, EMULATOR) for path in folder.rglob("*") if path.suffix in (".h", ".cuh")]
+    facts = [torch.__version__, toolchain.version_line(CXX)]
+    return ninja_build.build_library(
+        f"emulator_{name}", units, linker, [*sources, *headers], facts, toolchain.max_jobs()
+    )
 
 
 @functools.cache
