@@ -27,7 +27,7 @@ def diagnose(check: bool = True) -> dict[str, Any]:
     Returns:
         ``ok`` (no live check failed, of those made now and of those at the first load), ``problems`` (lines for a
         person), ``versions``, ``cpu``, ``gpus``, ``native`` (library -> its status), ``build_info``, and ``backends``:
-        name, available, serves, reason, ``wrong`` (its kernels compute wrong numbers, which is the reason), and
+        name, available, serves, reason, ``wrong`` (its kernels failed their test, which is the reason), and
         ``check`` (op -> relative error) or ``check_error``.
     """
     import torch

@@ -46,7 +46,7 @@ class Backend(abc.ABC):
     name: str
     #: The type of the device that its kernels run on; None: of any.
     device: str | None = None
-    #: Whether its kernels were tried and computed wrong numbers: then it is unavailable.
+    #: Whether its kernels were tried and failed: then it is unavailable.
     wrong: bool = False
 
     @abc.abstractmethod

@@ -40,7 +40,7 @@ class CompiledBackend(FullBackend):
         return True
 
     def distrusted(self) -> str | None:
-        """Why the loaded library's kernels must not serve: they compute wrong numbers. Tests them at the first call."""
+        """Why the loaded library's kernels must not serve: what they computed. Tests them at the first call."""
         file = native.library_file(self.name)
         if file is None or not self.testable():
             return None

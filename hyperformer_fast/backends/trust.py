@@ -43,26 +43,27 @@ def fault(backend: Backend, library: Path, circumstances: list[str], cure: str) 
     if not found:
         _remember(record, backend.name, key)
         return None
-    message = f"its kernels compute wrong numbers here ({found[0]}); rebuild the library with: {cure}"
+    message = f"{found}; rebuild the library with: {cure}"
     warnings.warn(f"hyperformer_fast: backend {backend.name!r} is not used: {message}", RuntimeWarning, stacklevel=2)
     return message
 
 
-def _found(backend: Backend) -> list[str]:
+def _found(backend: Backend) -> str | None:
     """What is wrong. In a thread of its own: autocast, default devices, inference and fake-tensor modes are a thread's,
     and the caller's must not reach the test."""
     found: list[str] = []
 
     def test() -> None:
         try:
-            found.extend(self_test.faults(backend))
-        except Exception as error:  # kernels that raise where they should compute must not serve either
-            found.append(f"{type(error).__name__}: {error}")
+            wrong = self_test.faults(backend)
+            found.extend(f"its kernels compute wrong numbers here ({fault})" for fault in wrong[:1])
+        except Exception as error:
+            found.append(f"its kernels do not run here ({type(error).__name__}: {error})")
 
     thread = threading.Thread(target=test, name="hyperformer_fast live check")
     thread.start()
     thread.join()
-    return found
+    return found[0] if found else None
 
 
 def _read(record: Path) -> dict[str, Any]:

@@ -182,10 +182,14 @@ def test_editable_offline(sources, full, pip):
     check_types(full.python, full.folder, full.folder / "mypy")
     fold = sources / "csrc/cpu/fold.cpp"
     fold.write_text(fold.read_text() + "\n// changed\n")
+    objects = {path: path.stat().st_mtime_ns for path in (sources / "build/objects").rglob("*.o")}
     report = full.doctor()
     assert report["native"]["cpu"]["stale"] and "changed since its build" in report["problems"][0]
     full.run("/bin/sh", "-c", report["problems"][0].split("To rebuild: ")[1])
     check_works(full)
+    if shutil.which("ninja", path=full.environ["PATH"]):  # pip's temporary folder does not lose what was compiled
+        (anew,) = [path for path, before in objects.items() if path.stat().st_mtime_ns != before]
+        assert len(objects) > 2 and "fold" in anew.name
 
 
 def test_editable_with_the_setuptools_of_a_bare_environment(sources, full):
@@ -287,6 +291,20 @@ def test_an_explicit_build_that_cannot_be_met_is_an_error(sources, full, mode, w
     install = ("install", "--no-index", "--no-build-isolation", "--no-deps", "-e", sources)
     out = full.pip(*install, ok=False, PATH=no_compilers(full), HYPERFORMER_FAST_BUILD=mode)
     assert "HYPERFORMER_FAST_BUILD" in out and words in out
+
+
+def test_a_cxx_that_names_no_compiler_is_an_error(sources, full):
+    """Somebody who sets CXX does not mean a package without kernels."""
+    full.offline_tools()
+    install = ("install", "--no-index", "--no-build-isolation", "--no-deps", "-e", sources)
+    out = full.pip(*install, ok=False, CXX="no-such-compiler -pthread")
+    assert "CXX='no-such-compiler -pthread'" in out and "correct it or unset it" in out
+
+
+def test_flags_that_would_change_the_arithmetic_at_the_link_are_an_error(sources, full):
+    full.offline_tools()
+    install = ("install", "--no-index", "--no-build-isolation", "--no-deps", "-e", sources)
+    assert "remove -ffast-math" in full.pip(*install, ok=False, LDFLAGS="-ffast-math")
 
 
 def test_sources_that_do_not_compile(sources, full):
