@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..checkpoint import CONFIG_NAME, WEIGHTS_NAME, write_file
+from ..checkpoint import CONFIG_NAME, WEIGHTS_NAME, recover_directory, write_file
 from ..data import TaskData, TaskSpec
 from .arguments import MAY_CHANGE, RunConfig
 
@@ -21,11 +21,14 @@ METRICS_NAME = "metrics.json"
 CURVES_NAME = "curves.png"
 EVALUATION_NAME = "evaluation.json"
 BEST = "best"
+STAGING = ".saving"
 
 FORMAT_VERSION = 1
 
 #: A checkpoint without one of these would resume as something else, silently.
 NEEDED = ("trainer_state.json", "optimizer.pt", "scheduler.pt", WEIGHTS_NAME)
+
+_FILES = (RUN_NAME, WEIGHTS_NAME, CONFIG_NAME, METRICS_NAME, HISTORY_NAME, CURVES_NAME, EVALUATION_NAME)
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
@@ -42,20 +45,65 @@ def write_json(path: str | Path, content: Any) -> None:
 
 def checkpoints(folder: str | Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first. One that is being written has another name."""
-    found = []
-    for path in Path(folder).glob("checkpoint-*"):
-        match = _CHECKPOINT.fullmatch(path.name)
-        if match and all((path / name).is_file() for name in NEEDED):
-            found.append((int(match[1]), path))
-    return [path for _, path in sorted(found)]
+    return [path for path in _numbered(Path(folder)) if not missing_files(path)]
+
+
+def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
+    """(The newest complete checkpoint or None, why each newer one was passed over.)"""
+    passed = []
+    for path in reversed(_numbered(folder)):
+        missing = missing_files(path)
+        if not missing:
+            return path, passed
+        passed.append(f"{path.name} lacks {' and '.join(missing)}")
+    return None, passed
+
+
+def missing_files(checkpoint: Path) -> list[str]:
+    """What a checkpoint lacks of the files that resuming needs."""
+    missing = [name for name in NEEDED if not (checkpoint / name).is_file()]
+    return missing if rng_files(checkpoint) else [*missing, "rng_state*.pth"]
+
+
+def rng_files(checkpoint: Path) -> set[str]:
+    """The names of the files with the states of random numbers, one of each process."""
+    return {path.name for path in checkpoint.glob("rng_state*.pth")}
+
+
+def _numbered(folder: Path) -> list[Path]:
+    """Every directory with a checkpoint's name, by number."""
+    found = [
+        (int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := _CHECKPOINT.fullmatch(path.name))
+    ]
+    return [path for _, path in sorted(found) if path.is_dir()]
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Delete a checkpoint; a kill leaves nothing half-deleted under the name of a whole one."""
+    """Delete a checkpoint; a kill leaves nothing half-deleted under the name of a whole one.
+
+    Of a symbolic link only the link goes: what it leads to is not the run's.
+    """
+    if path.is_symlink():
+        path.unlink()
+        return
     doomed = path.with_name(f".{path.name}.old")
-    shutil.rmtree(doomed, ignore_errors=True)
+    remove(doomed)
     os.rename(path, doomed)
-    shutil.rmtree(doomed)
+    remove(doomed)
+
+
+def rotate(folder: Path, limit: int) -> None:
+    """Delete all but the newest ``limit`` checkpoints."""
+    for old in checkpoints(folder)[:-limit]:
+        remove_checkpoint(old)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a directory with all it holds, or a symbolic link (not what it leads to); absent ones are fine."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def check_free(folder: Path) -> None:
@@ -67,36 +115,32 @@ def check_free(folder: Path) -> None:
         )
 
 
-def check_writable(folder: Path) -> None:
-    """Make the folder; RunError where it, or a file in it, cannot be made."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise RunError(f"cannot write to the output directory {folder}: {error.strerror}") from error
-
-
 def holds_run(folder: Path) -> bool:
-    """Whether a run, finished or not, lies there."""
-    return any((folder / name).exists() for name in (RUN_NAME, WEIGHTS_NAME)) or any(folder.glob("checkpoint-*"))
+    """Whether weights of a run, finished or not, lie there. A ``run.json`` alone is nothing that could be lost."""
+    return (folder / WEIGHTS_NAME).exists() or (folder / BEST).exists() or any(folder.glob("checkpoint-*"))
 
 
 def clear(folder: Path) -> None:
     """Remove a run, lest a part of it be taken for one of the next; files that are not a run's stay."""
-    for name in (RUN_NAME, WEIGHTS_NAME, CONFIG_NAME, METRICS_NAME, HISTORY_NAME, CURVES_NAME, EVALUATION_NAME):
+    for name in _FILES:
         (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / BEST, ignore_errors=True)
+    remove(folder / BEST)
     for path in folder.glob("checkpoint-*"):
-        if path.is_dir() and _CHECKPOINT.fullmatch(path.name):
+        if _CHECKPOINT.fullmatch(path.name):
             remove_checkpoint(path)
 
 
 def sweep(folder: Path) -> None:
-    """Remove what a killed run left half-written or half-deleted."""
-    for path in [folder / ".saving", *folder.glob(".checkpoint-*.old")]:
-        shutil.rmtree(path, ignore_errors=True)
+    """Remove what a killed run left half-written or half-deleted. Only for the process that trains there."""
+    for aside in folder.glob(".checkpoint-*.previous"):
+        recover_directory(aside.with_name(aside.name[1 : -len(".previous")]))
+    leftovers = [folder / STAGING, *folder.glob(".checkpoint-*.previous")]
+    leftovers += [*folder.glob(".checkpoint-*.old"), *folder.glob(".writable-*")]
+    for name in (*_FILES, BEST, "checkpoint-*"):
+        if name != EVALUATION_NAME:  # another process may be writing it
+            leftovers += folder.glob(f".{name}.partial-*")
+    for path in leftovers:
+        remove(path)
 
 
 def write_run(folder: Path, run: RunConfig, data: dict[str, TaskData]) -> None:

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 from transformers import TrainerCallback
+
+
+def say(console: Console, line: str) -> None:
+    """Print a line as it is: what a name or a path has in brackets or colons is neither markup nor an emoji."""
+    console.print(Text(line), soft_wrap=True)
 
 
 def progress_bars(console: Console) -> Progress:
     """Bars with a note at their end; shown where there is a terminal."""
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
         console=console,
         disable=not console.is_terminal,
     )
@@ -44,8 +50,8 @@ class TrainingProgress(TrainerCallback):
             self.progress.update(self.bar, note=f"loss {logs['loss']:.3f}")
             if not self.console.is_terminal and state.global_step >= self.said + state.max_steps / 10:
                 self.said = state.global_step
-                self.console.print(f"step {state.global_step}/{state.max_steps}: loss {logs['loss']:.3f}")
+                say(self.console, f"step {state.global_step}/{state.max_steps}: loss {logs['loss']:.3f}")
         scores = {name.removeprefix("eval_"): value for name, value in logs.items() if name.startswith("eval_")}
         if scores:
             line = ", ".join(f"{name} {value:.1f}" for name, value in scores.items())
-            self.console.print(f"step {state.global_step}: {line}", soft_wrap=True, highlight=False)
+            say(self.console, f"step {state.global_step}: {line}")

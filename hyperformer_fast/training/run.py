@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch.distributed as dist
+from accelerate.utils import broadcast_object_list
 from rich.console import Console
-from transformers import PrinterCallback, set_seed
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
 from ..data import TaskData, load_tasks
 from ..model import HyperFormerModel, get_hyperformer_model
@@ -20,18 +23,23 @@ from .folder import (
     CURVES_NAME,
     HISTORY_NAME,
     METRICS_NAME,
+    RUN_NAME,
     check_free,
     check_same,
-    check_writable,
-    checkpoints,
     clear,
+    newest_checkpoint,
+    remove,
+    rotate,
     sweep,
     write_json,
     write_run,
 )
-from .progress import TrainingProgress, progress_bars
+from .lock import RunLock
+from .progress import TrainingProgress, progress_bars, say
 from .report import TITLES, plot_curves
-from .trainer import HyperFormerTrainer
+from .trainer import HyperFormerTrainer, training_arguments
+
+T = TypeVar("T")
 
 
 def train_run(
@@ -40,24 +48,54 @@ def train_run(
     """Train, evaluate and report; returns what metrics.json holds (None on a rank that is not the first).
 
     The folder of the run then has run.json, the trained weights (as ``HyperFormerModel.from_pretrained`` reads them),
-    the last checkpoints, history.json, metrics.json and curves.png.
+    the last checkpoints, history.json, metrics.json and curves.png. Until the first step is trained nothing in it
+    changes, and no other training may write to it before this one ends.
 
     Args:
         run: everything the run depends on.
         resume: go on from the newest complete checkpoint of ``output_dir``, or from the start where there is none yet.
-        overwrite: an earlier run in ``output_dir`` may be replaced. It is left alone until the new one is known to
-            start.
+        overwrite: an earlier run in ``output_dir`` may be replaced. It is left alone until the new one has trained a
+            step.
 
     Raises:
-        RunError, DataError, UnknownTask, CheckpointError: before anything is changed in ``output_dir``.
+        RunError, RunConfigError, DataError, UnknownTask, CheckpointError: before anything is changed in
+            ``output_dir``; RunError also where it was deleted in the middle of the run, and another training has it
+            now.
         TrainingDiverged: the loss or a weight is not finite.
     """
     console = console or Console()
     run = run.located()
-    folder = Path(run.output_dir)
-    first = int(os.environ.get("RANK", "0")) == 0
-    if first and not resume and not overwrite:
-        check_free(folder)
+    ours, finished = not dist.is_initialized(), False
+    try:
+        arguments = training_arguments(run)
+        with contextlib.ExitStack() as stack:
+            results = _train_run(run, arguments, resume, overwrite, console, stack)
+        finished = True
+        return results
+    finally:
+        # A process that ends with a group of gloo alive has hung. One of NCCL may hang in being destroyed where other
+        # ranks failed.
+        if ours and dist.is_initialized() and (finished or dist.get_backend() == "gloo"):
+            dist.destroy_process_group()
+
+
+def _train_run(
+    run: RunConfig,
+    arguments: TrainingArguments,
+    resume: bool,
+    overwrite: bool,
+    console: Console,
+    stack: contextlib.ExitStack,
+) -> dict[str, Any] | None:
+    folder, first = Path(run.output_dir), arguments.process_index == 0
+
+    def enter() -> RunLock:
+        lock = stack.enter_context(RunLock(folder))
+        if not resume and not overwrite:
+            check_free(folder)
+        return lock
+
+    lock = _on_first(enter, first, share=False)
     data = load_tasks(run.data_dir, run.tasks)
     if resume:
         check_same(folder, run, data)
@@ -66,36 +104,100 @@ def train_run(
     set_seed(run.seed)
     t5, tokenizer = load_base(run.model)
     model = get_hyperformer_model(t5, run.hyperformer_config(list(data)))
-    if first:
-        check_writable(folder)
-    trainer = HyperFormerTrainer(model, run, data, tokenizer)
+    trainer = HyperFormerTrainer(model, run, data, tokenizer, arguments)
     trainer.remove_callback(PrinterCallback)
+    checkpoint, passed = None, []
+    if resume:
+        checkpoint, passed = _on_first(lambda: newest_checkpoint(folder), first)
+    keeper = None
     if first:
-        if overwrite and not resume:
-            clear(folder)
-        sweep(folder)
-        write_run(folder, run, started_with)
+        clear_first = overwrite and not resume
+        keeper = _FolderKeeper(folder, run, started_with, lock, checkpoint, clear_first, console)
+        trainer.add_callback(keeper)
         sizes = ", ".join(f"{name} ({len(task.splits['train']):,})" for name, task in data.items())
-        console.print(f"{len(data)} tasks: {sizes}", soft_wrap=True)
+        say(console, f"{len(data)} tasks: {sizes}")
         model.print_trainable_parameters()
-    seconds = _train(trainer, checkpoints(folder) if resume else [], console)
+        for line in passed:
+            say(console, f"warning: passed over: {line}")
+        if checkpoint is not None:
+            say(console, f"going on from {checkpoint.name}")
+    seconds = _train(trainer, checkpoint, console)
     trainer.accelerator.wait_for_everyone()
     if run.keep_best and (folder / BEST).is_dir():
         model.load_weights(folder / BEST)
     results = evaluate_model(model, tokenizer, data, run, None, console if first else None)
-    if not first:
+    if keeper is None:
         return None
+    keeper.keep()
     model.save_pretrained(folder)
     return _report(folder, run, model, data, trainer.state.log_history, results, seconds, console)
 
 
-def _train(trainer: HyperFormerTrainer, whole: list[Path], console: Console) -> float:
+def _on_first(act: Callable[[], T], first: bool, share: bool = True) -> T | None:
+    """What ``act`` returns on the first process, on all of them (``share``) or on the first alone; what it raises there
+    is raised on all, so that none waits for it."""
+    result, told = None, [None, None]
+    if first:
+        try:
+            result = act()
+            told[0] = result if share else None
+        except Exception as error:
+            told[1] = error
+    broadcast_object_list(told)
+    if told[1] is not None:
+        raise told[1]
+    return result if first else told[0]
+
+
+class _FolderKeeper(TrainerCallback):
+    """On the first process: makes the folder the run's once a step is trained, and keeps it so until the end.
+
+    A start that fails before (a refused backend, no memory) thus leaves what was there.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        run: RunConfig,
+        data: dict[str, TaskData],
+        lock: RunLock,
+        checkpoint: Path | None,
+        clear_first: bool,
+        console: Console,
+    ):
+        self.folder, self.run, self.data, self.lock, self.console = folder, run, data, lock, console
+        self.checkpoint, self.clear_first, self.begun = checkpoint, clear_first, False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if not self.begun or control.should_save or control.should_evaluate:
+            self.keep()
+
+    def keep(self) -> None:
+        """Before anything is written. RunError where the folder is another training's by now."""
+        if self.lock.renew() or (self.begun and not (self.folder / RUN_NAME).is_file()):
+            lost = f"warning: {self.folder}, or its {RUN_NAME}, was deleted while the run went on"
+            say(self.console, f"{lost}; it is made again, without what was in it")
+            write_run(self.folder, self.run, self.data)
+        if not self.begun:
+            self._begin()
+            self.begun = True
+
+    def _begin(self) -> None:
+        if self.clear_first:
+            clear(self.folder)
+        elif self.checkpoint is None:
+            # lest an evaluation of an earlier try be taken for the best of this one
+            remove(self.folder / BEST)
+        sweep(self.folder)
+        rotate(self.folder, self.run.save_total_limit)
+        write_run(self.folder, self.run, self.data)
+
+
+def _train(trainer: HyperFormerTrainer, checkpoint: Path | None, console: Console) -> float:
     started = time.perf_counter()
-    if whole:
-        console.print(f"going on from {whole[-1].name}")
     with progress_bars(console) as progress:
         trainer.add_callback(TrainingProgress(progress, console))
-        trainer.train(resume_from_checkpoint=str(whole[-1]) if whole else None)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     return time.perf_counter() - started
 
 
@@ -119,10 +221,13 @@ def _report(
     }
     write_json(folder / HISTORY_NAME, history)
     write_json(folder / METRICS_NAME, results)
-    baselines = {name: majority(task, "validation", run.eval_rows)["score"] for name, task in data.items()}
-    plot_curves(history, baselines, folder / CURVES_NAME, TITLES[results["variant"]])
     show(results, console)
-    console.print(
-        f"trained in {seconds:.0f} s; weights, {METRICS_NAME} and {CURVES_NAME} are in {folder}", soft_wrap=True
-    )
+    baselines = {name: majority(task, "validation", run.eval_rows)["score"] for name, task in data.items()}
+    written = f"weights and {METRICS_NAME}"
+    try:
+        plot_curves(history, baselines, folder / CURVES_NAME, TITLES[results["variant"]])
+        written = f"weights, {METRICS_NAME} and {CURVES_NAME}"
+    except Exception as error:  # the run is done: a picture that cannot be drawn must not fail it
+        say(console, f"warning: {CURVES_NAME} could not be drawn: {type(error).__name__}: {error}")
+    say(console, f"trained in {seconds:.0f} s; {written} are in {folder}")
     return results

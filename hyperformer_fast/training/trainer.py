@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import pickle
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +13,18 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..checkpoint import CheckpointError, write_directory
 from ..data import Collator, EncodedExamples, TaskBatchSampler, TaskData
-from .arguments import SCHEDULES, RunConfig
-from .folder import BEST, checkpoints, remove_checkpoint
+from .arguments import SCHEDULES, RunConfig, RunConfigError
+from .folder import BEST, STAGING, remove, rotate
 from .generation import evaluate_examples
 from .metrics import average
+from .resume import (
+    OPTIMIZER_NAME,
+    SCHEDULER_NAME,
+    check_optimizer,
+    check_rng_states,
+    check_scheduler,
+    check_trainer_state,
+)
 
 
 class TrainingDiverged(RuntimeError):
@@ -26,7 +32,11 @@ class TrainingDiverged(RuntimeError):
 
 
 def training_arguments(run: RunConfig, **changes: Any) -> TrainingArguments:
-    """The Trainer's own arguments of a run, by names that transformers 4.57 and 5 share."""
+    """The Trainer's own arguments of a run, by names that transformers 4.57 and 5 share.
+
+    Raises:
+        RunConfigError: the Trainer refuses a setting on this machine.
+    """
     fields = {
         "output_dir": run.output_dir,
         "max_steps": run.steps,
@@ -57,7 +67,10 @@ def training_arguments(run: RunConfig, **changes: Any) -> TrainingArguments:
         # its name since transformers 5.23
         new = "activation_checkpointing" in {field.name for field in dataclasses.fields(TrainingArguments)}
         fields["activation_checkpointing" if new else "gradient_checkpointing"] = True
-    arguments = TrainingArguments(**{**fields, **changes})
+    try:
+        arguments = TrainingArguments(**{**fields, **changes})
+    except ValueError as error:
+        raise RunConfigError(f"the Trainer refuses these settings here: {error}") from error
     if arguments.n_gpu > 1:
         # DataParallel would scatter a batch but not its task; several GPUs are torchrun's.
         arguments._n_gpu = 1
@@ -176,15 +189,26 @@ class HyperFormerTrainer(Trainer):
             self.accelerator.unwrap_model(self.model).save_pretrained(output_dir or self.args.output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        self.accelerator.unwrap_model(model or self.model).load_weights(resume_from_checkpoint)
+        checkpoint = Path(resume_from_checkpoint)
+        check_trainer_state(checkpoint, self.args.max_steps)
+        check_rng_states(checkpoint, self.args.process_index, self.args.world_size)
+        self.accelerator.unwrap_model(model or self.model).load_weights(checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            folder, optimizer = Path(checkpoint), self.optimizer
+            # accelerate wraps it
+            rates = check_optimizer(folder / OPTIMIZER_NAME, getattr(optimizer, "optimizer", optimizer))
+            step = check_trainer_state(folder, self.args.max_steps)
+            scaled = self.accelerator.scaler is not None
+            check_scheduler(folder / SCHEDULER_NAME, self.lr_scheduler, rates, step, may_lag=scaled)
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
         try:
-            super()._load_optimizer_and_scheduler(checkpoint)
-        except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
-            raise CheckpointError(
-                f"{checkpoint}: the optimizer's or scheduler's state cannot be read: {error}"
-            ) from error
+            super()._load_rng_state(checkpoint)
+        except Exception as error:  # whatever the owner of a state says to one that is none
+            raise CheckpointError(f"{checkpoint}: the states of random numbers cannot be set: {error}") from error
 
     def _get_output_dir(self, trial) -> str:
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
@@ -195,9 +219,9 @@ class HyperFormerTrainer(Trainer):
         self._check_finite(weights=True)
         name = f"checkpoint-{self.state.global_step}"
         folder = Path(self.args.output_dir)
-        staging = folder / ".saving"
+        staging = folder / STAGING
         if self.args.should_save:
-            shutil.rmtree(staging, ignore_errors=True)
+            remove(staging)
             (staging / name).mkdir(parents=True)
         self.accelerator.wait_for_everyone()
         self._staging = staging
@@ -207,9 +231,11 @@ class HyperFormerTrainer(Trainer):
             self._staging = None
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            if (folder / name).is_symlink():
+                # what it leads to is not the run's, and may lie on another disk
+                (folder / name).unlink()
             with write_directory(folder / name) as whole:
                 for path in sorted((staging / name).iterdir()):
                     os.rename(path, Path(whole) / path.name)
-            shutil.rmtree(staging)
-            for old in checkpoints(folder)[: -self.run.save_total_limit]:
-                remove_checkpoint(old)
+            remove(staging)
+            rotate(folder, self.run.save_total_limit)

@@ -1,0 +1,243 @@
+"""What a checkpoint must hold, for a run to go on from it as if it had never stopped.
+
+Everything is checked before it reaches the optimizer: the fused kernels of AdamW trust the shapes that they are given,
+and a wrong one corrupts memory. The weights are checked where they are loaded (``HyperFormerModel.load_weights``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerState, trainer
+
+from ..checkpoint import CheckpointError
+from .folder import rng_files
+
+OPTIMIZER_NAME, SCHEDULER_NAME, STATE_NAME = "optimizer.pt", "scheduler.pt", "trainer_state.json"
+
+
+def read_saved(path: Path) -> Any:
+    """What ``torch.save`` wrote, without running any code of it. CheckpointError names the file."""
+    try:
+        with trainer.safe_globals():
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a broken archive or pickle ends in almost any class
+        raise CheckpointError(f"{path} cannot be read: {str(error).strip() or type(error).__name__}") from error
+
+
+def check_trainer_state(checkpoint: Path, steps: int) -> int:
+    """The step that ``trainer_state.json`` was written at.
+
+    Raises:
+        CheckpointError: it is not a Trainer's, or its step is not the one in the folder's name or beyond ``steps``.
+    """
+    path = checkpoint / STATE_NAME
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} must be a JSON object, got {type(state).__name__}")
+    for field, value in state.items():
+        _check_state_field(path, field, value)
+    step = state.get("global_step")
+    if type(step) is not int or step < 0:
+        raise CheckpointError(f"{path}: global_step must be a whole number, got {step!r}")
+    number = re.fullmatch(r"checkpoint-(\d+)", checkpoint.name)
+    if number and step != int(number[1]):
+        raise CheckpointError(f"{path}: global_step is {step}, but the checkpoint is of step {int(number[1])}")
+    if step > steps:
+        raise CheckpointError(f"{path}: global_step is {step}, beyond the run's {steps} steps")
+    history = state.get("log_history", [])
+    if not all(isinstance(entry, dict) and type(entry.get("step")) is int for entry in history):
+        raise CheckpointError(f"{path}: log_history must be a list of objects, each with a whole number as its step")
+    return step
+
+
+def _check_state_field(path: Path, field: str, value: Any) -> None:
+    """A Trainer's fields only, each of its kind; most may be null."""
+    default = TrainerState()
+    if field not in {known.name for known in dataclasses.fields(default)}:
+        raise CheckpointError(f"{path}: unknown field {field!r}")
+    kinds = {bool: bool, int: (int, float), float: (int, float), list: list, dict: dict}
+    kind = kinds.get(type(getattr(default, field)), (int, float, str, dict, list))
+    if value is not None and not isinstance(value, kind):
+        raise CheckpointError(f"{path}: {field} has the wrong type, {type(value).__name__}")
+
+
+def check_rng_states(checkpoint: Path, rank: int, world_size: int) -> None:
+    """CheckpointError unless every process's states of random numbers are there, and this one's can be set."""
+    wanted = {"rng_state.pth"} if world_size == 1 else {f"rng_state_{i}.pth" for i in range(world_size)}
+    there = rng_files(checkpoint)
+    if there != wanted:
+        raise CheckpointError(
+            f"{checkpoint}: a run of {world_size} process{'es' * (world_size > 1)} resumes from "
+            f"{', '.join(sorted(wanted))}, but there is {', '.join(sorted(there)) or 'none'}: with other states of "
+            "random numbers it would become another run. Resume with as many processes as before"
+        )
+    path = checkpoint / ("rng_state.pth" if world_size == 1 else f"rng_state_{rank}.pth")
+    state = read_saved(path)
+    if not isinstance(state, dict) or not {"python", "numpy", "cpu"} <= state.keys():
+        raise CheckpointError(f"{path} does not hold the states of Python's, NumPy's and torch's random numbers")
+    _check_numpy_state(path, state["numpy"])
+
+
+def _check_numpy_state(path: Path, state: Any) -> None:
+    """NumPy itself does not check the position, and reads beyond the end where it is wrong."""
+    right = (
+        isinstance(state, (tuple, list))
+        and len(state) == 5
+        and state[0] == "MT19937"
+        and isinstance(state[1], np.ndarray)
+        and (state[1].dtype, state[1].shape) == (np.uint32, (624,))
+        and type(state[2]) is int
+        and 0 <= state[2] <= 624
+    )
+    if not right:
+        raise CheckpointError(f"{path}: NumPy's state of random numbers is none")
+
+
+def check_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> list[float]:
+    """The learning rate of every group in a saved state of ``optimizer``, which has not stepped yet.
+
+    Of Adam and AdamW every number's place is checked. Other optimizers' states are only compared in their groups.
+
+    Raises:
+        CheckpointError: names the file and the parameter.
+    """
+    saved, fresh = read_saved(path), optimizer.state_dict()
+    if not isinstance(saved, dict) or not isinstance(saved.get("state"), dict) or not _is_groups(saved):
+        raise CheckpointError(f"{path} does not hold an optimizer's state")
+    if len(saved["param_groups"]) != len(fresh["param_groups"]):
+        raise CheckpointError(
+            f"{path} has {len(saved['param_groups'])} groups of parameters, this optimizer {len(fresh['param_groups'])}"
+        )
+    for i, (theirs, ours) in enumerate(zip(saved["param_groups"], fresh["param_groups"], strict=True)):
+        _check_group(f"{path}: group {i}", theirs, ours)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
+        return [group["lr"] for group in saved["param_groups"]]
+    odd = set(saved["state"]) ^ set(range(len(parameters)))
+    if odd:
+        raise CheckpointError(
+            f"{path} must hold a state for each of {len(parameters)} parameters; it has {len(saved['state'])}, and "
+            f"differs in {sorted(odd, key=repr)[0]!r}"
+        )
+    moments = {"exp_avg", "exp_avg_sq"} | ({"max_exp_avg_sq"} if optimizer.defaults["amsgrad"] else set())
+    memory: set[int] = set()
+    for i, parameter in enumerate(parameters):
+        _check_adam_state(f"{path}: parameter {i}", saved["state"][i], parameter, moments, memory)
+    return [group["lr"] for group in saved["param_groups"]]
+
+
+def _is_groups(saved: Mapping[str, Any]) -> bool:
+    groups = saved.get("param_groups")
+    return isinstance(groups, list) and all(isinstance(group, dict) for group in groups)
+
+
+def _check_group(where: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    for name in sorted(theirs.keys() | ours.keys(), key=repr):
+        if name not in ours:
+            raise CheckpointError(f"{where} has the unknown setting {name!r}")
+        if name not in theirs:
+            raise CheckpointError(f"{where} lacks {name}")
+        if name != "lr" and not _same(theirs[name], ours[name]):
+            raise CheckpointError(f"{where} has {name} {_short(theirs[name])}, this optimizer {_short(ours[name])}")
+    if not _is_number(theirs["lr"]):
+        raise CheckpointError(f"{where} has the learning rate {_short(theirs['lr'])}")
+
+
+def _check_adam_state(where: str, state: Any, parameter: Tensor, moments: set[str], memory: set[int]) -> None:
+    """``memory`` collects the addresses of the moments, no two of which may lie in one place."""
+    if not isinstance(state, dict) or state.keys() != moments | {"step"}:
+        names = sorted(state, key=repr) if isinstance(state, dict) else type(state).__name__
+        raise CheckpointError(f"{where} must have {', '.join(sorted(moments | {'step'}))}, got {names}")
+    step = state["step"]
+    if isinstance(step, Tensor):
+        step = step.item() if step.dim() == 0 and step.is_floating_point() else None
+    if not _is_number(step):
+        raise CheckpointError(f"{where}: step must be one finite number >= 0, got {_short(state['step'])}")
+    expected = torch.empty_like(parameter, device="meta")
+    for name in sorted(moments):
+        moment = state[name]
+        if not isinstance(moment, Tensor) or moment.is_meta or _form(moment) != _form(expected):
+            got = _form(moment) if isinstance(moment, Tensor) else type(moment).__name__
+            raise CheckpointError(f"{where}: {name} must be {_form(expected)}, got {got}")
+        if not moment.isfinite().all():
+            raise CheckpointError(f"{where}: {name} is not finite")
+        if name != "exp_avg" and (moment < 0).any():
+            raise CheckpointError(f"{where}: {name} is a mean of squares, but has a negative number")
+        if moment.numel():
+            place = moment.untyped_storage().data_ptr()
+            if place in memory:
+                raise CheckpointError(f"{where}: {name} lies in the same memory as another")
+            memory.add(place)
+
+
+def check_scheduler(path: Path, scheduler: Any, rates: list[float], step: int, may_lag: bool) -> None:
+    """CheckpointError unless ``scheduler.pt`` is this schedule at ``step``, and gives the optimizer's ``rates``.
+
+    Args:
+        path: of ``scheduler.pt``.
+        scheduler: the fresh one. Of kinds other than ``LambdaLR`` only the form of the file is checked.
+        rates: the learning rate of every group of the optimizer's.
+        step: of the Trainer.
+        may_lag: a gradient scaler may have skipped steps, which the schedule then did not see.
+    """
+    saved = read_saved(path)
+    if not isinstance(saved, dict):
+        raise CheckpointError(f"{path} does not hold a scheduler's state")
+    if not isinstance(scheduler, LambdaLR):
+        return
+    fresh = scheduler.state_dict()
+    moving = {"last_epoch", "_step_count", "_last_lr"}
+    for name in sorted(saved.keys() | fresh.keys(), key=repr):
+        if name not in fresh or name not in saved:
+            raise CheckpointError(f"{path} {'has the unknown' if name in saved else 'lacks the'} field {name!r}")
+        if name not in moving and not _same(saved[name], fresh[name]):
+            raise CheckpointError(f"{path}: {name} was {_short(saved[name])}, and is {_short(fresh[name])} now")
+    at = saved["last_epoch"]
+    if type(at) is not int or not 0 <= at <= step or (at < step and not may_lag):
+        raise CheckpointError(f"{path}: last_epoch must be {step}, the checkpoint's step, got {_short(at)}")
+    if type(saved["_step_count"]) is not int:
+        raise CheckpointError(f"{path}: _step_count must be a whole number, got {_short(saved['_step_count'])}")
+    expected = [base * rule(at) for base, rule in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    for file, found in ((path.name, saved["_last_lr"]), (OPTIMIZER_NAME, rates)):
+        if not _same(found, expected):
+            raise CheckpointError(
+                f"{path.with_name(file)}: the learning rate at step {at} is {_short(expected)}, got {_short(found)}"
+            )
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Equal, and of one kind; numbers up to rounding, so that another version of a library may sum otherwise."""
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, bool) or isinstance(other, bool) or not isinstance(one, (int, float)):
+        return type(one) is type(other) and not isinstance(one, Tensor) and one == other
+    return isinstance(other, (int, float)) and math.isclose(one, other, rel_tol=1e-9, abs_tol=0.0)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+
+
+def _form(tensor: Tensor) -> str:
+    if tensor.layout != torch.strided:
+        return str(tensor.layout)
+    return f"{tensor.dtype} {list(tensor.shape)} with strides {list(tensor.stride())}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
