@@ -34,6 +34,8 @@ class TrainingDiverged(RuntimeError):
 def training_arguments(run: RunConfig, **changes: Any) -> TrainingArguments:
     """The Trainer's own arguments of a run, by names that transformers 4.57 and 5 share.
 
+    Under torchrun this starts the process group: on the CPUs, with gloo, where there is no accelerator.
+
     Raises:
         RunConfigError: the Trainer refuses a setting on this machine.
     """
@@ -67,6 +69,11 @@ def training_arguments(run: RunConfig, **changes: Any) -> TrainingArguments:
         # its name since transformers 5.23
         new = "activation_checkpointing" in {field.name for field in dataclasses.fields(TrainingArguments)}
         fields["activation_checkpointing" if new else "gradient_checkpointing"] = True
+    if not torch.accelerator.is_available():
+        # without it the Trainer refuses bf16, and takes each process of torchrun for a run of its own
+        fields["use_cpu"] = True
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            fields["ddp_backend"] = "gloo"
     try:
         arguments = TrainingArguments(**{**fields, **changes})
     except ValueError as error:
