@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -176,7 +177,14 @@ def _train(options: argparse.Namespace) -> None:
     from .training import train_run
 
     _quiet()
-    train_run(run, options.resume, options.overwrite)
+    try:
+        train_run(run, options.resume, options.overwrite)
+    except KeyboardInterrupt:
+        from .training.folder import newest_checkpoint
+
+        newest, _ = newest_checkpoint(Path(run.output_dir))
+        then = "nothing was saved yet" if newest is None else f"--resume goes on from {newest.name}"
+        raise KeyboardInterrupt(f"interrupted; {then}") from None
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -191,6 +199,7 @@ def _predict(options: argparse.Namespace) -> None:
 
     from .checkpoint import write_file
     from .training.predict import predict_run, row_of_texts
+    from .training.progress import say
 
     _quiet()
     console = Console(stderr=True)
@@ -202,7 +211,7 @@ def _predict(options: argparse.Namespace) -> None:
         return
     with write_file(options.output) as partial:
         Path(partial).write_text(text, encoding="utf-8")
-    console.print(f"{len(labelled)} rows in {options.output}")
+    say(console, f"{len(labelled)} rows in {options.output}")
 
 
 def _quiet() -> None:
@@ -251,8 +260,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return _COMMANDS[options.command](options) or 0
-    except KeyboardInterrupt:
-        print("\nhyperformer-fast: interrupted; train goes on with --resume", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"\nhyperformer-fast: {str(error) or 'interrupted'}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         # the reader of our output went away, as `head` does
@@ -264,7 +273,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if getattr(options, "debug", False):
             raise
-        print(f"hyperformer-fast: error: {_message(error)}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        print(f"hyperformer-fast: error{'' if rank == '0' else f' (rank {rank})'}: {_message(error)}", file=sys.stderr)
         return USAGE if _is_usage(error) else FAILURE
 
 
@@ -276,12 +286,40 @@ def _is_usage(error: Exception) -> bool:
 
 
 def _message(error: Exception) -> str:
-    """The message alone where it was written for users."""
+    """The message alone where it was written for users, else also its class and how to find its cause."""
+    if _is_users(error):
+        return str(error) or "out of memory"
+    return f"{type(error).__name__}: {error} (unexpected; --debug shows where it comes from)"
+
+
+def _is_users(error: Exception) -> bool:
+    """Whether the settings, the data or the machine are at fault, not the program.
+
+    That is so of the classes of errors that this package documents, of files and of memory. A plain ValueError is one
+    where this package raised it, as it does for wrong values; one from inside another library is not.
+    """
+    from torch import OutOfMemoryError
+
+    from .backends.base import BackendError
+    from .checkpoint import CheckpointError
+    from .data import DataError, UnknownTask
+    from .training.arguments import RunConfigError
+    from .training.folder import RunError
     from .training.trainer import TrainingDiverged
 
-    if isinstance(error, (ValueError, OSError, TrainingDiverged)) and str(error):
-        return str(error)
-    return f"{type(error).__name__}: {error} (unexpected; --debug shows where it comes from)"
+    documented = RunError, RunConfigError, DataError, UnknownTask, CheckpointError, TrainingDiverged, BackendError
+    if isinstance(error, (MemoryError, OutOfMemoryError, *documented)):
+        return True
+    if isinstance(error, OSError):
+        return bool(str(error))
+    return isinstance(error, ValueError) and _raised_here(error)
+
+
+def _raised_here(error: Exception) -> bool:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").split(".")[0] == "hyperformer_fast"
 
 
 if __name__ == "__main__":

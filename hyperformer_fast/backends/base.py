@@ -20,6 +20,10 @@ OPS = ("generate_weights", "fold", "adapter_forward", "adapter_backward", "hyper
 LARGEST_GPU_BOTTLENECK = 128
 
 
+class BackendError(RuntimeError):
+    """A backend that was asked for by name and cannot serve; the message says why, with the cure."""
+
+
 class Request(NamedTuple):
     """The static facts of a call, on which alone the choice of a backend rests: never the number of rows."""
 

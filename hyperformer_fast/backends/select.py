@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 
 from . import self_test
-from .base import OPS, Backend, Request
+from .base import OPS, Backend, BackendError, Request
 from .cpu import CpuBackend
 from .cuda import CudaBackend
 from .reference import ReferenceBackend
@@ -73,7 +73,7 @@ def _select(choice: str, request: Request) -> Backend:
     if choice != "auto":
         reason = _refusal(_BACKENDS[choice], request)
         if reason is not None:
-            raise RuntimeError(f"backend {choice!r} cannot serve {request.op}: {reason}")
+            raise BackendError(f"backend {choice!r} cannot serve {request.op}: {reason}")
         return _BACKENDS[choice]
     return next(backend for backend in _BACKENDS.values() if _refusal(backend, request, choice) is None)
 
@@ -151,5 +151,5 @@ def live_check(name: str) -> dict[str, float]:
     """
     backend = _BACKENDS[_known(name, "live_check")]
     if backend.unavailable() is not None:
-        raise RuntimeError(f"backend {name!r} is not available: {backend.unavailable()}")
+        raise BackendError(f"backend {name!r} is not available: {backend.unavailable()}")
     return self_test.errors(backend)

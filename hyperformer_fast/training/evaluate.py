@@ -16,7 +16,7 @@ from .base import load_base
 from .folder import EVALUATION_NAME, RunError, checkpoints, read_run, write_json
 from .generation import evaluate_examples
 from .metrics import average, majority_score
-from .progress import progress_bars
+from .progress import progress_bars, say
 from .report import notes, results_table
 
 
@@ -28,7 +28,8 @@ def evaluate_run(
     data_dir: str | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a saved run; returns the results and writes them to ``evaluation.json`` in its folder.
+    """Evaluate a saved run; prints and returns the results, and writes them to ``evaluation.json`` in its folder where
+    that can be written.
 
     Args:
         run_dir: folder of the run. Of one that is not finished, the newest checkpoint is taken.
@@ -45,8 +46,11 @@ def evaluate_run(
     data = load_tasks(data_dir or run.data_dir, chosen, specs=specs)
     adapted, tokenizer = load_model(run_dir, run, model, console)
     results = evaluate_model(adapted, tokenizer, limited(data, run), run, split, console)
-    write_json(Path(run_dir) / EVALUATION_NAME, results)
     show(results, console)
+    try:
+        write_json(Path(run_dir) / EVALUATION_NAME, results)
+    except OSError as error:
+        say(console, f"warning: the results above are not in {EVALUATION_NAME}: {error}")
     return results
 
 
@@ -119,7 +123,7 @@ def load_model(
         if not whole:
             raise RunError(f"{run_dir} has no weights and no complete checkpoint yet")
         weights = whole[-1]
-        console.print(f"the run is not finished: taking {weights.name}")
+        say(console, f"the run is not finished: taking {weights.name}")
     t5, tokenizer = load_base(model or run.model)
     return HyperFormerModel.from_pretrained(t5, weights).eval(), tokenizer
 
@@ -136,4 +140,4 @@ def show(results: Mapping[str, Any], console: Console) -> None:
     """Print the table and its notes."""
     console.print(results_table(results))
     for line in notes(results):
-        console.print(line, soft_wrap=True, markup=False, highlight=False)
+        say(console, line)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from ..checkpoint import write_file
 
@@ -25,7 +26,8 @@ def results_table(results: Mapping[str, Any]) -> Table:
     for name, task in results["tasks"].items():
         for metric, value in task["metrics"].items():
             if metric != "score":
-                table.add_row(name, metric, f"{task['majority'][metric]:.1f}", f"{value:.1f}")
+                # a Text, lest brackets in a name be taken for markup
+                table.add_row(Text(name), metric, f"{task['majority'][metric]:.1f}", f"{value:.1f}")
     table.add_section()
     table.add_row("average", "", f"{results['majority_average']:.1f}", f"{results['average']:.1f}", style="bold")
     return table
@@ -64,7 +66,9 @@ def plot_curves(
     from matplotlib import pyplot as plt
     from matplotlib.ticker import MaxNLocator
 
-    with plt.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
+    # a name is text: dollar signs in it begin no formula
+    settings = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False}
+    with plt.rc_context(settings):
         figure, (left, right) = plt.subplots(1, 2, figsize=(11.5, 4.4), width_ratios=(1, 1.25), layout="constrained")
         _plot_loss(left, [(entry["step"], entry["loss"]) for entry in history if "loss" in entry])
         _plot_scores(right, history, majority, title)
@@ -117,7 +121,8 @@ def _plot_scores(axis, history: Sequence[Mapping[str, Any]], majority: Mapping[s
             marker="o",
             markersize=4,
             linewidth=2.5 if is_average else 1.5,
-            label=task,
+            # matplotlib leaves a label that begins with an underscore out of the legend
+            label=f" {task}" if task.startswith("_") else task,
         )
         if not is_average:
             axis.axhline(majority[task], color=color, linestyle=":", linewidth=1.2)
