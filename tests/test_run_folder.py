@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 import shutil
 import signal
 import types
@@ -229,6 +230,24 @@ def test_leftovers_of_killed_runs_are_swept(run):
     assert main(["train", "--resume", "--output-dir", str(run)]) == 0
     # the last one may be an evaluation's that is just writing
     assert [path.name for path in run.glob(".*")] == [".evaluation.json.partial-0d"]
+
+
+def test_a_checkpoint_without_room_is_said_to_be_that(train, run, tmp_path, capsys):
+    """A limit on a file's size stands for the disk's: the weights get through, the optimizer's state does not."""
+    sizes = {path.name: path.stat().st_size for path in (run / "checkpoint-4").iterdir()}
+    limit = (sizes["hyperformer.safetensors"] + sizes["optimizer.pt"]) // 2
+    assert sizes["hyperformer.safetensors"] < limit < sizes["optimizer.pt"]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        code = train(tmp_path / "new")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    err = capsys.readouterr().err
+    assert code == 1 and f"cannot write the checkpoint {tmp_path / 'new' / 'checkpoint-2'}: " in err
+    assert "MiB are free there" in err and "(unexpected;" not in err
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["run.json"]
+    assert train(tmp_path / "new") == 0
 
 
 @pytest.mark.parametrize("what", ["folder", "run.json"])

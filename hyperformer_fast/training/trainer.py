@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +235,17 @@ class HyperFormerTrainer(Trainer):
         self._staging = staging
         try:
             super()._save_checkpoint(model, trial, *args, **kwargs)
+        except Exception as error:
+            free = shutil.disk_usage(folder).free
+            if self.args.should_save:
+                remove(staging)
+            if isinstance(error, RuntimeError) and "inline_container" in str(error):
+                # the writer of torch.save, which tells neither the file nor the cause
+                raise OSError(
+                    f"cannot write the checkpoint {folder / name}: {free / 2**20:,.0f} MiB are free there, and torch "
+                    f"says {str(error).splitlines()[0]!r}"
+                ) from error
+            raise
         finally:
             self._staging = None
         self.accelerator.wait_for_everyone()
