@@ -192,10 +192,10 @@ BROKEN = {
         "1 process resumes from rng_state.pth, but there is rng_state_0.pth, rng_state_1.pth",
     ),
     "half of them": ("rng_state.pth", lambda path: path.write_bytes(path.read_bytes()[:-99]), "cannot be read"),
-    "NumPy's beyond the end": ("rng_state.pth", edit_saved(numpy_state), "NumPy's state"),
+    "NumPy's beyond the end": ("rng_state.pth", edit_saved(numpy_state), "the RNG state of NumPy"),
     "Python's are none": ("rng_state.pth", edit_saved(lambda s: s.update(python=(3, (1,), None))), "cannot be set"),
     "torch's are none": ("rng_state.pth", edit_saved(lambda s: s.update(cpu=s["cpu"][:9])), "cannot be set"),
-    "torch's are absent": ("rng_state.pth", edit_saved(lambda s: s.pop("cpu")), "does not hold the states"),
+    "torch's are absent": ("rng_state.pth", edit_saved(lambda s: s.pop("cpu")), "does not hold the RNG states"),
 }
 
 

@@ -103,14 +103,19 @@ def test_a_dead_process_holds_nothing(tmp_path):
     readable, writable = os.pipe()
     child = os.fork()
     if not child:
-        RunLock(tmp_path)
-        os.write(writable, b"x")
-        signal.pause()
-    assert os.read(readable, 1) == b"x"
-    with pytest.raises(RunError, match=f"process {child} on"):
-        RunLock(tmp_path)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+        try:
+            RunLock(tmp_path)
+            os.write(writable, b"x")
+            signal.pause()
+        finally:
+            os._exit(1)
+    try:
+        assert os.read(readable, 1) == b"x"
+        with pytest.raises(RunError, match=f"process {child} on"):
+            RunLock(tmp_path)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
     assert (tmp_path / LOCK_NAME).read_text().startswith(f"{child} on")
     with RunLock(tmp_path):
         assert (tmp_path / LOCK_NAME).read_text().startswith(f"{os.getpid()} on")
@@ -302,7 +307,7 @@ def test_names_are_neither_formulas_nor_markup(train, tmp_path, capsys):
         shutil.copytree(data / "cola", data / name)
     # a path with the end of a markup tag in it
     folder = tmp_path / "[" / "]run"
-    assert train(folder, "--data-dir", str(data), "--tasks", *names) == 0
+    assert train(folder, "--data-dir", str(data), "--eval-steps", "2", "--tasks", *names) == 0
     out = capsys.readouterr().out
     assert "could not be drawn" not in out and (folder / "curves.png").exists()
     assert f"are in {folder}" in out

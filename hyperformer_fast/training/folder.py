@@ -50,7 +50,7 @@ def checkpoints(folder: str | Path) -> list[Path]:
 
 def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     """(The newest complete checkpoint or None, why each newer one was passed over.)"""
-    passed = []
+    passed: list[str] = []
     for path in reversed(_numbered(folder)):
         missing = missing_files(path)
         if not missing:
@@ -66,7 +66,7 @@ def missing_files(checkpoint: Path) -> list[str]:
 
 
 def rng_files(checkpoint: Path) -> set[str]:
-    """The names of the files with the states of random numbers, one of each process."""
+    """The names of the files with RNG states, one for each process."""
     return {path.name for path in checkpoint.glob("rng_state*.pth")}
 
 
@@ -135,7 +135,7 @@ def sweep(folder: Path) -> None:
     for aside in folder.glob(".checkpoint-*.previous"):
         recover_directory(aside.with_name(aside.name[1 : -len(".previous")]))
     leftovers = [folder / STAGING, *folder.glob(".checkpoint-*.previous")]
-    leftovers += [*folder.glob(".checkpoint-*.old"), *folder.glob(".writable-*")]
+    leftovers += [*folder.glob(".checkpoint-*.old"), *folder.glob(".writable-[0-9]*")]
     for name in (*_FILES, BEST, "checkpoint-*"):
         if name != EVALUATION_NAME:  # another process may be writing it
             leftovers += folder.glob(f".{name}.partial-*")

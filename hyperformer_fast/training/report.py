@@ -67,7 +67,12 @@ def plot_curves(
     from matplotlib.ticker import MaxNLocator
 
     # a name is text: dollar signs in it begin no formula
-    settings = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False}
+    settings: dict[Any, Any] = {
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "text.parse_math": False,
+    }
     with plt.rc_context(settings):
         figure, (left, right) = plt.subplots(1, 2, figsize=(11.5, 4.4), width_ratios=(1, 1.25), layout="constrained")
         _plot_loss(left, [(entry["step"], entry["loss"]) for entry in history if "loss" in entry])

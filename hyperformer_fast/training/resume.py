@@ -69,26 +69,29 @@ def _check_state_field(path: Path, field: str, value: Any) -> None:
     default = TrainerState()
     if field not in {known.name for known in dataclasses.fields(default)}:
         raise CheckpointError(f"{path}: unknown field {field!r}")
-    kinds = {bool: bool, int: (int, float), float: (int, float), list: list, dict: dict}
-    kind = kinds.get(type(getattr(default, field)), (int, float, str, dict, list))
+    number = (int, float)
+    kinds: dict[type, tuple[type, ...]] = {
+        bool: (bool,), int: number, float: number, list: (list,), dict: (dict,)
+    }  # fmt: skip
+    kind = kinds.get(type(getattr(default, field)), (*number, str, dict, list))
     if value is not None and not isinstance(value, kind):
         raise CheckpointError(f"{path}: {field} has the wrong type, {type(value).__name__}")
 
 
 def check_rng_states(checkpoint: Path, rank: int, world_size: int) -> None:
-    """CheckpointError unless every process's states of random numbers are there, and this one's can be set."""
+    """CheckpointError unless the RNG state of every process is there, and this one's is valid."""
     wanted = {"rng_state.pth"} if world_size == 1 else {f"rng_state_{i}.pth" for i in range(world_size)}
     there = rng_files(checkpoint)
     if there != wanted:
         raise CheckpointError(
             f"{checkpoint}: a run of {world_size} process{'es' * (world_size > 1)} resumes from "
-            f"{', '.join(sorted(wanted))}, but there is {', '.join(sorted(there)) or 'none'}: with other states of "
-            "random numbers it would become another run. Resume with as many processes as before"
+            f"{', '.join(sorted(wanted))}, but there is {', '.join(sorted(there)) or 'none'}: with another RNG "
+            "state it would become another run. Resume with as many processes as before"
         )
     path = checkpoint / ("rng_state.pth" if world_size == 1 else f"rng_state_{rank}.pth")
     state = read_saved(path)
     if not isinstance(state, dict) or not {"python", "numpy", "cpu"} <= state.keys():
-        raise CheckpointError(f"{path} does not hold the states of Python's, NumPy's and torch's random numbers")
+        raise CheckpointError(f"{path} does not hold the RNG states of Python, NumPy and torch")
     _check_numpy_state(path, state["numpy"])
 
 
@@ -104,11 +107,11 @@ def _check_numpy_state(path: Path, state: Any) -> None:
         and 0 <= state[2] <= 624
     )
     if not right:
-        raise CheckpointError(f"{path}: NumPy's state of random numbers is none")
+        raise CheckpointError(f"{path}: the RNG state of NumPy is not valid")
 
 
-def check_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> list[float]:
-    """The learning rate of every group in a saved state of ``optimizer``, which has not stepped yet.
+def read_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """A saved state of ``optimizer``, which has not stepped yet, as its ``load_state_dict`` takes it.
 
     Of Adam and AdamW every number's place is checked. Other optimizers' states are only compared in their groups.
 
@@ -126,7 +129,7 @@ def check_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> list[float]
         _check_group(f"{path}: group {i}", theirs, ours)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
-        return [group["lr"] for group in saved["param_groups"]]
+        return saved
     odd = set(saved["state"]) ^ set(range(len(parameters)))
     if odd:
         raise CheckpointError(
@@ -137,7 +140,7 @@ def check_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> list[float]
     memory: set[int] = set()
     for i, parameter in enumerate(parameters):
         _check_adam_state(f"{path}: parameter {i}", saved["state"][i], parameter, moments, memory)
-    return [group["lr"] for group in saved["param_groups"]]
+    return saved
 
 
 def _is_groups(saved: Mapping[str, Any]) -> bool:
@@ -184,21 +187,26 @@ def _check_adam_state(where: str, state: Any, parameter: Tensor, moments: set[st
             memory.add(place)
 
 
-def check_scheduler(path: Path, scheduler: Any, rates: list[float], step: int, may_lag: bool) -> None:
-    """CheckpointError unless ``scheduler.pt`` is this schedule at ``step``, and gives the optimizer's ``rates``.
+def read_scheduler(
+    path: Path, scheduler: Any, optimizer_state: Mapping[str, Any], step: int, may_lag: bool
+) -> dict[str, Any]:
+    """A saved state of ``scheduler``, at ``step`` of this very schedule, as its ``load_state_dict`` takes it.
 
     Args:
         path: of ``scheduler.pt``.
         scheduler: the fresh one. Of kinds other than ``LambdaLR`` only the form of the file is checked.
-        rates: the learning rate of every group of the optimizer's.
+        optimizer_state: what :func:`read_optimizer` read, whose learning rates must be the schedule's.
         step: of the Trainer.
         may_lag: a gradient scaler may have skipped steps, which the schedule then did not see.
+
+    Raises:
+        CheckpointError: names the file and the field.
     """
     saved = read_saved(path)
     if not isinstance(saved, dict):
         raise CheckpointError(f"{path} does not hold a scheduler's state")
     if not isinstance(scheduler, LambdaLR):
-        return
+        return saved
     fresh = scheduler.state_dict()
     moving = {"last_epoch", "_step_count", "_last_lr"}
     for name in sorted(saved.keys() | fresh.keys(), key=repr):
@@ -212,11 +220,13 @@ def check_scheduler(path: Path, scheduler: Any, rates: list[float], step: int, m
     if type(saved["_step_count"]) is not int:
         raise CheckpointError(f"{path}: _step_count must be a whole number, got {_short(saved['_step_count'])}")
     expected = [base * rule(at) for base, rule in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    rates = [group["lr"] for group in optimizer_state["param_groups"]]
     for file, found in ((path.name, saved["_last_lr"]), (OPTIMIZER_NAME, rates)):
         if not _same(found, expected):
             raise CheckpointError(
                 f"{path.with_name(file)}: the learning rate at step {at} is {_short(expected)}, got {_short(found)}"
             )
+    return saved
 
 
 def _same(one: Any, other: Any) -> bool:

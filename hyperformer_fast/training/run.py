@@ -89,13 +89,14 @@ def _train_run(
 ) -> dict[str, Any] | None:
     folder, first = Path(run.output_dir), arguments.process_index == 0
 
-    def enter() -> RunLock:
-        lock = stack.enter_context(RunLock(folder))
+    locks: list[RunLock] = []
+
+    def enter() -> None:
+        locks.append(stack.enter_context(RunLock(folder)))
         if not resume and not overwrite:
             check_free(folder)
-        return lock
 
-    lock = _on_first(enter, first, share=False)
+    _on_first(enter, first)
     data = load_tasks(run.data_dir, run.tasks)
     if resume:
         check_same(folder, run, data)
@@ -106,13 +107,11 @@ def _train_run(
     model = get_hyperformer_model(t5, run.hyperformer_config(list(data)))
     trainer = HyperFormerTrainer(model, run, data, tokenizer, arguments)
     trainer.remove_callback(PrinterCallback)
-    checkpoint, passed = None, []
-    if resume:
-        checkpoint, passed = _on_first(lambda: newest_checkpoint(folder), first)
+    checkpoint, passed = _on_first(lambda: newest_checkpoint(folder), first) if resume else (None, [])
     keeper = None
     if first:
         clear_first = overwrite and not resume
-        keeper = _FolderKeeper(folder, run, started_with, lock, checkpoint, clear_first, console)
+        keeper = _FolderKeeper(folder, run, started_with, locks[0], checkpoint, clear_first, console)
         trainer.add_callback(keeper)
         sizes = ", ".join(f"{name} ({len(task.splits['train']):,})" for name, task in data.items())
         say(console, f"{len(data)} tasks: {sizes}")
@@ -133,20 +132,20 @@ def _train_run(
     return _report(folder, run, model, data, trainer.state.log_history, results, seconds, console)
 
 
-def _on_first(act: Callable[[], T], first: bool, share: bool = True) -> T | None:
-    """What ``act`` returns on the first process, on all of them (``share``) or on the first alone; what it raises there
-    is raised on all, so that none waits for it."""
-    result, told = None, [None, None]
+def _on_first(act: Callable[[], T], first: bool) -> T:
+    """What ``act`` returns on the first process, on all of them; what it raises there is raised on all, so that none
+    waits for it."""
+    told: list[Any] = [None, None]
     if first:
         try:
-            result = act()
-            told[0] = result if share else None
+            told[0] = act()
         except Exception as error:
             told[1] = error
     broadcast_object_list(told)
-    if told[1] is not None:
-        raise told[1]
-    return result if first else told[0]
+    result, refusal = told
+    if refusal is not None:
+        raise refusal
+    return result
 
 
 class _FolderKeeper(TrainerCallback):

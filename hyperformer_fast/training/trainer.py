@@ -21,10 +21,10 @@ from .metrics import average
 from .resume import (
     OPTIMIZER_NAME,
     SCHEDULER_NAME,
-    check_optimizer,
     check_rng_states,
-    check_scheduler,
     check_trainer_state,
+    read_optimizer,
+    read_scheduler,
 )
 
 
@@ -203,20 +203,23 @@ class HyperFormerTrainer(Trainer):
         self.accelerator.unwrap_model(model or self.model).load_weights(checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            folder, optimizer = Path(checkpoint), self.optimizer
-            # accelerate wraps it
-            rates = check_optimizer(folder / OPTIMIZER_NAME, getattr(optimizer, "optimizer", optimizer))
-            step = check_trainer_state(folder, self.args.max_steps)
-            scaled = self.accelerator.scaler is not None
-            check_scheduler(folder / SCHEDULER_NAME, self.lr_scheduler, rates, step, may_lag=scaled)
-        super()._load_optimizer_and_scheduler(checkpoint)
+        """In place of the Trainer's, which reads the files itself, and in 4.57 cannot for several processes on CPUs."""
+        if checkpoint is None:
+            return
+        folder = Path(checkpoint)
+        # accelerate wraps the optimizer
+        optimizer = read_optimizer(folder / OPTIMIZER_NAME, getattr(self.optimizer, "optimizer", self.optimizer))
+        step = check_trainer_state(folder, self.args.max_steps)
+        scaled = self.accelerator.scaler is not None
+        schedule = read_scheduler(folder / SCHEDULER_NAME, self.lr_scheduler, optimizer, step, may_lag=scaled)
+        self.optimizer.load_state_dict(optimizer)
+        self.lr_scheduler.load_state_dict(schedule)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         try:
             super()._load_rng_state(checkpoint)
-        except Exception as error:  # whatever the owner of a state says to one that is none
-            raise CheckpointError(f"{checkpoint}: the states of random numbers cannot be set: {error}") from error
+        except Exception as error:  # Python, NumPy and torch refuse an invalid state in different classes
+            raise CheckpointError(f"{checkpoint}: the RNG states cannot be set: {error}") from error
 
     def _get_output_dir(self, trial) -> str:
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
