@@ -40,15 +40,17 @@ class HyperFormerConfig:
     Args:
         tasks: names of the tasks, in the order of their indices. Required, not empty, unique.
         variant: what the adapters of a stack share: ``"hyperformer++"`` one set of generators for all of them,
-            ``"hyperformer-shared"`` one for the feed-forward and one for the self-attention adapters,
-            ``"hyperformer"`` none (a set per block and position; the paper's HyperFormer). None: from the two flags
-        below. task_embedding_dim: width of a task's own embedding (and of the layer and position embeddings).
+            ``"hyperformer-shared"`` one for the feed-forward and one for the self-attention adapters, ``"hyperformer"``
+            none (a set per block and position; the paper's HyperFormer). None: from the two flags below.
+        task_embedding_dim: width of a task's own embedding (and of the layer and position embeddings).
         projected_task_embedding_dim: width k of the embedding that the generators read (64 in the paper).
-        task_hidden_dim: hidden width of the network between the two (128 in the paper). reduction_factor: an adapter's
-        bottleneck is ``b = d // reduction_factor``. non_linearity: ``gelu_new`` (tanh form), ``gelu`` (erf), ``relu``,
-        ``silu`` (also under its official name ``swish``). add_layer_norm_before_adapter: normalise the adapter's input.
-        add_layer_norm_after_adapter: normalise the adapter's output, before the skip is added. conditional_layer_norm:
-        generate the norms' parameters. Read by variant ``"hyperformer"`` only: the two shared
+        task_hidden_dim: hidden width of the network between the two (128 in the paper).
+        reduction_factor: an adapter's bottleneck is ``b = d // reduction_factor``.
+        non_linearity: ``gelu_new`` (tanh form), ``gelu`` (erf), ``relu``, ``silu`` (also under its official name
+            ``swish``).
+        add_layer_norm_before_adapter: normalise the adapter's input.
+        add_layer_norm_after_adapter: normalise the adapter's output, before the skip is added.
+        conditional_layer_norm: generate the norms' parameters. Read by variant ``"hyperformer"`` only: the two shared
             variants always generate them, as in the authors' code.
         unique_hyper_net: the authors' flag for ``"hyperformer-shared"``.
         efficient_unique_hyper_net: the authors' flag for ``"hyperformer++"``; wins over ``unique_hyper_net``.
@@ -64,23 +66,73 @@ class HyperFormerConfig:
         ValueError, TypeError: naming the field, its value and what is allowed.
     """
 
-    tasks: list[str]
-    variant: str | None = None
-    task_embedding_dim: int = 64
-    projected_task_embedding_dim: int = 64
-    task_hidden_dim: int = 128
-    reduction_factor: int = 32
-    non_linearity: str = "gelu_new"
-    add_layer_norm_before_adapter: bool = False
-    add_layer_norm_after_adapter: bool = True
-    conditional_layer_norm: bool = True
-    unique_hyper_net: bool | None = None
-    efficient_unique_hyper_net: bool | None = None
-    unique_hyper_net_layer_norm: bool = True
-    train_task_embeddings: bool = False
-    task_to_embeddings: dict[str, str] | None = None
-    unfreeze_layer_norms: bool = True
-    unfreeze_lm_head: bool = False
+    # Each help text stands in the docstring too, for editors; a test compares the two.
+    tasks: list[str] = dataclasses.field(
+        metadata={"help": "names of the tasks, in the order of their indices. Required, not empty, unique."}
+    )
+    variant: str | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": (
+                'what the adapters of a stack share: "hyperformer++" one set of generators for all of them, '
+                '"hyperformer-shared" one for the feed-forward and one for the self-attention adapters, "hyperformer"'
+                " none (a set per block and position; the paper's HyperFormer). None: from the two flags below."
+            )
+        },
+    )
+    task_embedding_dim: int = dataclasses.field(
+        default=64, metadata={"help": "width of a task's own embedding (and of the layer and position embeddings)."}
+    )
+    projected_task_embedding_dim: int = dataclasses.field(
+        default=64, metadata={"help": "width k of the embedding that the generators read (64 in the paper)."}
+    )
+    task_hidden_dim: int = dataclasses.field(
+        default=128, metadata={"help": "hidden width of the network between the two (128 in the paper)."}
+    )
+    reduction_factor: int = dataclasses.field(
+        default=32, metadata={"help": "an adapter's bottleneck is b = d // reduction_factor."}
+    )
+    non_linearity: str = dataclasses.field(
+        default="gelu_new",
+        metadata={"help": "gelu_new (tanh form), gelu (erf), relu, silu (also under its official name swish)."},
+    )
+    add_layer_norm_before_adapter: bool = dataclasses.field(
+        default=False, metadata={"help": "normalise the adapter's input."}
+    )
+    add_layer_norm_after_adapter: bool = dataclasses.field(
+        default=True, metadata={"help": "normalise the adapter's output, before the skip is added."}
+    )
+    conditional_layer_norm: bool = dataclasses.field(
+        default=True,
+        metadata={
+            "help": (
+                'generate the norms\' parameters. Read by variant "hyperformer" only: the two shared variants always '
+                "generate them, as in the authors' code."
+            )
+        },
+    )
+    unique_hyper_net: bool | None = dataclasses.field(
+        default=None, metadata={"help": 'the authors\' flag for "hyperformer-shared".'}
+    )
+    efficient_unique_hyper_net: bool | None = dataclasses.field(
+        default=None, metadata={"help": 'the authors\' flag for "hyperformer++"; wins over unique_hyper_net.'}
+    )
+    unique_hyper_net_layer_norm: bool = dataclasses.field(
+        default=True,
+        metadata={"help": 'layer norm (eps 1e-6) on the joint embedding. Not read by variant "hyperformer".'},
+    )
+    train_task_embeddings: bool = dataclasses.field(
+        default=False,
+        metadata={
+            "help": "project the task embeddings through a network of their own before anything else reads them."
+        },
+    )
+    task_to_embeddings: dict[str, str] | None = dataclasses.field(
+        default=None,
+        metadata={"help": "task -> name of the embedding it uses; tasks may share one. None: each task its own."},
+    )
+    unfreeze_layer_norms: bool = dataclasses.field(default=True, metadata={"help": "train T5's own layer norms."})
+    unfreeze_lm_head: bool = dataclasses.field(default=False, metadata={"help": "train T5's output head."})
 
     def __post_init__(self) -> None:
         self._check_tasks()

@@ -33,9 +33,8 @@ class Folded(NamedTuple):
 
     wd: Tensor  #: [..., b, d] down-projection, times the pre-norm's gamma
     wg: Tensor  #: [..., b, d] up-projection transposed; with a post-norm centred, times gamma, divided by ``scale``
-    vectors: (
-        Tensor  #: [..., V] down bias (with the pre-norm's beta) [b], gamma * (up bias - mean) or up bias [d], beta [d]
-    )
+    #: [..., V] down bias (with the pre-norm's beta) [b], gamma * (up bias - mean) or up bias [d], beta [d]
+    vectors: Tensor
     scale: Tensor  #: [..., b] powers of two, one per row of ``wg``; empty without post-norm
     root: Tensor  #: [..., b+1, b+1] R, upper triangular, R^T R = Wa^T Wa / d; empty without post-norm
     mean: Tensor  #: [..., b+1] column means of [W_u | b_u]; empty without post-norm
