@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import ast
+import re
+from pathlib import Path
+
 import pytest
 from transformers import T5Config
 
-from hyperformer_fast import parameters
-from hyperformer_fast.parameters import T5_SHAPES, count, published_config
+from hyperformer_fast import HyperFormerConfig, parameters
+from hyperformer_fast.parameters import GLUE, T5_SHAPES, count, published_config
 
 
 def test_the_papers_table_is_reproduced():
@@ -12,6 +16,16 @@ def test_the_papers_table_is_reproduced():
     assert set(found) == set(parameters.PAPER)
     for key, paper in parameters.PAPER.items():
         assert round(found[key], 2) == paper, key
+
+
+def test_the_readme_says_what_the_papers_row_of_hyperformer_needs():
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    call = re.search(r"HyperFormerConfig\(tasks=\.\.\., (variant=\"hyperformer\", .*?)\)", readme)[1]
+    fields = {name: ast.literal_eval(value) for name, value in re.findall(r"(\w+)=([^,]+)", call)}
+    said, small = HyperFormerConfig(tasks=list(GLUE), **fields), T5Config(**T5_SHAPES["T5-small"])
+    assert said == published_config("hyperformer")
+    default = HyperFormerConfig(tasks=list(GLUE), variant="hyperformer")
+    assert f"trains {count(default, small).percent_per_task:.2f} % of T5-small" in readme
 
 
 def test_counts_are_those_of_a_real_model():
