@@ -4,30 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from . import official_fields
 from .activations import canonical_activation
+from .checkpoint import CONFIG_NAME
+from .json_files import read_object
 
 VARIANTS = ("hyperformer++", "hyperformer-shared", "hyperformer")
 
 #: (unique_hyper_net, efficient_unique_hyper_net) of each variant; the efficient flag wins over the other in the
 #: authors' code.
 _FLAGS = {"hyperformer++": (False, True), "hyperformer-shared": (True, False), "hyperformer": (False, False)}
-
-#: Defaults of the authors' MetaAdapterConfig and ModelArguments where they are not ours.
-_OFFICIAL_DEFAULTS = {
-    "non_linearity": "swish",
-    "reduction_factor": 16,
-    "task_embedding_dim": 512,
-    "conditional_layer_norm": False,
-    "unique_hyper_net": False,
-    "efficient_unique_hyper_net": False,
-    "unfreeze_layer_norms": False,
-}
 
 
 @dataclasses.dataclass(kw_only=True, eq=True)
@@ -266,15 +259,34 @@ class HyperFormerConfig:
         return cls(**fields)
 
     @classmethod
-    def from_official(cls, fields: Mapping[str, Any], **changes: Any) -> HyperFormerConfig:
-        """From a configuration of the authors' code, which holds much else (training arguments): only known fields are
-        read.
+    def from_official(cls, fields: Mapping[str, Any] | str | os.PathLike, **changes: Any) -> HyperFormerConfig:
+        """From a configuration of the authors' code: what of it says how the model is made.
 
-        Absent fields have the authors' defaults, not ours; a dict with neither flag is variant ``"hyperformer"``.
+        Absent fields have the authors' defaults, not ours; one with neither flag is variant ``"hyperformer"``. A
+        warning names the fields that are not read, as the training arguments of their JSON files.
+
+        Args:
+            fields: their configuration, or the path of their JSON file.
+            changes: fields of ours to replace.
+
+        Raises:
+            ValueError: it configures another method (fine-tuning, plain adapters), or asks for what no variant here
+                does; the field is named.
+            TypeError: a value, or ``fields`` itself, is of a wrong type.
+            OSError: the file cannot be read.
         """
-        known = {field.name for field in dataclasses.fields(cls)} - {"variant"}
-        picked = {name: value for name, value in fields.items() if name in known}
-        return cls.from_dict({**_OFFICIAL_DEFAULTS, **picked, **changes})
+        path = fields if isinstance(fields, (str, os.PathLike)) else None
+        content = fields if path is None else read_object(path)
+        try:
+            ours = {field.name for field in dataclasses.fields(cls)} - {"variant"}
+            translated = official_fields.translate(content, ours)
+            if "variant" in changes:
+                translated["unique_hyper_net"] = translated["efficient_unique_hyper_net"] = None
+            return cls.from_dict({**translated, **changes})
+        except (ValueError, TypeError) as error:
+            if path is None:
+                raise
+            raise ValueError(f"{path}: {error}") from error
 
     def save(self, path: str | Path) -> None:
         """Write as JSON."""
@@ -282,11 +294,35 @@ class HyperFormerConfig:
 
     @classmethod
     def load(cls, path: str | Path) -> HyperFormerConfig:
-        """Read from JSON. ValueError names the file where it is not a valid configuration."""
+        """Read from JSON: a file of :meth:`save`, or the ``hyperformer_config.json`` of a saved model or its folder.
+
+        Raises:
+            ValueError: names the file, and what it holds instead of a configuration.
+            OSError: it cannot be read.
+        """
+        path = Path(path)
+        if path.is_dir():
+            path /= CONFIG_NAME
+        content = read_object(path)
+        # A saved model's file describes more than the configuration.
+        wrapped = isinstance(content.get("config"), dict) and "tasks" not in content
         try:
-            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+            return cls.from_dict(content["config"] if wrapped else content)
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}: {error}") from error
+            raise ValueError(f"{path}: {error}{_what_else(content)}") from error
+
+
+def _what_else(content: Mapping[str, Any]) -> str:
+    """The end of a message: what a file is that was taken for a configuration."""
+    if "model_type" in content:
+        return f" (the file is transformers' configuration of a {content['model_type']})"
+    if "arguments" in content:
+        return f" (the file describes a run; the configuration is in the {CONFIG_NAME} beside it)"
+    if isinstance(content.get("hyperformer"), dict):
+        return " (the file configures a run, as `hyperformer-fast train` takes it; its 'hyperformer' holds our fields)"
+    if {"model_name_or_path", "train_adapters", "adapter_config_name"} & content.keys():
+        return " (the file is of the authors' code: HyperFormerConfig.from_official reads it)"
+    return ""
 
 
 def variant_of_flags(unique_hyper_net: bool, efficient_unique_hyper_net: bool) -> str:

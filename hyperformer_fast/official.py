@@ -182,7 +182,8 @@ def build_stack(config: Mapping[str, Any], num_layers: int, state_dict: Mapping[
     """
     if "input_dim" not in config:
         raise ValueError("the configuration does not say input_dim, the width of the stack")
-    stack = OfficialStack(HyperFormerConfig.from_official(config), config["input_dim"], num_layers)
+    fields = {name: value for name, value in config.items() if name != "input_dim"}
+    stack = OfficialStack(HyperFormerConfig.from_official(fields), config["input_dim"], num_layers)
     dtypes = {tensor.dtype for tensor in state_dict.values()}
     if len(dtypes) != 1:
         raise ValueError(f"the tensors of a stack must share one dtype, got {sorted(map(str, dtypes))}")
@@ -221,33 +222,39 @@ def load_state_dict(model: HyperFormerModel, state_dict: Mapping[str, Tensor], l
             another T5 below the adapters would be silently wrong.
 
     Raises:
-        ValueError: naming the first tensor that is missing, unknown, of another shape, or (frozen) of other values.
+        ValueError: naming the first tensor that is missing, unknown, of another shape, (frozen) of other values, or
+            (one parameter under several names) of two values.
     """
     parts = _model_parts(model)
     own = model.t5.state_dict()
-    trained = {name for name, parameter in model.t5.named_parameters() if parameter.requires_grad}
+    # With their aliases: a head that is tied to the embeddings is one parameter of several names.
+    parameters = dict(model.t5.named_parameters(remove_duplicate=False))
     # T5 of transformers 3.5 had a position bias in cross-attention that its own forward no longer reads.
     dead = {"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"}
     known = {part.prefix + entry.name for part in parts for entry in part.entries} | set(own) | dead
     _refuse_unknown(state_dict, known, "this model")
-    copies = []
+    copies: dict[int, tuple[str, Tensor, Tensor]] = {}
     for name, tensor in own.items():
+        parameter = parameters.get(name)
+        trained = parameter is not None and parameter.requires_grad
         if name not in state_dict:
-            if name in trained:
+            if trained and not any(p is parameter and alias in state_dict for alias, p in parameters.items()):
                 raise ValueError(f"the checkpoint lacks {name}, which this configuration trains")
             continue
         value = state_dict[name]
         if value.shape != tensor.shape:
             raise ValueError(f"{name} is {list(value.shape)} in the checkpoint, {list(tensor.shape)} in this model")
-        if name in trained or load_frozen:
-            copies.append((tensor, value))
+        if trained or load_frozen:
+            first, _, other = copies.setdefault(id(tensor if parameter is None else parameter), (name, tensor, value))
+            if not torch.equal(value, other):
+                raise ValueError(f"{first} and {name} are one tensor in this model, but differ in the checkpoint")
         elif not torch.equal(value.to(tensor.device, tensor.dtype), tensor):
             raise ValueError(
                 f"{name} is frozen, but differs between the checkpoint and this model's T5: start from the T5 that the "
                 "checkpoint was trained on, or pass load_frozen=True"
             )
     _load(parts, state_dict)
-    for target, value in copies:
+    for _, target, value in copies.values():
         target.copy_(value)
 
 
