@@ -86,6 +86,8 @@ def translate(fields: Mapping[str, Any], ours: Collection[str]) -> dict[str, Any
         )
     if "variant" in fields or "format_version" in fields:
         raise ValueError("this is a configuration of this library, which HyperFormerConfig.load reads")
+    if isinstance(fields.get("hyperformer"), Mapping):
+        raise ValueError("this is a run's configuration of this library, which `hyperformer-fast train` takes")
     _refuse_another_method(fields)
     for name, reason in _UNSERVED.items():
         if fields.get(name):

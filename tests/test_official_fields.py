@@ -72,6 +72,7 @@ def test_their_other_methods_are_refused_by_name(tmp_path, name):
         ({"task_embeddings": ["rte"]}, r"an embedding for each of tasks, got \['rte'\]"),
         ({"task_embeddings": TASKS, "task_to_embeddings": dict(zip(TASKS, TASKS[::-1]))}, "disagree"),
         ({"variant": "hyperformer"}, "HyperFormerConfig.load reads"),
+        ({"hyperformer": {"variant": "hyperformer++"}}, "a run's configuration of this library"),
     ],
 )
 def test_what_would_be_another_model_is_an_error(fields, message):
