@@ -205,13 +205,24 @@ def _predict(options: argparse.Namespace) -> None:
     console = Console(stderr=True)
     rows: Any = [row_of_texts(options.run_dir, options.task, options.text)] if options.text else options.input
     labelled = predict_run(options.run_dir, options.task, rows, options.model, console)
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in labelled)
+    encoding = "utf-8" if options.output else sys.stdout.encoding or "utf-8"
+    text = "".join(_line(row, encoding) for row in labelled)
     if options.output is None:
         sys.stdout.write(text)
         return
     with write_file(options.output) as partial:
-        Path(partial).write_text(text, encoding="utf-8")
+        Path(partial).write_text(text, encoding=encoding)
     say(console, f"{len(labelled)} rows in {options.output}")
+
+
+def _line(row: Any, encoding: str) -> str:
+    """One line of JSON; its text as it is where the encoding has it, and else escaped."""
+    line = json.dumps(row, ensure_ascii=False)
+    try:
+        line.encode(encoding)
+    except UnicodeEncodeError:
+        line = json.dumps(row)
+    return line + "\n"
 
 
 def _quiet() -> None:

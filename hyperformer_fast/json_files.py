@@ -7,21 +7,40 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+#: Deeper values than these lists and objects within one another are refused: Python's recursion limit, which
+#: depends on the caller, would else decide where reading, showing or writing them fails.
+MAX_DEPTH = 100
+
 
 def parse(text: str, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
-    """``json.loads``, whose RecursionError becomes a ValueError too.
+    """``json.loads``, all of whose failures are ValueErrors.
 
     Args:
         text: JSON.
         pairs: ``object_pairs_hook`` of ``json.loads``.
 
     Raises:
-        ValueError: it is not JSON, nested too deeply, or holds a number of thousands of digits.
+        ValueError: it is not JSON, is nested too deeply, or holds a number of thousands of digits.
     """
     try:
-        return json.loads(text, object_pairs_hook=pairs)
+        value = json.loads(text, object_pairs_hook=pairs)
+        too_deep = text.count("[") + text.count("{") > MAX_DEPTH and _is_too_deep(value)
     except RecursionError:
-        raise ValueError("lists or objects are nested too deeply") from None
+        too_deep = True
+    if too_deep:
+        raise ValueError(f"lists or objects are nested more than {MAX_DEPTH} deep")
+    return value
+
+
+def _is_too_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        inner: list[Any] = []
+        for each in level:
+            if isinstance(each, (dict, list)):
+                inner += each.values() if isinstance(each, dict) else each
+        level = inner
+    return bool(level)
 
 
 def read_object(path: str | Path) -> dict[str, Any]:

@@ -24,8 +24,9 @@ from hyperformer_fast.data import (
     read_jsonl,
     task_probabilities,
 )
+from hyperformer_fast.data.infer import infer_spec
 from hyperformer_fast.data.sources import examples
-from hyperformer_fast.data.tasks import KNOWN, infer_spec
+from hyperformer_fast.data.tasks import KNOWN
 
 
 def test_rows_become_text_as_in_the_authors_code():

@@ -120,7 +120,7 @@ def test_what_else_a_file_is_is_said(tmp_path):
             HyperFormerConfig.load(path)
     path.write_text("[" * 100_000)
     for read in (HyperFormerConfig.load, HyperFormerConfig.from_official):
-        with pytest.raises(ValueError, match="some.json: not JSON: .*nested too deeply"):
+        with pytest.raises(ValueError, match="some.json: not JSON: .*nested more than 100 deep"):
             read(path)
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from ..json_files import parse
 from .tasks import DataError
 
 
@@ -13,7 +13,7 @@ def read_jsonl(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
     """All rows, each with its place ``"file:line"``. Empty lines are skipped.
 
     Raises:
-        DataError: a line is not UTF-8 or not a JSON object, or the file holds no rows.
+        DataError: a line is not UTF-8 or not a JSON object, names a column twice, or the file holds no rows.
         OSError: it cannot be read.
     """
     rows = []
@@ -24,7 +24,7 @@ def read_jsonl(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 if not text.strip():
                     continue
-                row = json.loads(text)
+                row = parse(text, _once)
             except ValueError as error:
                 raise DataError(f"{where}: not a line of JSON: {error}") from error
             if not isinstance(row, dict):
@@ -33,3 +33,12 @@ def read_jsonl(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
     if not rows:
         raise DataError(f"{path} holds no rows")
     return rows
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the name {twice!r} stands twice in one object")
+    return row

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..extras import require
+from .infer import infer_spec
 from .jsonl import read_jsonl
-from .tasks import GLUE, KNOWN, DataError, TaskSpec, builtin_spec, infer_spec
+from .task_file import TASK_FILE, read_task_file
+from .tasks import GLUE, KNOWN, DataError, TaskSpec, builtin_spec, check_text
 
 SPLITS = ("train", "validation", "test")
 
@@ -84,7 +86,8 @@ def load_tasks(
     """Read and check tasks.
 
     Args:
-        data_dir: a directory of ``<task>/<split>.jsonl``, ``"hub:glue"``, or None for the built-in tasks.
+        data_dir: a directory of ``<task>/<split>.jsonl`` (and, where columns or labels can be read in two ways,
+            ``<task>/task.json``), ``"hub:glue"``, or None for the built-in tasks.
         tasks: names; None for all there are.
         splits: train and validation must be there, test may be absent.
         specs: of tasks already known (a saved run's), which win over this module's knowledge.
@@ -105,11 +108,27 @@ def load_tasks(
 def _load(data_dir: str | None, task: str, splits: Sequence[str], spec: TaskSpec | None) -> TaskData:
     rows = {split: found for split in splits if (found := _rows(data_dir, task, split))}
     if spec is None:
-        spec = builtin_spec(task) if data_dir is None else KNOWN.get(task)
-    if spec is None:
-        train = rows.get("train") or _rows(data_dir, task, "train")
-        spec = infer_spec(task, [row for _, row in train], f"{data_dir}/{task}")
+        spec = _spec_of(data_dir, task, rows.get("train") or _rows(data_dir, task, "train"))
     return TaskData(spec, {split: examples(spec, found) for split, found in rows.items()})
+
+
+def _spec_of(data_dir: str | None, task: str, train: list[tuple[str, dict[str, Any]]]) -> TaskSpec:
+    """What is known of a task by name, unless its ``task.json`` says otherwise; the rest from its training rows."""
+    if data_dir is None:
+        return builtin_spec(task)
+    folder = Path(data_dir) / task
+    check_text(task, f"{data_dir!r}: the name {task!r} of a folder")
+    given = {} if data_dir == HUB_GLUE else read_task_file(folder)
+    try:
+        if task in KNOWN:
+            spec = dataclasses.replace(KNOWN[task], **given)
+        else:
+            spec = infer_spec(task, [row for _, row in train], str(folder), given)
+    except DataError:
+        raise
+    except ValueError as error:
+        raise DataError(f"{folder / TASK_FILE}: {error}") from error
+    return dataclasses.replace(spec, rows_have_names=all(spec.holds_name(row) for _, row in train))
 
 
 def examples(spec: TaskSpec, rows: list[tuple[str, dict[str, Any]]]) -> list[Example]:

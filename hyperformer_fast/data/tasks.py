@@ -15,7 +15,8 @@ from typing import Any
 #: Metrics by name; the paper's of a task are in its spec.
 METRICS = ("accuracy", "f1", "matthews", "pearson", "spearman")
 
-_NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)")
+#: A number written as text.
+NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)")
 
 
 class DataError(ValueError):
@@ -33,10 +34,11 @@ class TaskSpec:
         labels: the target text of every class. None: the label is a number.
         label_columns: the names that a file may have the label under, the first found wins.
         label_names: what a row may hold in place of the index of a class (``"entailment"``); as many as ``labels``, or
-            none.
+            none. Where any of them is a number, a number in a row is a name and never an index.
         metrics: of :data:`METRICS`.
         low, high, step: a number's range, and what it is rounded to before it becomes text (T5 and the paper: STS-B in
-            steps of 0.2).
+            steps of 0.2); ``step`` is a multiple of 0.1, for one digit is written.
+        rows_have_names: the training rows hold names, not indices, and so will predictions.
 
     Raises:
         ValueError: naming the field.
@@ -46,11 +48,12 @@ class TaskSpec:
     columns: Mapping[str, tuple[str, ...]]
     labels: tuple[str, ...] | None
     label_columns: tuple[str, ...] = ("label",)
-    label_names: tuple[str, ...] = ()
+    label_names: tuple[str | int, ...] = ()
     metrics: tuple[str, ...] = ("accuracy",)
     low: float = 0.0
     high: float = 5.0
     step: float = 0.2
+    rows_have_names: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "columns", {name: tuple(aliases) for name, aliases in dict(self.columns).items()})
@@ -72,6 +75,21 @@ class TaskSpec:
             raise ValueError(f"task {self.name}: labels must be at least two different texts, got {self.labels!r}")
         if self.label_names and len(self.label_names) != len(self.labels or ()):
             raise ValueError(f"task {self.name}: label_names must be as many as labels, got {self.label_names!r}")
+        if len(set(self._names)) < len(self._names):
+            raise ValueError(f"task {self.name}: label_names must differ, got {self.label_names!r}")
+        if not (self.low < self.high and self.step > 0 and abs(self.step * 10 - round(self.step * 10)) < 1e-9):
+            raise ValueError(
+                f"task {self.name}: low must be below high, and step a multiple of 0.1, "
+                f"got low={self.low!r}, high={self.high!r}, step={self.step!r}"
+            )
+
+    @property
+    def _names(self) -> list[str]:
+        return [str(name) for name in self.label_names]
+
+    @property
+    def _numbers_are_names(self) -> bool:
+        return any(NUMBER.fullmatch(name) for name in self._names)
 
     def source(self, row: Mapping[str, Any], where: str) -> str:
         """The model's input: ``"sentence1: It rains. sentence2: It is wet."``. DataError names ``where`` and the
@@ -80,7 +98,8 @@ class TaskSpec:
         for shown, aliases in self.columns.items():
             column = _first(row, aliases, where)
             if not isinstance(row[column], str):
-                raise DataError(f"{where}: column {column!r} must be text, got {row[column]!r}")
+                raise DataError(f"{where}: column {column!r} must be text, got {shown_value(row[column])}")
+            check_text(row[column], f"{where}: column {column!r}")
             parts.append(f"{shown}: {row[column]}")
         return " ".join(parts)
 
@@ -89,26 +108,47 @@ class TaskSpec:
         column = _first(row, self.label_columns, where)
         value = row[column]
         if self.labels is None:
+            if isinstance(value, str) and NUMBER.fullmatch(value):
+                value = float(value)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not self.low <= value <= self.high:
                 raise DataError(
-                    f"{where}: {column!r} must be a number from {self.low:g} to {self.high:g}, got {value!r}"
+                    f"{where}: {column!r} must be a number from {self.low:g} to {self.high:g}, got {shown_value(value)}"
                 )
             return float(value)
-        if isinstance(value, str) and value in self.label_names:
-            return self.label_names.index(value)
-        n = len(self.labels)
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < n:
-            names = f" (or one of {', '.join(self.label_names)})" if self.label_names else ""
+        index = self._class_of(value)
+        if index is None:
+            listed = ", ".join(self._names[:20]) + (", ..." if len(self._names) > 20 else "")
+            allowed = f"an integer from 0 to {len(self.labels) - 1}" + (f" (or one of {listed})" if listed else "")
             raise DataError(
-                f"{where}: {column!r} is out of range: it must be an integer from 0 to {n - 1}{names}, got {value!r}"
+                f"{where}: {column!r} is out of range: it must be "
+                f"{f'one of {listed}' if self._numbers_are_names else allowed}, got {shown_value(value)}"
             )
-        return value
+        return index
+
+    def _class_of(self, value: Any) -> int | None:
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, (str, int)):
+            return None
+        if self.label_names and str(value) in self._names:
+            return self._names.index(str(value))
+        is_index = isinstance(value, int) and 0 <= value < len(self.labels) and not self._numbers_are_names
+        return value if is_index else None
+
+    def holds_name(self, row: Mapping[str, Any]) -> bool:
+        """Whether a row has its label by name."""
+        value = next((row[column] for column in self.label_columns if column in row), None)
+        return self._numbers_are_names or isinstance(value, str) and value in self._names
+
+    def answer(self, label: int | float | None, by_name: bool) -> int | float | str | None:
+        """A label as rows hold it: a class by its name, where it has one and ``by_name``, else by its index."""
+        return self.label_names[int(label)] if by_name and self.label_names and label is not None else label
 
     def target(self, label: int | float) -> str:
         """The text that the model is to write."""
         if self.labels is not None:
             return self.labels[int(label)]
-        return f"{round(label / self.step) * self.step:.1f}"
+        return f"{round(label / self.step) * self.step + 0.0:.1f}"  # + 0.0: no "-0.0"
 
     def targets(self) -> list[str]:
         """Every text that the model may be asked to write."""
@@ -122,7 +162,7 @@ class TaskSpec:
         text = text.strip()
         if self.labels is not None:
             return self.labels.index(text) if text in self.labels else None
-        return float(text) if _NUMBER.fullmatch(text) and math.isfinite(float(text)) else None
+        return float(text) if NUMBER.fullmatch(text) and math.isfinite(float(text)) else None
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON types."""
@@ -130,8 +170,27 @@ class TaskSpec:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> TaskSpec:
-        """The inverse of :meth:`to_dict`."""
-        return cls(**fields)
+        """The inverse of :meth:`to_dict`, also of one without ``rows_have_names``: then a task that is not known by
+        name can only have its ``label_names`` from its rows."""
+        had_names = bool(fields.get("label_names")) and fields.get("name") not in KNOWN
+        return cls(**{"rows_have_names": had_names, **fields})
+
+
+def shown_value(value: Any) -> str:
+    """A value for a message, no longer than a line."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:80]}... ({len(text)} characters)"
+
+
+def check_text(text: str, what: str) -> None:
+    """DataError where ``text`` holds half of a surrogate pair, which JSON and a command line can, and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{what} is not text: {text[error.start]!r} at position {error.start} is half of a surrogate pair, as a "
+            "wrong conversion to UTF-8 leaves it"
+        ) from None
 
 
 def _first(row: Mapping[str, Any], names: tuple[str, ...], where: str) -> str:
@@ -188,39 +247,3 @@ def builtin_spec(name: str) -> TaskSpec:
     fields = BUILTIN_SPECS[name]
     columns = {column: (column,) for column in fields["columns"]}
     return TaskSpec(name=name, columns=columns, labels=fields["labels"], metrics=fields["metrics"])
-
-
-def infer_spec(name: str, rows: list[dict[str, Any]], where: str) -> TaskSpec:
-    """The spec of a task that is not known by name, from its training rows.
-
-    One or two text columns and one label: integers 0 to n-1 (classes), texts in a column ``label`` (classes, in
-    alphabetical order), or floats from 0 to 5 (similarity).
-
-    Raises:
-        DataError: the columns can be read in no way or in more than one.
-    """
-    row = rows[0]
-    others = [column for column, value in row.items() if not isinstance(value, str)]
-    label = "label" if "label" in row else others[0] if len(others) == 1 else None
-    texts = [column for column, value in row.items() if isinstance(value, str) and column != label]
-    extra = [column for column in others if column != label]
-    if label is None or extra or not 1 <= len(texts) <= 2:
-        raise DataError(
-            f"{where}: {name!r} is not a task known by name ({', '.join(KNOWN)}), and its columns {list(row)} can't be "
-            "told apart: there must be one or two columns of text and one 'label'"
-        )
-    columns = {column: (column,) for column in texts}
-    values = {row.get(label) for row in rows if not isinstance(row.get(label), (list, dict))}
-    common = {"name": name, "columns": columns, "label_columns": (label,)}
-    kinds = {type(value) for value in values}
-    if kinds == {int} and len(values) > 1 and values == set(range(len(values))):
-        return TaskSpec(**common, labels=tuple(map(str, range(len(values)))))
-    if kinds == {str} and 1 < len(values) <= 100:
-        names = tuple(sorted(values))
-        return TaskSpec(**common, labels=tuple(map(str, range(len(names)))), label_names=names)
-    if kinds <= {int, float} and float in kinds and all(0 <= value <= 5 for value in values):
-        return TaskSpec(**common, labels=None, metrics=("pearson", "spearman"))
-    raise DataError(
-        f"{where}: the labels of {name!r} must be integers 0 to n-1, up to 100 texts, or numbers from 0 to 5; "
-        f"got {len(values)} different ones, among them {sorted(map(repr, values))[:3]}"
-    )
