@@ -103,7 +103,12 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--model", metavar="PATH_OR_NAME", help="where the run's T5 is now")
     evaluate.add_argument("--data-dir", metavar="DIR", help="where the run's data is now")
 
-    predict = command("predict", "label new rows with a saved run")
+    predict = command(
+        "predict",
+        "label new rows with a saved run",
+        "Writes each row with two more columns, 'prediction' and the generated 'text'. Where the rows have columns of "
+        "these names, theirs stay and ours are 'hyperformer_prediction' and 'hyperformer_text'.",
+    )
     predict.add_argument("run_dir", metavar="RUN_DIR")
     predict.add_argument("--task", required=True, help="one of the run's")
     source = predict.add_mutually_exclusive_group(required=True)
