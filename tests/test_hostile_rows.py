@@ -74,3 +74,11 @@ def test_the_command_says_so_before_it_trains(tmp_path, capsys):
         assert not (tmp_path / "run").exists()
         path.write_text(whole)
     assert json.loads(whole.splitlines()[0]) == rows("cola", 1)[0]
+
+
+def test_a_runs_configuration_that_is_nested_too_deeply_is_named(tmp_path, capsys):
+    path = tmp_path / "run.json"
+    path.write_text('{"tasks": ' + "[" * 50_000 + "]" * 50_000 + "}")
+    assert main(["train", str(path), "--output-dir", str(tmp_path / "run")]) == 2
+    err = capsys.readouterr().err
+    assert "run.json: not JSON: lists or objects are nested more than 100 deep" in err and "unexpected" not in err

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import HyperFormerConfig
+from ..json_files import parse
 
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
@@ -201,7 +201,7 @@ class RunConfig:
 def read_fields(path: str | Path) -> dict[str, Any]:
     """The JSON object in a file. RunConfigError names the file where there is none."""
     try:
-        fields = json.loads(Path(path).read_text(encoding="utf-8"))
+        fields = parse(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise RunConfigError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
