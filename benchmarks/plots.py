@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,10 @@ from timing import RESULTS, described
 RATIO = "time of the rival over ours\n(above 1: ours is faster)"
 #: Steps of a logarithmic axis within a decade, where the axis spans little more than one.
 FINE, COARSE = (1, 1.5, 2, 3, 4, 5, 7), (1,)
+#: Inches of a figure with one row of the legend, and of each further row.
+HEIGHT, LEGEND_ROW = 4.2, 0.22
+#: Letters of the legend's font in an inch, and letters that a line's sample takes the room of.
+LETTERS_PER_INCH, LETTERS_PER_LINE = 12, 7
 #: Differences below this are drawn at it: a logarithmic axis has no zero.
 LEAST = 1e-9
 
@@ -38,15 +43,18 @@ def panels(count: int, path: Path, where: Mapping[str, str], **settings) -> Iter
     style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}
     with plt.rc_context({**style, "grid.alpha": 0.25, "axes.titlesize": 11}):
         figure, axes = plt.subplots(
-            1, count, figsize=(max(6.5, 4.3 * count), 4.2), squeeze=False, layout="constrained", **settings
+            1, count, figsize=(max(8, 4.3 * count), HEIGHT), squeeze=False, layout="constrained", **settings
         )
         try:
             yield axes[0]
             figure.suptitle(described(where), fontsize=9)
             lines = {}
             for axis in axes[0]:
-                lines = {label: line for line, label in zip(*axis.get_legend_handles_labels())} | lines
-            columns = min(6, len(lines))
+                for line, label in zip(*axis.get_legend_handles_labels()):
+                    lines.setdefault(label, line)
+            letters = max(map(len, lines)) + LETTERS_PER_LINE
+            columns = min(len(lines), int(figure.get_figwidth() * LETTERS_PER_INCH / letters)) or 1
+            figure.set_figheight(HEIGHT + LEGEND_ROW * (math.ceil(len(lines) / columns) - 1))
             figure.legend(lines.values(), lines, loc="outside lower center", ncols=columns, frameon=False)
             figure.savefig(path, dpi=130)
         finally:
