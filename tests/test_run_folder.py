@@ -162,7 +162,10 @@ def test_the_same_start_works_after_an_interruption(train, tmp_path, capsys, mon
     assert train(tmp_path / "run") == 130
     assert "interrupted; nothing was saved yet" in capsys.readouterr().err
     assert (tmp_path / "run").exists() == (number == 2)
+    if number == 2:
+        (tmp_path / "run" / "evaluation.json").touch()
     assert train(tmp_path / "run") == 0
+    assert not (tmp_path / "run" / "evaluation.json").exists()
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-2", "checkpoint-4"]
 
 

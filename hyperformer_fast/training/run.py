@@ -110,7 +110,8 @@ def _train_run(
     checkpoint, passed = _on_first(lambda: newest_checkpoint(folder), first) if resume else (None, [])
     keeper = None
     if first:
-        clear_first = overwrite and not resume
+        # without --overwrite a run.json is what a start left that came to no checkpoint
+        clear_first = not resume and (overwrite or (folder / RUN_NAME).exists())
         keeper = _FolderKeeper(folder, run, started_with, locks[0], checkpoint, clear_first, console)
         trainer.add_callback(keeper)
         sizes = ", ".join(f"{name} ({len(task.splits['train']):,})" for name, task in data.items())
