@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
-from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
@@ -142,7 +141,8 @@ def _on_first(act: Callable[[], T], first: bool) -> T:
             told[0] = act()
         except Exception as error:
             told[1] = error
-    broadcast_object_list(told)
+    if dist.is_initialized():
+        dist.broadcast_object_list(told, src=0)
     result, refusal = told
     if refusal is not None:
         raise refusal

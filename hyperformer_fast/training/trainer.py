@@ -206,14 +206,15 @@ class HyperFormerTrainer(Trainer):
         """In place of the Trainer's, which reads the files itself, and in 4.57 cannot for several processes on CPUs."""
         if checkpoint is None:
             return
-        folder = Path(checkpoint)
+        folder, optimizer, scheduler = Path(checkpoint), self.optimizer, self.lr_scheduler
+        assert optimizer is not None and scheduler is not None
         # accelerate wraps the optimizer
-        optimizer = read_optimizer(folder / OPTIMIZER_NAME, getattr(self.optimizer, "optimizer", self.optimizer))
+        moments = read_optimizer(folder / OPTIMIZER_NAME, getattr(optimizer, "optimizer", optimizer))
         step = check_trainer_state(folder, self.args.max_steps)
         scaled = self.accelerator.scaler is not None
-        schedule = read_scheduler(folder / SCHEDULER_NAME, self.lr_scheduler, optimizer, step, may_lag=scaled)
-        self.optimizer.load_state_dict(optimizer)
-        self.lr_scheduler.load_state_dict(schedule)
+        schedule = read_scheduler(folder / SCHEDULER_NAME, scheduler, moments, step, may_lag=scaled)
+        optimizer.load_state_dict(moments)
+        scheduler.load_state_dict(schedule)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         try:
