@@ -33,8 +33,10 @@ class TaskEmbeddings(nn.Module):
     def __init__(self, config: HyperFormerConfig):
         super().__init__()
         self.config = config
+        # Pairs, because a ParameterDict sorts a plain dict: a task that add_task appended would move on a reload, and
+        # an optimizer's state, kept by index, would land on other tasks.
         self.task_to_embeddings = nn.ParameterDict(
-            {name: nn.Parameter(torch.randn(config.task_embedding_dim)) for name in config.embedding_names}
+            [(name, nn.Parameter(torch.randn(config.task_embedding_dim))) for name in config.embedding_names]
         )
         self.projector = (
             TaskProjector(config.task_embedding_dim, config.task_hidden_dim, config.projected_task_embedding_dim)
