@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.t5s import TASKS, VARIANTS, batch, bits, tiny_config, tiny_model, tiny_t5, train
 
-from hyperformer_fast import HyperFormerModel, checkpoint
+from hyperformer_fast import HyperFormerModel, atomic, checkpoint
 from hyperformer_fast.checkpoint import CheckpointError, recover_directory, write_directory, write_file
 
 
@@ -284,7 +284,7 @@ def test_an_error_while_writing_leaves_the_old(tmp_path, monkeypatch):
 @pytest.mark.parametrize("exchange", [True, False])
 def test_a_directory_is_replaced_whole(tmp_path, monkeypatch, exchange):
     if not exchange:
-        monkeypatch.setattr(checkpoint, "_exchange", lambda *_: False)
+        monkeypatch.setattr(atomic, "_exchange", lambda *_: False)
     target, link = tmp_path / "a[b]c", tmp_path / "link"
     for version in ("one", "two", "three"):
         with write_directory(target if version != "three" else link) as partial:
@@ -307,7 +307,7 @@ def test_renameat2_serves_here():
             (folder / name / name).mkdir(parents=True)
         try:
             patch.chdir(folder)
-            assert checkpoint._exchange(folder / "a", folder / "b")
+            assert atomic._exchange(folder / "a", folder / "b")
             assert (folder / "a" / "b").is_dir() and (folder / "b" / "a").is_dir()
         finally:
             shutil.rmtree(folder)

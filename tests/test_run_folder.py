@@ -17,6 +17,7 @@ from rich.console import Console
 from support.runs import data_folder, saved_t5
 
 from hyperformer_fast import use_backend
+from hyperformer_fast.atomic import write_file
 from hyperformer_fast.cli import _message, main
 from hyperformer_fast.training import HyperFormerTrainer, RunError, lock
 from hyperformer_fast.training import run as run_module
@@ -229,15 +230,16 @@ def test_a_kill_before_rotation_leaves_no_checkpoint_too_many(train, tmp_path, m
 
 def test_leftovers_of_killed_runs_are_swept(run):
     (run / ".saving").symlink_to(run / "nowhere")
-    for name in (".checkpoint-7.partial-0a", ".best.partial-0b", ".checkpoint-3.old"):
+    for name in (f".checkpoint-7.partial-{0:012x}", f".best.partial-{1:012x}", ".checkpoint-3.old"):
         (run / name).mkdir()
         (run / name / "file").touch()
     (run / ".writable-77").touch()
-    os.mkfifo(run / ".hyperformer.safetensors.partial-0c")
-    (run / ".evaluation.json.partial-0d").touch()
-    assert main(["train", "--resume", "--output-dir", str(run)]) == 0
-    # the last one may be an evaluation's that is just writing
-    assert [path.name for path in run.glob(".*")] == [".evaluation.json.partial-0d"]
+    fifo = run / f".hyperformer.safetensors.partial-{2:012x}"
+    os.mkfifo(fifo)
+    with write_file(run / "evaluation.json") as written:  # by an evaluation that runs at the same time
+        assert main(["train", "--resume", "--output-dir", str(run)]) == 0
+        # A FIFO is nothing that a run wrote, whatever its name.
+        assert {path.name for path in run.glob(".*")} == {fifo.name, written.name}
 
 
 def test_a_checkpoint_without_room_is_said_to_be_that(train, run, tmp_path, capsys):
@@ -252,8 +254,8 @@ def test_a_checkpoint_without_room_is_said_to_be_that(train, run, tmp_path, caps
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     err = capsys.readouterr().err
-    assert code == 1 and f"cannot write the checkpoint {tmp_path / 'new' / 'checkpoint-2'}: " in err
-    assert "MiB are free there" in err and "(unexpected;" not in err
+    assert code == 1 and f"cannot write {tmp_path / 'new' / 'checkpoint-2'}: File too large (EFBIG)" in err
+    assert "bytes are free there" in err and "(unexpected;" not in err
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["run.json"]
     assert train(tmp_path / "new") == 0
 

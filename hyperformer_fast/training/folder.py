@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..checkpoint import CONFIG_NAME, WEIGHTS_NAME, recover_directory, write_file
+from ..atomic import recover_directory, sweep_leftovers, write_file
+from ..checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from ..data import TaskData, TaskSpec
 from .arguments import MAY_CHANGE, RunConfig
 
@@ -135,12 +136,12 @@ def sweep(folder: Path) -> None:
     for aside in folder.glob(".checkpoint-*.previous"):
         recover_directory(aside.with_name(aside.name[1 : -len(".previous")]))
     leftovers = [folder / STAGING, *folder.glob(".checkpoint-*.previous")]
+    # ".writable-PID" is the probe of an earlier version, killed before it was removed.
     leftovers += [*folder.glob(".checkpoint-*.old"), *folder.glob(".writable-[0-9]*")]
-    for name in (*_FILES, BEST, "checkpoint-*"):
-        if name != EVALUATION_NAME:  # another process may be writing it
-            leftovers += folder.glob(f".{name}.partial-*")
     for path in leftovers:
         remove(path)
+    for place in (folder, folder / BEST):
+        sweep_leftovers(place)
 
 
 def write_run(folder: Path, run: RunConfig, data: dict[str, TaskData]) -> None:

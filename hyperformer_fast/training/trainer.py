@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from ..atomic import explain_full_disk
 from ..checkpoint import CheckpointError, write_directory
 from ..data import Collator, EncodedExamples, TaskBatchSampler, TaskData
 from .arguments import SCHEDULES, RunConfig, RunConfigError
@@ -238,17 +238,11 @@ class HyperFormerTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         self._staging = staging
         try:
-            super()._save_checkpoint(model, trial, *args, **kwargs)
-        except Exception as error:
-            free = shutil.disk_usage(folder).free
+            with explain_full_disk(folder / name):
+                super()._save_checkpoint(model, trial, *args, **kwargs)
+        except Exception:
             if self.args.should_save:
                 remove(staging)
-            if isinstance(error, RuntimeError) and "inline_container" in str(error):
-                # the writer of torch.save, which tells neither the file nor the cause
-                raise OSError(
-                    f"cannot write the checkpoint {folder / name}: {free / 2**20:,.0f} MiB are free there, and torch "
-                    f"says {str(error).splitlines()[0]!r}"
-                ) from error
             raise
         finally:
             self._staging = None

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from hyperformer_fast import checkpoint
+from hyperformer_fast import atomic, checkpoint
 
 ROUNDS = 10
 
@@ -60,7 +60,7 @@ def main(root: Path) -> None:
     draw = random.Random(0)
     for kind, write in (("file", write_checkpoint), ("directory", write_directory), ("renames", write_directory)):
         if kind == "renames":
-            checkpoint._exchange = lambda *_: False
+            atomic._exchange = lambda *_: False
         (root / kind).mkdir()
         kill_writers(root / kind / "run", write, draw)
         print(kind)

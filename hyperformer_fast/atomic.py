@@ -1,0 +1,265 @@
+"""Files and directories that a killed process cannot break: written under another name, then renamed in one step."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import re
+import secrets
+import shutil
+import stat
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+
+#: What a file system answers to an operation that it does not have. EBADF: NFS locks only what is open for writing,
+#: which a directory cannot be.
+_UNSUPPORTED = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.EBADF}
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+#: What torch.save raises where a write fell short; it does not say why.
+_TORCH_WRITE_FAILED = re.compile(r"unexpected pos \d+|file write failed|PytorchStreamWriter failed")
+_PROBE_BYTES = 1 << 20
+
+_LEFTOVER = re.compile(r"\..+\.partial-[0-9a-f]{12}", re.DOTALL)
+
+
+@contextlib.contextmanager
+def write_file(path: str | Path) -> Iterator[Path]:
+    """Write one file whole or not at all.
+
+    Yields the name of a temporary file beside ``path`` to write to. On a clean exit it is flushed to the disk and takes
+    ``path``'s name in one step; on an exception it is removed. What killed writers left is swept up by the next one.
+
+    Raises:
+        OSError: the file cannot be made, or the disk is full; an old file is intact.
+    """
+    path = Path(os.path.realpath(path))
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "a directory has the name of the file to write", str(path))
+    _sweep(path)
+    partial = _partial(path)
+    with explain_unwritable(path):
+        handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        _lock(handle)
+        with explain_full_disk(path):
+            yield partial
+            _sync(partial)
+        os.replace(partial, path)
+        _sync(path.parent)
+    finally:
+        os.close(handle)
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def write_directory(path: str | Path) -> Iterator[Path]:
+    """Write a whole directory or nothing: at any moment, also under kill -9, ``path`` is the old or the new one.
+
+    Yields a temporary directory beside ``path`` (so on the same file system) to write into. On a clean exit everything
+    in it is flushed to the disk, and it takes ``path``'s place; on an exception it is removed and ``path`` is as
+    before. An old directory is replaced WITH ALL ITS CONTENTS, by ``renameat2(RENAME_EXCHANGE)``, one step of the
+    kernel; where that is not to be had (not Linux, an old file system), by two renames, between which ``path`` is
+    absent: a kill just there is mended by :func:`recover_directory`, which the next writer calls, and every loader
+    should.
+
+    Raises:
+        OSError: the parent cannot be written, ``path`` is a file, or the disk is full.
+    """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "a file has the name of the directory to write", str(path))
+    with explain_unwritable(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        recover_directory(path)
+        _sweep(path)
+        partial = _partial(path)
+        partial.mkdir()
+    handle = os.open(partial, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        _lock(handle)
+        with explain_full_disk(path):
+            yield partial
+            for folder, _, files in os.walk(partial):
+                for file in files:
+                    _sync(Path(folder, file))
+                _sync(Path(folder))
+        _put(partial, path)
+        _sync(path.parent)
+    finally:
+        os.close(handle)
+        # After an exchange this is the old directory.
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def recover_directory(path: str | Path) -> Path:
+    """Mend what a kill between the two renames of :func:`write_directory` left, and return ``path``.
+
+    Where ``path`` is absent and the old directory stands aside, it gets its name back. Nothing happens otherwise.
+    """
+    real = Path(os.path.realpath(path))
+    if not real.exists() and _aside(real).is_dir():
+        with contextlib.suppress(FileNotFoundError):  # another process mended it first
+            os.rename(_aside(real), real)
+    return Path(path)
+
+
+def sweep_leftovers(folder: str | Path) -> None:
+    """Remove all that killed writers left half-written in ``folder``, whatever it was to become.
+
+    A living writer's is left alone. On a file system without locks nobody can tell the two apart, and nothing goes.
+    """
+    folder = Path(folder)
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if _LEFTOVER.fullmatch(path.name):
+            _remove_if_dead(path)
+
+
+@contextlib.contextmanager
+def explain_full_disk(path: str | Path) -> Iterator[None]:
+    """Around anything that writes ``path``: where the disk is full, say so, and what it was that could not be written.
+
+    torch.save does not pass the system's error on ("unexpected pos 704 vs 598"), so the disk is asked again.
+
+    Raises:
+        OSError: no space is left, a quota is used up, or a file would grow beyond its limit. Other errors pass as they
+            are.
+    """
+    path = Path(path)
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_FULL or str(error.strerror).startswith("cannot write"):
+            raise
+        raise _cannot_write(path, error.errno) from error
+    except RuntimeError as error:
+        number = _probe(path.parent) if _TORCH_WRITE_FAILED.search(str(error)) else None
+        if number is None:
+            raise
+        raise _cannot_write(path, number) from error
+
+
+def _cannot_write(path: Path, number: int | None) -> OSError:
+    number = errno.EIO if number is None else number
+    name, cure = errno.errorcode.get(number, str(number)), ""
+    if number in _DISK_FULL:
+        with contextlib.suppress(OSError):
+            cure = f", {shutil.disk_usage(path.parent).free:,} bytes are free there"
+        cure += ": make room, or write elsewhere"
+    return OSError(number, f"cannot write {path}: {os.strerror(number)} ({name}){cure}", str(path.parent))
+
+
+def _probe(folder: Path) -> int | None:
+    """The error that writing a file in ``folder`` gives now, if any."""
+    probe = _partial(folder / "probe")
+    try:
+        with open(probe, "xb", buffering=0) as file:
+            left = _PROBE_BYTES
+            while left:
+                left -= file.write(bytes(left))
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error.errno
+    finally:
+        probe.unlink(missing_ok=True)
+    return None
+
+
+def _put(partial: Path, path: Path) -> None:
+    if not path.exists():
+        os.rename(partial, path)
+        return
+    if _exchange(partial, path):
+        return
+    aside = _aside(path)
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(path, aside)
+    try:
+        os.rename(partial, path)
+    except OSError:
+        os.rename(aside, path)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names in one step; False where system or file system cannot."""
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):  # a C library older than glibc 2.28
+        return False
+    return renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), ctypes.c_uint(_RENAME_EXCHANGE)) == 0
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial-{secrets.token_hex(6)}")
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.previous")
+
+
+def _sweep(path: Path) -> None:
+    """Remove what dead writers of ``path`` left."""
+    start = f".{path.name}.partial-"
+    for other in path.parent.iterdir() if path.parent.is_dir() else ():
+        if other.name.startswith(start) and _LEFTOVER.fullmatch(other.name):
+            _remove_if_dead(other)
+    if path.is_dir() and _aside(path).is_dir():
+        _remove_if_dead(_aside(path))
+
+
+def _remove_if_dead(path: Path) -> None:
+    """Remove a file or directory unless a living writer holds its lock, which a kill -9 frees too."""
+    with contextlib.suppress(OSError):
+        # Opening a FIFO would wait for its other end, and following a link would lock another file; neither is ours.
+        kind = os.lstat(path).st_mode
+        if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
+            return
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(path) if stat.S_ISDIR(kind) else path.unlink()
+        finally:
+            os.close(handle)
+
+
+def _lock(handle: int) -> None:
+    """Mark as being written, for those who sweep. Where the file system has no locks, they remove nothing."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or directory to the disk, as far as the file system can: some know no fsync of a directory."""
+    kind = os.lstat(path).st_mode
+    if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
+        return
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def explain_unwritable(path: Path) -> Iterator[None]:
+    """Around the making of ``path``: every OSError says what could not be written, and why."""
+    try:
+        yield
+    except OSError as error:
+        raise _cannot_write(path, error.errno) from error
