@@ -18,8 +18,7 @@ _CUBIC = 0.044715
 
 def canonical_activation(name: Any, field: str = "activation") -> str:
     """The canonical name; ``swish`` (official) is ``silu``. ValueError naming ``field`` for an unknown one."""
-    lowered = name.lower() if isinstance(name, str) else name
-    lowered = _ALIASES.get(lowered, lowered)
+    lowered = _ALIASES.get(name.lower(), name.lower()) if isinstance(name, str) else None
     if lowered not in ACTIVATIONS:
         raise ValueError(f"{field} must be one of {', '.join(ACTIVATIONS)} (or swish, which is silu), got {name!r}")
     return lowered

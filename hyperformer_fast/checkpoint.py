@@ -1,14 +1,19 @@
-"""Checkpoints that a killed process cannot break: whole files and whole directories, replaced in one step.
+"""Our checkpoint files: tensors and the description that gives them meaning, in one file that can be trusted.
 
 A HyperFormer checkpoint is ONE file, ``hyperformer.safetensors``: the tensors, and in its header the description
-(configuration, base model) that gives them meaning. One file can be replaced atomically, without touching what else its
-directory holds (a tokenizer, a log). ``hyperformer_config.json`` beside it is a copy of the description for people and
-other tools; a loader reads the header, so that a process killed between the two files leaves a checkpoint that is
-wholly the old or wholly the new one.
+(configuration, base model). One file can be replaced atomically, without touching what else its directory holds (a
+tokenizer, a log). ``hyperformer_config.json`` beside it is a copy of the description for people and other tools; a
+loader reads the header, so that a process killed between the two files leaves a checkpoint that is wholly the old or
+wholly the new one.
+
+The description holds a SHA-256 over itself and all tensors, because safetensors has no checksum: without it a flipped
+bit is a changed weight.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import warnings
 from collections.abc import Mapping
@@ -17,7 +22,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, uint8
 
 from .atomic import explain_unwritable, recover_directory, write_file
 from .atomic import write_directory as write_directory  # its name here is public
@@ -25,11 +30,22 @@ from .atomic import write_directory as write_directory  # its name here is publi
 WEIGHTS_NAME = "hyperformer.safetensors"
 CONFIG_NAME = "hyperformer_config.json"
 
+#: The field of the description that holds the digest. Files of version 0.1.0 and before have none.
+DIGEST = "sha256"
+
 _HEADER = "hyperformer"  # the key in the safetensors header; its presence tells our files from any other safetensors
+
+#: Ours nest 3 deep. A deep one is an attack on the recursion of whatever compares or prints it.
+_MAX_DEPTH = 16
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read, or does not fit. The message names the file and both sides of the mismatch."""
+
+    def __init__(self, message: str):
+        # A message quotes what the file says, which may be megabytes long and no valid Unicode.
+        text = message.encode("utf-8", "backslashreplace").decode("utf-8")
+        super().__init__(text if len(text) <= 2000 else f"{text[:1000]} ... {text[-900:]}")
 
 
 def save_checkpoint(directory: str | Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
@@ -38,65 +54,130 @@ def save_checkpoint(directory: str | Path, tensors: Mapping[str, Tensor], descri
     Args:
         directory: other files in it stay as they are.
         tensors: by name; any device.
-        description: JSON-serialisable.
+        description: JSON-serialisable; a digest of it and of the tensors is added.
 
     Raises:
         OSError: the directory cannot be written (PermissionError, NotADirectoryError, no space); an old checkpoint is
             intact.
     """
     directory = Path(directory)
-    description = dict(description)
-    text = json.dumps(description, indent=2) + "\n"
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    description = json.loads(json.dumps(dict(description)))
+    description[DIGEST] = _digest(tensors, description)
     with explain_unwritable(directory):
         directory.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     with write_file(directory / WEIGHTS_NAME) as partial:
         # not save_file, which writes to a temporary file of its own: one that nobody would sweep up
         partial.write_bytes(save(tensors, metadata={_HEADER: json.dumps(description)}))
     with write_file(directory / CONFIG_NAME) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+
+
+class CheckpointFile:
+    """A checkpoint whose header has been read, and no tensor yet: what it claims to hold can be compared first.
+
+    Replacing the file meanwhile does not matter, the old one stays open.
+
+    Attributes:
+        path: of the file.
+        description: what :func:`save_checkpoint` was given, and the digest.
+        shapes: of the tensors, by name.
+        dtypes: of the tensors, as safetensors spells them ("F32").
+
+    Raises:
+        FileNotFoundError: there is no checkpoint in ``directory``.
+        CheckpointError: the file is truncated, not safetensors, or not a HyperFormer checkpoint.
+    """
+
+    def __init__(self, directory: str | Path):
+        directory = recover_directory(directory)
+        self.path = directory / WEIGHTS_NAME
+        if not self.path.is_file():
+            raise FileNotFoundError(f"no HyperFormer checkpoint in {directory}: {WEIGHTS_NAME} is not there")
+        try:
+            self._file = safe_open(self.path, framework="pt")
+            header = self._file.metadata() or {}
+            slices = {name: self._file.get_slice(name) for name in self._file.keys()}
+            self.shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+            self.dtypes = {name: str(part.get_dtype()) for name, part in slices.items()}
+        except SafetensorError as error:
+            raise CheckpointError(f"{self.path} is not a whole safetensors file: {error}") from error
+        if _HEADER not in header:
+            raise CheckpointError(
+                f"{self.path} is a safetensors file, but not of a HyperFormer: its header lacks {_HEADER!r}"
+            )
+        self.description = _parsed(header[_HEADER], self.path)
+        _compare_copy(directory / CONFIG_NAME, self.description, self.path)
+
+    @functools.cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors, on the CPU, checked against the digest. CheckpointError where it is another."""
+        try:
+            tensors = {name: self._file.get_tensor(name) for name in self.shapes}
+        except SafetensorError as error:
+            raise CheckpointError(f"{self.path} is not a whole safetensors file: {error}") from error
+        if DIGEST not in self.description:
+            return tensors
+        said, found = self.description[DIGEST], _digest(tensors, self.description)
+        if said != found:
+            raise CheckpointError(
+                f"{self.path} is not what was saved (bit rot, or edited): the SHA-256 of its description and tensors "
+                f"is {found}, its header says {said!r}. Take it from a backup, or train again"
+            )
+        return tensors
 
 
 def load_checkpoint(directory: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what :func:`save_checkpoint` wrote: tensors on the CPU by name, and their description. Nothing is unpickled.
 
     Raises:
-        FileNotFoundError: there is no checkpoint in ``directory``.
-        CheckpointError: the file is truncated, not safetensors, or not a HyperFormer checkpoint.
+        FileNotFoundError, CheckpointError: as :class:`CheckpointFile` does, and where the digest is another.
     """
-    directory = recover_directory(directory)
-    path = directory / WEIGHTS_NAME
-    if not path.is_file():
-        raise FileNotFoundError(f"no HyperFormer checkpoint in {directory}: {WEIGHTS_NAME} is not there")
+    file = CheckpointFile(directory)
+    return file.tensors, file.description
+
+
+def _digest(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> str:
+    """SHA-256 over a description without its digest, and names, dtypes, shapes and bytes of tensors."""
+    rest = {field: value for field, value in description.items() if field != DIGEST}
+    sha = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        sha.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        sha.update(tensor.reshape(-1).view(uint8).numpy())
+    return sha.hexdigest()
+
+
+def _parsed(text: str, path: Path) -> dict[str, Any]:
     try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
-    if _HEADER not in header:
-        raise CheckpointError(f"{path} is a safetensors file, but not of a HyperFormer: its header lacks {_HEADER!r}")
-    try:
-        description = json.loads(header[_HEADER])
-    except ValueError as error:
+        description = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: the header's {_HEADER!r} is not JSON: {error}") from error
     if not isinstance(description, dict):
         raise CheckpointError(
             f"{path}: the header's {_HEADER!r} must be a JSON object, got {type(description).__name__}"
         )
-    _compare_copy(directory / CONFIG_NAME, description, path)
-    return tensors, description
+    level: list[Any] = [description]
+    for _ in range(_MAX_DEPTH):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, (dict, list))
+        ]
+    if level:
+        raise CheckpointError(f"{path}: the header's {_HEADER!r} is nested more than {_MAX_DEPTH} deep")
+    return description
 
 
 def _compare_copy(copy: Path, description: dict[str, Any], path: Path) -> None:
     try:
         # is_file: reading a FIFO would wait for its other end
         same = copy.is_file() and json.loads(copy.read_text(encoding="utf-8")) == description
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         same = False
     if not same:
         warnings.warn(
             f"{copy} is absent, or differs from the description inside {path}, which is the one that counts. A save "
             "was interrupted, or the copy was edited; saving again renews it.",
-            stacklevel=3,
+            stacklevel=5,
         )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import pretrained
+from .checkpoint import CheckpointError
 from .checks import check_task_range
 from .config import HyperFormerConfig
 from .hypernetwork import HyperNetwork, TaskEmbeddings
@@ -208,7 +209,8 @@ class HyperFormerModel(T5Surface):
 
         Raises:
             OSError: the directory cannot be written.
-            ValueError: a T5 parameter is trained that the configuration does not train: the checkpoint would lack it.
+            ValueError: a T5 parameter is trained that the configuration does not train: the checkpoint would lack it;
+                or a value is not finite.
         """
         extra = self._trained_beyond_config()
         if extra:
@@ -231,6 +233,12 @@ class HyperFormerModel(T5Surface):
         """
         find_sites(t5)
         checkpoint = pretrained.read(directory, t5)
+        try:
+            trained = _trained_names(t5, checkpoint.config)
+            shapes = pretrained.shapes_of(checkpoint.config, t5, trained)
+        except ValueError as error:
+            raise CheckpointError(f"{directory}: config: {error}") from error
+        checkpoint.expect(shapes, t5, trained)
         model = cls(t5, checkpoint.config)
         try:
             model._load(checkpoint)
@@ -248,12 +256,15 @@ class HyperFormerModel(T5Surface):
         """
         checkpoint = pretrained.read(directory, self._base)
         checkpoint.expect_config(self.hyperformer_config)
+        shapes = {name: target.shape for name, target in self._trained_tensors().items()}
+        checkpoint.expect(shapes, self._base, self._originals.keys())
+        checkpoint.warn_of_old_order()
         self._load(checkpoint)
 
     @torch.no_grad()
     def _load(self, checkpoint: pretrained.Checkpoint) -> None:
         targets = self._trained_tensors()
-        values = checkpoint.values_for(targets, self._base, self._originals.keys())
+        values = checkpoint.values_for(targets)
         for name, target in targets.items():
             target.copy_(values[name])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,27 +11,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import __version__
-from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from . import __version__, fingerprint
+from .checkpoint import DIGEST, CheckpointError, CheckpointFile, save_checkpoint
 from .config import HyperFormerConfig
+from .hypernetwork import HyperNetwork, TaskEmbeddings
+from .sites import find_sites
 
 FORMAT_VERSION = 1
 
 _SAMPLE = "base_sample"
+_RECORD = "frozen"
 _FACTS = ("model_type", "d_model", "num_layers", "num_decoder_layers", "vocab_size")
+_SIZES = ("task_embedding_dim", "projected_task_embedding_dim", "task_hidden_dim", "reduction_factor")
 
-# A base model may be saved in float32 and loaded in bfloat16 (relative rounding 2^-9); another model's weights are
-# unrelated. Below the absolute one, float16 rounds to nothing.
-_RTOL, _ATOL = 1e-2, 1e-6
+#: Above this no tensor of such a width can exist, and torch counts wrongly.
+_LARGEST_SIZE = 2**31 - 1
+
+#: As safetensors spells them.
+_FLOATS = ("F64", "F32", "BF16", "F16")
 
 
 @dataclasses.dataclass
 class Checkpoint:
-    """A checkpoint read from ``directory``, known to be whole and of a T5 of the right shape."""
+    """A checkpoint in ``directory``, of a T5 of the right shape; its tensors are not read yet."""
 
     directory: Path
     config: HyperFormerConfig
-    tensors: dict[str, Tensor]
+    file: CheckpointFile
 
     def expect_config(self, config: HyperFormerConfig) -> None:
         """CheckpointError names the first field in which ``config`` is another one."""
@@ -41,45 +48,84 @@ class Checkpoint:
                     f"{self.directory}: {field} is {theirs[field]!r} in the checkpoint, {ours!r} in this model"
                 )
 
-    def values_for(self, targets: Mapping[str, Tensor], t5: nn.Module, trained: Collection[str]) -> dict[str, Tensor]:
-        """The value of each target, by name.
+    def expect(self, shapes: Mapping[str, Collection[int]], t5: nn.Module, trained: Collection[str]) -> None:
+        """Compare all of the checkpoint with a model, made or to be made, before a parameter of it is touched.
 
         Args:
-            targets: all tensors that the checkpoint must hold, and no others.
+            shapes: of all tensors that the checkpoint must hold, and no others.
             t5: the T5 that they are to be loaded on top of.
             trained: names of its parameters that are not frozen.
 
         Raises:
-            CheckpointError: a name is missing or unknown, a shape differs, or the frozen weights are another T5's.
+            CheckpointError: a name is missing or unknown, a shape or dtype differs, the file is not what was saved, or
+                the frozen weights are another T5's.
         """
-        values = {name: tensor for name, tensor in self.tensors.items() if name != _SAMPLE}
-        missing, unknown = sorted(targets.keys() - values.keys()), sorted(values.keys() - targets.keys())
+        theirs = {name: shape for name, shape in self.file.shapes.items() if name != _SAMPLE}
+        missing, unknown = sorted(shapes.keys() - theirs.keys()), sorted(theirs.keys() - shapes.keys())
         if missing or unknown:
             what = f"lacks {missing[0]} of this model" if missing else f"has {unknown[0]}, unknown to this model"
             raise CheckpointError(f"{self.directory} {what} ({len(missing)} missing, {len(unknown)} unknown)")
-        for name, target in targets.items():
-            if values[name].shape != target.shape:
-                shapes = f"{list(values[name].shape)} in the checkpoint, {list(target.shape)} in this model"
-                raise CheckpointError(f"{self.directory}: {name} is {shapes}")
-        self._expect_base(t5, trained)
+        for name, shape in shapes.items():
+            if theirs[name] != tuple(shape):
+                here = f"{list(theirs[name])} in the checkpoint, {list(shape)} in this model"
+                raise CheckpointError(f"{self.directory}: {name} is {here}")
+        if len(self.file.shapes.get(_SAMPLE, ())) != 1:
+            raise CheckpointError(f"{self.directory} lacks {_SAMPLE}, which tells its T5 from others")
+        for name, dtype in self.file.dtypes.items():
+            if dtype not in _FLOATS:
+                raise CheckpointError(f"{self.directory}: {name} is of dtype {dtype}, allowed are {', '.join(_FLOATS)}")
+        weights = fingerprint.frozen(t5, trained)
+        count = self.file.shapes[_SAMPLE][0]
+        if count != len(weights):
+            raise CheckpointError(
+                f"{self.directory} was trained on another T5: it had {count} frozen parameters, "
+                f"this one has {len(weights)}"
+            )
+        self._expect_base(weights)
+
+    def warn_of_old_order(self) -> None:
+        """Warn where an optimizer's state beside the checkpoint counts parameters in an order that is no more."""
+        names = self.config.embedding_names
+        old = DIGEST not in self.file.description and (self.directory / "optimizer.pt").is_file()
+        if old and names != sorted(names):
+            warnings.warn(
+                f"{self.directory} was written when task embeddings were in alphabetical order; they now have the "
+                f"configuration's ({', '.join(names)}). Its optimizer.pt counts parameters and would give tasks each "
+                "other's state: start the optimizer anew",
+                stacklevel=3,
+            )
+
+    def values_for(self, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The value of each target, by name, in its dtype, after :meth:`expect`.
+
+        Raises:
+            CheckpointError: a value is not finite.
+        """
+        tensors = self.file.tensors
+        values = {name: tensors[name].to(target.dtype) for name, target in targets.items()}
+        for name, value in values.items():
+            if not value.isfinite().all():
+                where = tensors[name][~value.isfinite()][0].item()
+                raise CheckpointError(
+                    f"{self.directory}: {name} holds {where}, which is no finite number in this model's {value.dtype}"
+                )
         return values
 
-    def _expect_base(self, t5: nn.Module, trained: Collection[str]) -> None:
-        names, ours = _sample(t5, trained)
-        theirs = self.tensors.get(_SAMPLE)
-        if theirs is None or theirs.dim() != 1:
-            raise CheckpointError(f"{self.directory} lacks {_SAMPLE}, which tells its T5 from others")
-        if theirs.shape != ours.shape:
+    def _expect_base(self, weights: fingerprint.Weights) -> None:
+        digests = self.file.description["base_model"].get(_RECORD)
+        if digests is not None and not fingerprint.is_record(digests):
             raise CheckpointError(
-                f"{self.directory} was trained on another T5: it had {len(theirs)} frozen parameters, "
-                f"this one has {len(ours)}"
+                f"{self.directory}: base_model.{_RECORD} must map names of parameters to digests, got {digests!r}"
             )
-        differs = ~torch.isclose(ours, theirs, rtol=_RTOL, atol=_ATOL, equal_nan=True)
-        if differs.any():
-            first = int(differs.nonzero()[0])
-            raise CheckpointError(
-                f"{self.directory} was trained on another T5: its frozen {names[first]} held {theirs[first]:.6g} where "
-                f"this one holds {ours[first]:.6g}"
+        differs, blind = fingerprint.difference(weights, self.file.tensors[_SAMPLE], digests)
+        if differs is not None:
+            raise CheckpointError(f"{self.directory} was trained on another T5: {differs}")
+        if blind:
+            warnings.warn(
+                f"{self.directory}: {len(blind)} of the T5's {len(weights)} frozen weights ({blind[0]} for one) are "
+                "quantised, here or where it was trained, or of a precision that cannot be compared value by value: "
+                "make sure that this is the T5 it was trained on",
+                stacklevel=4,
             )
 
 
@@ -90,29 +136,38 @@ def save(
     t5: nn.Module,
     trained: Collection[str],
 ) -> None:
-    """Save ``tensors``, trained on top of ``t5``, of whose parameters ``trained`` are not frozen. OSError as the system
-    says."""
+    """Save ``tensors``, trained on top of ``t5``, of whose parameters ``trained`` are not frozen.
+
+    Raises:
+        OSError: the directory cannot be written.
+        ValueError: a value is not finite: no loader would take the checkpoint, and the one that it replaces may be
+            good.
+    """
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} holds numbers that are not finite: not saved, and what is in {directory} stays")
+    weights = fingerprint.frozen(t5, trained)
     description = {
         "format_version": FORMAT_VERSION,
         "library_version": __version__,
         "config": config.to_dict(),
-        "base_model": _facts(t5),
+        "base_model": {**_facts(t5), _RECORD: fingerprint.record(weights)},
     }
-    save_checkpoint(directory, {**tensors, _SAMPLE: _sample(t5, trained)[1]}, description)
+    save_checkpoint(directory, {**tensors, _SAMPLE: fingerprint.sample(weights)}, description)
 
 
 def read(directory: str | Path, t5: nn.Module) -> Checkpoint:
-    """Read the checkpoint in ``directory``.
+    """Read what the checkpoint in ``directory`` says of itself.
 
     Raises:
         FileNotFoundError: none there.
         CheckpointError: it is broken, of another version, or its T5 was of another shape than ``t5``.
     """
-    tensors, description = load_checkpoint(directory)
-    version = description.get("format_version")
+    file = CheckpointFile(directory)
+    version = file.description.get("format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{directory} has format version {version!r}; this library reads {FORMAT_VERSION}")
-    theirs, ours = description.get("base_model"), _facts(t5)
+    theirs, ours = file.description.get("base_model"), _facts(t5)
     theirs = theirs if isinstance(theirs, dict) else {}
     for fact in _FACTS:
         if theirs.get(fact) != ours[fact]:
@@ -120,22 +175,33 @@ def read(directory: str | Path, t5: nn.Module) -> Checkpoint:
                 f"{directory} was trained on another T5: {fact} was {theirs.get(fact)!r}, this one's is {ours[fact]!r}"
             )
     try:
-        config = HyperFormerConfig.from_dict(description.get("config"))
+        config = HyperFormerConfig.from_dict(file.description.get("config"))
     except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{directory}: {error}") from error
-    return Checkpoint(Path(directory), config, tensors)
+        raise CheckpointError(f"{directory}: config: {error}") from error
+    for size in _SIZES:
+        if getattr(config, size) > _LARGEST_SIZE:
+            raise CheckpointError(f"{directory}: {size} must be at most {_LARGEST_SIZE}, got {getattr(config, size)}")
+    return Checkpoint(Path(directory), config, file)
+
+
+def shapes_of(config: HyperFormerConfig, t5: nn.Module, trained: Collection[str]) -> dict[str, torch.Size]:
+    """Shapes of all that a checkpoint of ``config`` on top of ``t5`` holds, by name. Allocates nothing.
+
+    Raises:
+        ValueError: the configuration does not fit the T5, or is too large to exist.
+    """
+    layers = {site.stack: site.layer + 1 for site in find_sites(t5)}
+    try:
+        with torch.device("meta"):
+            nets = {stack: HyperNetwork(config, t5.config.d_model, n) for stack, n in layers.items()}
+            parts = {"task_embeddings": TaskEmbeddings(config), "hypernetworks": nn.ModuleDict(nets)}
+    except (RuntimeError, OverflowError) as error:
+        sizes = ", ".join(f"{size}={getattr(config, size)}" for size in _SIZES)
+        raise ValueError(f"the configuration's sizes are too large together: {sizes}") from error
+    ours = {f"{part}.{name}": p.shape for part, module in parts.items() for name, p in module.named_parameters()}
+    return ours | {f"t5.{name}": p.shape for name, p in t5.named_parameters() if name in trained}
 
 
 def _facts(t5: nn.Module) -> dict[str, Any]:
     facts = {"class": type(t5).__name__, "name_or_path": str(t5.config.name_or_path)}
     return facts | {fact: getattr(t5.config, fact) for fact in _FACTS}
-
-
-def _sample(t5: nn.Module, trained: Collection[str]) -> tuple[list[str], Tensor]:
-    """One number out of the middle of every frozen parameter: enough to tell two T5s of one shape apart, in any
-    dtype."""
-    frozen = {
-        name: p.detach() for name, p in sorted(t5.named_parameters()) if name not in trained and p.is_floating_point()
-    }
-    numbers = [p.flatten()[p.numel() // 2].float() for p in frozen.values()]
-    return list(frozen), torch.stack(numbers).cpu() if numbers else torch.empty(0)

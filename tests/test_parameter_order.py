@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import warnings
+
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from support.t5s import VARIANTS, batch, bits, tiny_config, tiny_model, tiny_t5
 
 from hyperformer_fast import HyperFormerModel, get_hyperformer_model
+from hyperformer_fast.checkpoint import CONFIG_NAME, DIGEST, WEIGHTS_NAME
 
 PREFIX = "task_embeddings.task_to_embeddings."
 
@@ -67,3 +73,23 @@ def test_an_optimizers_state_goes_on_after_add_task_and_a_reload(tmp_path):
 
 def test_a_model_without_a_reload_has_that_order_too():
     assert embeddings(get_hyperformer_model(tiny_t5(), tiny_config(tasks=["b", "c", "a"]))) == ["b", "c", "a"]
+
+
+@pytest.mark.parametrize(("tasks", "warns"), [(["stsb", "mnli"], True), (["mnli", "stsb"], False)])
+def test_an_old_optimizer_state_that_counts_in_another_order_is_named(tmp_path, tasks, warns):
+    """As files of version 0.1.0 lie in a run's checkpoints: without a digest, beside an optimizer's state."""
+    model = tiny_model(tasks=tasks)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / WEIGHTS_NAME
+    with safe_open(path, "pt") as file:
+        old = json.loads(file.metadata()["hyperformer"])
+    del old[DIGEST], old["base_model"]["frozen"]
+    save_file(load_file(path), path, {"hyperformer": json.dumps(old)})
+    (tmp_path / CONFIG_NAME).write_text(json.dumps(old))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        model.load_weights(tmp_path)
+        assert not said
+        (tmp_path / "optimizer.pt").touch()
+        model.load_weights(tmp_path)
+    assert ["would give tasks each other's state" in str(w.message) for w in said] == [True] * warns

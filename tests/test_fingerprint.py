@@ -1,0 +1,247 @@
+"""A checkpoint knows the T5 it was trained on by all its frozen values, in any precision it may be loaded in."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from support.t5s import batch, bits, tiny_config, tiny_model, tiny_t5
+
+from hyperformer_fast import HyperFormerModel, fingerprint, get_hyperformer_model
+from hyperformer_fast.checkpoint import DIGEST, WEIGHTS_NAME, CheckpointError
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def base(dtype=torch.float32, change=None, **fields):
+    """The T5; ``change`` happens to its float64 original, as another training would."""
+    t5 = tiny_t5(**fields)
+    if change is not None:
+        with torch.no_grad():
+            change(t5)
+    return t5.to(dtype)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    tiny_model(t5=base()).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def retrain_rows(t5):
+    t5.shared.weight[20:28] += 0.1 * torch.randn(8, t5.config.d_model)
+
+
+def one_value(t5):
+    t5.encoder.block[1].layer[0].SelfAttention.k.weight[3, 4] *= 1 + 2**-20
+
+
+def swap_rows(t5):
+    t5.shared.weight[[5, 6]] = t5.shared.weight[[6, 5]]
+
+
+def negate_rows(t5):
+    t5.decoder.block[0].layer[2].DenseReluDense.wo.weight[2:4].neg_()
+
+
+CHANGES = {"shared.weight": retrain_rows, "SelfAttention.k.weight": one_value}
+CHANGES |= {"shared.weight ": swap_rows, "DenseReluDense.wo.weight": negate_rows}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_few_other_values_make_another_t5(saved, name):
+    message = f"another T5: its frozen .*{name.strip()} held other values"
+    with pytest.raises(CheckpointError, match=message):
+        HyperFormerModel.from_pretrained(base(change=CHANGES[name]), saved)
+    with pytest.raises(CheckpointError, match=message):
+        get_hyperformer_model(base(change=CHANGES[name]), tiny_config()).load_weights(saved)
+
+
+@pytest.mark.parametrize("there", DTYPES)
+@pytest.mark.parametrize("here", DTYPES)
+def test_a_t5_is_itself_in_every_precision_and_eight_rows_make_another(tmp_path, here, there):
+    tiny_model(t5=base(there)).save_pretrained(tmp_path)
+    incomparable = {here, there} == {torch.bfloat16, torch.float16}
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        HyperFormerModel.from_pretrained(base(here), tmp_path)
+    assert len(said) == incomparable and all("make sure that this is the T5" in str(w.message) for w in said)
+    if incomparable:  # neither holds all that the other has; no digest can tell, and that is said
+        with pytest.warns(UserWarning, match="cannot be compared value by value"):
+            HyperFormerModel.from_pretrained(base(here, retrain_rows), tmp_path)
+    else:
+        with pytest.raises(CheckpointError, match="another T5: its frozen shared.weight held"):
+            HyperFormerModel.from_pretrained(base(here, retrain_rows), tmp_path)
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_rounded_and_widened_again_is_the_same_t5_on_either_side(tmp_path, half):
+    rounded = lambda: base().to(half).float()  # noqa: E731
+    for name, there, here in (("a", base, rounded), ("b", rounded, base), ("c", lambda: base(half), rounded)):
+        tiny_model(t5=there()).save_pretrained(tmp_path / name)
+        HyperFormerModel.from_pretrained(here(), tmp_path / name)
+        other = base(change=retrain_rows).to(half).float()
+        with pytest.raises(CheckpointError, match="another T5"):
+            HyperFormerModel.from_pretrained(other, tmp_path / name)
+
+
+def test_half_precision_with_some_weights_kept_in_float32(saved):
+    """As transformers loads a T5 in float16."""
+
+    def mixed(change=None):
+        t5 = base(torch.float16, change)
+        for name, module in t5.named_modules():
+            if name.endswith(".wo"):
+                module.weight.data = dict(base(change=change).named_modules())[name].weight.data
+        return t5
+
+    HyperFormerModel.from_pretrained(mixed(), saved)
+    for change in (retrain_rows, negate_rows, one_value):
+        try:
+            HyperFormerModel.from_pretrained(mixed(change), saved)
+        except CheckpointError as error:
+            assert "another T5" in str(error)
+        else:
+            assert change is one_value, "it is lost in rounding to float16"
+
+
+def test_an_old_file_has_one_number_per_weight_and_is_checked_by_that(saved):
+    path = saved / WEIGHTS_NAME
+    with safe_open(path, "pt") as file:
+        old = json.loads(file.metadata()["hyperformer"])
+    del old[DIGEST], old["base_model"]["frozen"]
+    save_file(load_file(path), path, {"hyperformer": json.dumps(old)})
+    (saved / "hyperformer_config.json").write_text(json.dumps(old))
+    HyperFormerModel.from_pretrained(base(), saved)
+    HyperFormerModel.from_pretrained(base(change=retrain_rows), saved)
+    with pytest.raises(CheckpointError, match=r"another T5: its frozen .* held .* where this one holds"):
+        HyperFormerModel.from_pretrained(base(seed=9), saved)
+
+
+def test_the_t5s_trained_parameters_do_not_matter(saved):
+    def trained(t5):
+        t5.encoder.final_layer_norm.weight += 1
+
+    HyperFormerModel.from_pretrained(base(change=trained), saved)
+
+
+def quantised(t5):
+    # torch's dynamic int8 stands for all that has no parameters to read
+    return torch.ao.quantization.quantize_dynamic(t5, {torch.nn.Linear}, dtype=torch.qint8)
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated")
+def test_a_quantised_t5_loads_with_a_warning_and_another_one_not(saved):
+    weights = fingerprint.frozen(quantised(base()), ())
+    blind = sum(w is None for w in weights.values())
+    trained = [name for name in weights if name.endswith("layer_norm.weight")]
+    float_weights = fingerprint.frozen(base(), trained)
+    weights = fingerprint.frozen(quantised(base()), trained)
+    assert 0 < blind < len(weights) and weights.keys() == float_weights.keys()
+    record, sample = fingerprint.record(float_weights), fingerprint.sample(float_weights)
+    difference, unread = fingerprint.difference(weights, sample, record)
+    assert difference is None and len(unread) == blind
+    # and the other way round
+    difference, unread = fingerprint.difference(float_weights, fingerprint.sample(weights), fingerprint.record(weights))
+    assert difference is None and len(unread) == blind
+    other = fingerprint.frozen(quantised(base(change=retrain_rows)), trained)
+    assert "shared.weight" in fingerprint.difference(other, sample, record)[0]
+    difference, unread = fingerprint.difference(weights, sample, None)
+    assert difference is None and len(unread) == blind
+
+
+def test_weights_that_are_not_in_memory_are_said_not_to_be_compared(saved):
+    t5 = base()
+    weights = fingerprint.frozen(t5.to("meta"), ())
+    assert set(weights.values()) == {None}
+    assert fingerprint.sample(weights).isnan().all() and set(fingerprint.record(weights).values()) == {""}
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """Names the precisions of the weights that are read."""
+    done, compute = [], fingerprint._compute
+
+    def watched(weight, precision, through):
+        done.append(precision)
+        return compute(weight, precision, through)
+
+    monkeypatch.setattr(fingerprint, "_compute", watched)
+    return done
+
+
+def test_digests_are_computed_once_until_a_weight_changes(tmp_path, read):
+    model = tiny_model(t5=base())
+    model.save_pretrained(tmp_path)
+    count = len(fingerprint.frozen(model.t5, model._originals))
+    assert sorted(map(str, read)) == sorted(
+        ["torch.float32"] * count + ["torch.bfloat16"] * count + ["torch.float16"] * count
+    )
+    read.clear()
+    model(**batch(), task="mnli").loss.backward()
+    model.save_pretrained(tmp_path)
+    model.load_weights(tmp_path)
+    assert not read
+    with torch.no_grad():
+        model.t5.shared.weight[9] += 1
+    with pytest.raises(CheckpointError, match="shared.weight held"):
+        model.load_weights(tmp_path)
+    assert read
+    model.save_pretrained(tmp_path)
+    model.load_weights(tmp_path)
+    model.t5.shared.weight.data.mul_(2)
+    with pytest.raises(CheckpointError, match="shared.weight held"):
+        model.load_weights(tmp_path)
+
+
+def test_loading_in_the_same_precision_reads_each_weight_once(saved, read):
+    t5 = base()
+    HyperFormerModel.from_pretrained(t5, saved)
+    assert set(read) == {torch.float32} and len(read) == len(set(read)) * (len(list(t5.parameters())) - norms(t5))
+
+
+def norms(t5) -> int:
+    return sum(name.endswith("layer_norm.weight") for name, _ in t5.named_parameters())
+
+
+def test_chunks_and_layouts_do_not_matter_but_the_shape_does(monkeypatch):
+    weight = torch.randn(37, 29)
+    whole = fingerprint._compute(weight, torch.bfloat16, None)
+    monkeypatch.setattr(fingerprint, "_CHUNK", 10)
+    assert fingerprint._compute(weight, torch.bfloat16, None) == whole
+    assert fingerprint._compute(weight.T.contiguous().T, torch.bfloat16, None) == whole
+    assert fingerprint._compute(weight.reshape(29, 37), torch.bfloat16, None) != whole
+    assert fingerprint._compute(weight, torch.bfloat16, torch.float16) != whole
+
+
+def test_a_large_t5_shows_progress(monkeypatch, saved):
+    from transformers.utils import logging
+
+    bars = []
+
+    def bar(*args, **options):
+        bars.append(options)
+        return made(*args, **{**options, "disable": True})
+
+    made = logging.tqdm
+    monkeypatch.setattr(logging, "tqdm", bar)
+    HyperFormerModel.from_pretrained(base(), saved)
+    assert [options["disable"] for options in bars] == [True], "a small one is done before a bar is drawn"
+    monkeypatch.setattr(fingerprint, "_SHOW_PROGRESS", 1000)
+    t5 = base()
+    HyperFormerModel.from_pretrained(t5, saved)
+    assert bars[-1]["disable"] is None, "drawn on a terminal"
+    frozen = [p for name, p in t5.named_parameters() if not name.endswith("layer_norm.weight")]
+    assert bars[-1]["total"] == sum(p.numel() * 4 for p in frozen)
+
+
+def test_nothing_of_the_t5_is_changed_by_looking(saved):
+    t5 = base()
+    before = bits(t5)
+    weights = fingerprint.frozen(t5, ())
+    fingerprint.record(weights)
+    assert all(torch.equal(p, before[name]) for name, p in t5.named_parameters())
