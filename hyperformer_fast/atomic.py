@@ -51,8 +51,8 @@ def write_file(path: str | Path) -> Iterator[Path]:
         with explain_full_disk(path):
             yield partial
             _sync(partial)
-        os.replace(partial, path)
-        _sync(path.parent)
+            os.replace(partial, path)
+            _sync(path.parent)
     finally:
         os.close(handle)
         partial.unlink(missing_ok=True)
@@ -90,8 +90,8 @@ def write_directory(path: str | Path) -> Iterator[Path]:
                 for file in files:
                     _sync(Path(folder, file))
                 _sync(Path(folder))
-        _put(partial, path)
-        _sync(path.parent)
+            _put(partial, path)
+            _sync(path.parent)
     finally:
         os.close(handle)
         # After an exchange this is the old directory.
