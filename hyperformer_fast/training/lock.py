@@ -10,13 +10,12 @@ import warnings
 from pathlib import Path
 from types import TracebackType
 
+from ..atomic import UNSUPPORTED
 from .folder import RunError
 
 LOCK_NAME = ".run.lock"
 
 _HELD = (errno.EWOULDBLOCK, errno.EACCES)
-#: What flock answers on a file system that has no locks.
-_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 class RunLock:
@@ -96,7 +95,7 @@ class RunLock:
                     f"another training writes to {self.folder} (process {holder}): let it finish, stop it, or choose "
                     "another --output-dir"
                 ) from None
-            if error.errno not in _NO_LOCKS:
+            if error.errno not in UNSUPPORTED:
                 raise
             warnings.warn(
                 f"the file system of {self.folder} has no locks ({error.strerror}): nothing keeps another training "
