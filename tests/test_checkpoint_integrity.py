@@ -75,9 +75,9 @@ def flipped(raw: bytes, bit: int) -> bytes:
 
 def test_a_flipped_bit_of_any_tensor_is_refused(saved, t5):
     raw = (saved / WEIGHTS_NAME).read_bytes()
-    draw, digests = random.Random(0), set()
-    for _ in range(60):
-        (saved / WEIGHTS_NAME).write_bytes(flipped(raw, draw.randrange(8 * data_start(raw), 8 * len(raw))))
+    bits_of_tensors, digests = range(8 * data_start(raw), 8 * len(raw)), set()
+    for bit in random.Random(0).sample(bits_of_tensors, 60):
+        (saved / WEIGHTS_NAME).write_bytes(flipped(raw, bit))
         with pytest.raises(CheckpointError, match="bit rot, or edited.*SHA-256") as caught:
             load(t5, saved)
         assert described(saved)[DIGEST] in str(caught.value)
@@ -90,9 +90,8 @@ def test_a_flipped_bit_of_any_tensor_is_refused(saved, t5):
 def test_a_flipped_bit_of_the_header_changes_no_weight(saved, t5):
     """safetensors and the comparison with the model find most; the digest the rest."""
     raw, whole = (saved / WEIGHTS_NAME).read_bytes(), load(t5, saved)
-    draw = random.Random(1)
-    for _ in range(60):
-        (saved / WEIGHTS_NAME).write_bytes(flipped(raw, draw.randrange(8 * data_start(raw))))
+    for bit in random.Random(1).sample(range(8 * data_start(raw)), 60):
+        (saved / WEIGHTS_NAME).write_bytes(flipped(raw, bit))
         try:
             found = load(t5, saved)
         except CheckpointError:
