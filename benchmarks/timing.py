@@ -62,7 +62,7 @@ def machine(device: str = "cpu") -> dict[str, str]:
     return {
         "cpu": name,
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
-        "our_instruction_set": cpu.instruction_set() if cpu.unavailable() is None else "none",
+        "our_instruction_set": cpu.instruction_set() if cpu.availability() else "none",
         "backend": explain("adapter_forward").chosen or "none",
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,

@@ -18,10 +18,11 @@ _CUBIC = 0.044715
 
 def canonical_activation(name: Any, field: str = "activation") -> str:
     """The canonical name; ``swish`` (official) is ``silu``. ValueError naming ``field`` for an unknown one."""
-    lowered = _ALIASES.get(name.lower(), name.lower()) if isinstance(name, str) else None
-    if lowered not in ACTIVATIONS:
+    lowered = name.lower() if isinstance(name, str) else ""
+    canonical = _ALIASES.get(lowered, lowered)
+    if canonical not in ACTIVATIONS:
         raise ValueError(f"{field} must be one of {', '.join(ACTIVATIONS)} (or swish, which is silu), got {name!r}")
-    return lowered
+    return canonical
 
 
 def activate(z: torch.Tensor, name: str) -> torch.Tensor:

@@ -100,9 +100,9 @@ def _json_ready(entry: dict[str, Any]) -> dict[str, Any]:
 def _check(entry: dict[str, Any]) -> None:
     import torch
 
-    from .backends import live_check, self_test
+    from .backends import live_check, selftest
 
-    tolerance = self_test.TOLERANCE[torch.float32]
+    tolerance = selftest.TOLERANCE[torch.float32]
     try:
         errors = live_check(entry["name"])
     except Exception as error:  # the doctor reports what is broken; it does not break on it

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from . import pretrained
 from .checkpoint import CheckpointError
-from .checks import check_task_range
 from .config import HyperFormerConfig
 from .hypernetwork import HyperNetwork, TaskEmbeddings
+from .ops.checks import check_task_range
 from .parameters import ParameterCount
 from .sites import ForwardContext, Owner, StackWeights, active, find_sites
 from .surface import T5Surface, is_checkpointing

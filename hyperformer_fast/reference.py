@@ -9,44 +9,55 @@ Letters: N rows, d width, b bottleneck, T tasks, P packed numbers per adapter, k
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import NamedTuple
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .activations import activate, activate_grad
-from .layout import AdapterLayout
+from .layout import EPS, AdapterLayout, AdapterSpec, Folded, Saved, accumulator_dtype
 
-#: epsilon of the adapters' layer norms (``torch.nn.functional.layer_norm``'s default, which the authors' code takes).
-EPS = 1e-5
+__all__ = [
+    "EPS",
+    "Folded",
+    "Saved",
+    "adapter",
+    "adapter_backward",
+    "adapter_forward",
+    "fold",
+    "generate_weights",
+    "square_root",
+]
 
-
-class Folded(NamedTuple):
-    """What a forward reads of an adapter's weights, made once by :func:`fold`. Leading dimensions are those of
-    ``packed``.
-
-    ``wd``, ``wg`` have the compute dtype; the others are float32 (float64 in float64). V = b + 2d, or b + d without
-    post-norm.
-    """
-
-    wd: Tensor  #: [..., b, d] down-projection, times the pre-norm's gamma
-    wg: Tensor  #: [..., b, d] up-projection transposed; with a post-norm centred, times gamma, divided by ``scale``
-    #: [..., V] down bias (with the pre-norm's beta) [b], gamma * (up bias - mean) or up bias [d], beta [d]
-    vectors: Tensor
-    scale: Tensor  #: [..., b] powers of two, one per row of ``wg``; empty without post-norm
-    root: Tensor  #: [..., b+1, b+1] R, upper triangular, R^T R = Wa^T Wa / d; empty without post-norm
-    mean: Tensor  #: [..., b+1] column means of [W_u | b_u]; empty without post-norm
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-class Saved(NamedTuple):
-    """What an adapter's forward keeps for its backward, beside x. Absent ones are empty."""
+def _takes_spec(function: _Function) -> _Function:
+    """Accept ``layout, activation`` where ``function`` takes an :class:`AdapterSpec`, with a warning."""
 
-    z: Tensor  #: [..., b] bottleneck before the activation, in x's dtype
-    r: Tensor  #: [...] reciprocal standard deviation of the post-norm
-    pre_mean: Tensor  #: [...] row mean of x, with a pre-norm
-    pre_rstd: Tensor  #: [...] row reciprocal standard deviation of x, with a pre-norm
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        at = next((i for i, argument in enumerate(args) if isinstance(argument, AdapterLayout)), None)
+        if at is None and "layout" not in kwargs:
+            return function(*args, **kwargs)
+        warnings.warn(
+            f"reference.{function.__name__}(..., layout, activation, ...) is deprecated: "
+            "pass AdapterSpec(layout, activation) in place of the two",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        if at is None:
+            return function(*args, spec=AdapterSpec(kwargs.pop("layout"), kwargs.pop("activation")), **kwargs)
+        rest = list(args[at + 1 :])
+        activation = kwargs.pop("activation") if "activation" in kwargs else rest.pop(0)
+        return function(*args[:at], AdapterSpec(args[at], activation), *rest, **kwargs)
+
+    return call  # type: ignore[return-value]
 
 
 def generate_weights(E: Tensor, G: Tensor, g0: Tensor) -> Tensor:
@@ -97,7 +108,7 @@ def fold(packed: Tensor, layout: AdapterLayout, dtype: torch.dtype) -> Folded:
         layout: how it lies.
         dtype: the compute dtype, x's.
     """
-    exact = torch.float64 if torch.float64 in (dtype, packed.dtype) else torch.float32
+    exact = accumulator_dtype(dtype, packed.dtype)
     w = layout.unpack(packed.double())
     wd, down_bias = w["down_weight"], w["down_bias"]
     if layout.pre_norm:
@@ -105,8 +116,7 @@ def fold(packed: Tensor, layout: AdapterLayout, dtype: torch.dtype) -> Folded:
         wd = wd * w["pre_gamma"].unsqueeze(-2)
     if not layout.post_norm:
         vectors = torch.cat([down_bias, w["up_bias"]], -1)
-        lead = packed.shape[:-1]
-        empty = [packed.new_empty(*lead, *tail, dtype=exact) for tail in ((0,), (0, 0), (0,))]
+        empty = [spec.empty(packed) for spec in Folded.table(layout, packed.shape[:-1], dtype, exact)[3:]]
         return Folded(_fresh(wd, dtype), _fresh(w["up_weight"].mT, dtype), _fresh(vectors, exact), *empty)
     wa = torch.cat([w["up_weight"], w["up_bias"].unsqueeze(-1)], -1)
     mean = wa.mean(-2)
@@ -156,7 +166,7 @@ class _Rows:
         self.lead = x.shape[:-1]
         self.B = 1 if task_index is None else x.shape[0]
         self.M = math.prod(self.lead) if task_index is None else math.prod(self.lead[1:])
-        self.acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+        self.acc = accumulator_dtype(x.dtype)
         self.index = None if task_index is None else task_index.long().clamp(0, T - 1)
         self.task_index = task_index
 
@@ -190,11 +200,11 @@ class _Rows:
         return out
 
 
+@_takes_spec
 def adapter_forward(
     x: Tensor,
     folded: Folded,
-    layout: AdapterLayout,
-    activation: str,
+    spec: AdapterSpec,
     task_index: Tensor | None = None,
     save: bool = True,
 ) -> tuple[Tensor, Saved]:
@@ -203,6 +213,7 @@ def adapter_forward(
 
     Arithmetic is float32 (float64 in float64); only z is rounded to x's dtype on the way, as the backward will see it.
     """
+    layout, activation = spec.layout, spec.activation
     d, b = layout.d, layout.b
     rows = _Rows(x, folded.wd.shape[0], task_index)
     x3 = rows.group(x)
@@ -227,7 +238,7 @@ def adapter_forward(
         r = rows.select(r, 0.0)
     out = rows.ungroup(rows.select((x3 + y).to(x.dtype), x.reshape(rows.B, rows.M, d)))
     if not save:
-        return out, Saved(x.new_empty(0), *(torch.empty_like(empty) for _ in range(3)))
+        return out, Saved.empty(x, layout, save=False)
     saved = (rows.ungroup(t) if t is not empty else torch.empty_like(t) for t in (r, pre_mean, pre_rstd))
     return out, Saved(rows.ungroup(rows.select(z, 0.0)), *saved)
 
@@ -241,14 +252,14 @@ def _root_rows(h: Tensor, root: Tensor) -> Tensor:
     return _with_one(h) @ root.mT
 
 
+@_takes_spec
 def adapter_backward(
     g: Tensor,
     x: Tensor,
     saved: Saved,
     packed: Tensor,
     folded: Folded,
-    layout: AdapterLayout,
-    activation: str,
+    spec: AdapterSpec,
     task_index: Tensor | None = None,
     need_dx: bool = True,
     need_dpacked: bool = True,
@@ -257,6 +268,7 @@ def adapter_backward(
 
     What is not needed is returned as an empty tensor.
     """
+    layout, activation = spec.layout, spec.activation
     d, b = layout.d, layout.b
     rows = _Rows(x, packed.shape[0], task_index)
     g3, z = rows.group(g), rows.group(saved.z)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .reference import Folded
+from .layout import Folded
 
 if TYPE_CHECKING:
     from .hypernetwork import HyperNetwork

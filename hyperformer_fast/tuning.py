@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .backends.triton import TritonBackend
 from .extras import require
-from .layout import AdapterLayout
+from .layout import AdapterLayout, AdapterSpec
 
 #: Replace the rule's tile only if the new one takes under 97 % of its time; smaller gains are noise.
 GAIN = 0.97
@@ -58,15 +58,15 @@ def calls(layout: AdapterLayout, dtype: torch.dtype, rows: int, device: str) -> 
     packed = (draw(1, layout.numel) * 0.05).to(device)
     layout.unpack(packed)["post_gamma" if layout.post_norm else "up_bias"].add_(1)
     x, g = (draw(rows, layout.d).to(dtype).to(device) for _ in range(2))
-    folded = backend.fold(packed, layout, dtype)
-    _, saved = backend.adapter_forward(x, folded, layout, "gelu_new", None, True)
+    spec, folded = AdapterSpec(layout, "gelu_new"), backend.fold(packed, layout, dtype)
+    _, saved = backend.adapter_forward(x, folded, spec, None, True)
 
     def backward(need_dx: bool, need_dpacked: bool) -> list[Tensor]:
-        found = backend.adapter_backward(g, x, saved, packed, folded, layout, "gelu_new", None, need_dx, need_dpacked)
+        found = backend.adapter_backward(g, x, saved, packed, folded, spec, None, need_dx, need_dpacked)
         return [part for part in found if part.numel()]
 
     return {
-        "forward": lambda: [backend.adapter_forward(x, folded, layout, "gelu_new", None, True)[0]],
+        "forward": lambda: [backend.adapter_forward(x, folded, spec, None, True)[0]],
         "backward": lambda: backward(True, False),
         "weights": lambda: backward(False, True),
     }
@@ -150,7 +150,7 @@ def main(
 
     if not torch.cuda.is_available():
         raise ValueError("tune times kernels on a GPU, and torch sees no CUDA or HIP device")
-    if reason := TritonBackend().unavailable():
+    if reason := TritonBackend().availability().reason:
         raise ValueError(reason)
     from .kernels import tiles
 

@@ -13,8 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..activations import ACTIVATIONS
-from ..layout import AdapterLayout
-from ..reference import Folded, Saved
+from ..layout import AdapterSpec, Folded, Saved
 from . import tiles
 from .adapter_forward import readable
 from .common import (
@@ -145,8 +144,7 @@ def adapter_backward(
     saved: Saved,
     packed: Tensor,
     folded: Folded,
-    layout: AdapterLayout,
-    activation: str,
+    spec: AdapterSpec,
     task_index: Tensor | None,
     need_dx: bool,
     need_dpacked: bool,
@@ -154,7 +152,8 @@ def adapter_backward(
     """``reference.adapter_backward`` for x [..., d] in float32, bfloat16 or float16: dx like x, dpacked [T, P] like
     ``packed``, empty where not needed. A sample without a task has dx = g bit for bit; one out of range has NaN;
     neither reaches dpacked."""
-    d, b, pre, post, T = layout.d, layout.b, layout.pre_norm, layout.post_norm, packed.shape[0]
+    layout, T = spec.layout, packed.shape[0]
+    d, b, pre, post = layout.arguments
     dx = torch.empty(x.shape if need_dx else 0, dtype=x.dtype, device=x.device)
     xs, gs = rows_of(x, task_index), rows_of(g, task_index)
     N = xs.B * xs.M
@@ -164,7 +163,7 @@ def adapter_backward(
     wd, wg, vectors, scale, root = readable(folded)
     saved = Saved(*(part.contiguous() for part in saved))
     exact = packed.contiguous() if packed.dtype != torch.float64 else packed.float()
-    act = ACTIVATIONS.index(activation)
+    act = ACTIVATIONS.index(spec.activation)
     dz = torch.empty((N, b) if need_sums else 0, dtype=x.dtype, device=x.device)
     m2, s = (torch.empty(N if need_sums and post else 0, dtype=torch.float32, device=x.device) for _ in range(2))
     tile = tiles.backward(d, b, x.dtype, pre, tiles.architecture(x.device))

@@ -12,8 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..activations import ACTIVATIONS
-from ..layout import AdapterLayout
-from ..reference import EPS, Folded, Saved
+from ..layout import EPS, AdapterSpec, Folded, Saved
 from . import tiles
 from .common import (
     LENGTHS,
@@ -148,17 +147,13 @@ def adapter_forward_kernel(
 
 
 def adapter_forward(
-    x: Tensor, folded: Folded, layout: AdapterLayout, activation: str, task_index: Tensor | None, save: bool
+    x: Tensor, folded: Folded, spec: AdapterSpec, task_index: Tensor | None, save: bool
 ) -> tuple[Tensor, Saved]:
     """``reference.adapter_forward`` for x [..., d] in float32, bfloat16 or float16 and T >= 0 adapters; nothing is read
     back from the device."""
-    d, b, pre, post = layout.d, layout.b, layout.pre_norm, layout.post_norm
-    lead = x.shape[:-1]
+    d, b, pre, post = spec.layout.arguments
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    statistics = (
-        torch.empty(lead if save and on else 0, dtype=torch.float32, device=x.device) for on in (post, pre, pre)
-    )
-    saved = Saved(torch.empty((*lead, b) if save else 0, dtype=x.dtype, device=x.device), *statistics)
+    saved = Saved.empty(x, spec.layout, save)
     rows = rows_of(x, task_index)
     if rows.B == 0 or rows.M == 0:
         return out, saved
@@ -168,7 +163,7 @@ def adapter_forward(
         adapter_forward_kernel[(rows.B * triton.cdiv(rows.M, tile.BM),)](
             rows.data, out, *saved, wd, wg, vectors, scale, root, task_index,
             rows.M, folded.wd.shape[0], rows.stride_sample, rows.stride_row,
-            D=d, BW=b, EPS=EPS, ACT=ACTIVATIONS.index(activation), PRE=pre, POST=post, SAVE=save,
+            D=d, BW=b, EPS=EPS, ACT=ACTIVATIONS.index(spec.activation), PRE=pre, POST=post, SAVE=save,
             MIXED=task_index is not None, ALIGN=rows.align, PRECISION=matmul_precision(x.dtype),
             BB=padded(b), BM=tile.BM, BK=tile.BK, KEEP=tile.keep,
             num_warps=tile.warps, num_stages=tile.stages,

@@ -12,8 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..layout import AdapterLayout
-from ..reference import Folded
+from ..layout import AdapterLayout, Folded
 from . import tiles
 from .common import device_guard, load_weight, padded
 
@@ -158,11 +157,8 @@ def fold_kernel(
 
 def fold(packed: Tensor, layout: AdapterLayout, dtype: torch.dtype) -> Folded:
     """``reference.fold`` for packed [..., P] and a compute dtype of float32, bfloat16 or float16."""
-    d, b, pre, post, lead = layout.d, layout.b, layout.pre_norm, layout.post_norm, packed.shape[:-1]
-    c, v = (b + 1, b + 2 * d) if post else (0, b + d)
-    tails = ((b, d), (b, d), (v,), (b if post else 0,), (c, c), (c,))
-    dtypes = (dtype, dtype, *(torch.float32,) * 4)
-    folded = Folded(*(torch.empty(*lead, *s, dtype=t, device=packed.device) for s, t in zip(tails, dtypes)))
+    d, b, pre, post = layout.arguments
+    folded = Folded(*(spec.empty(packed) for spec in Folded.table(layout, packed.shape[:-1], dtype)))
     flat = packed.reshape(-1, layout.numel).contiguous()
     if flat.shape[0] == 0:
         return folded
@@ -170,8 +166,9 @@ def fold(packed: Tensor, layout: AdapterLayout, dtype: torch.dtype) -> Folded:
     tile = tiles.fold(d, b)
     with device_guard(packed):
         fold_kernel[(flat.shape[0],)](
-            flat, *folded, D=d, BW=b, P=layout.numel, V=v, DOWN_BIAS=at["down_bias"], UP=at["up_weight"],
-            UP_BIAS=at["up_bias"], GAMMA=at.get("post_gamma", 0), PRE_GAMMA=at.get("pre_gamma", 0), PRE=pre, POST=post,
+            flat, *folded, D=d, BW=b, P=layout.numel, V=folded.vectors.shape[-1], DOWN_BIAS=at["down_bias"],
+            UP=at["up_weight"], UP_BIAS=at["up_bias"], GAMMA=at.get("post_gamma", 0),
+            PRE_GAMMA=at.get("pre_gamma", 0), PRE=pre, POST=post,
             BB=padded(b), BK=tile.BK, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return folded

@@ -19,8 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..layout import AdapterLayout
-from ..reference import Folded, Saved
+from ..layout import AdapterLayout, Folded, Saved
 from . import tiles
 from .common import (
     LENGTHS,

@@ -18,7 +18,7 @@ from support.weights import check_hostile_weights
 from hyperformer_fast import backends, native, ops, reference
 from hyperformer_fast.activations import ACTIVATIONS
 from hyperformer_fast.backends.cpu import INSTRUCTION_SETS, ISA_VARIABLE, CpuBackend
-from hyperformer_fast.layout import AdapterLayout
+from hyperformer_fast.layout import AdapterLayout, AdapterSpec
 
 pytestmark = pytest.mark.skipif(
     native.cpu_library() is None, reason="needs the compiled CPU library, which is not built"
@@ -103,7 +103,9 @@ def check_a_nan_stays_one():
     layout.unpack(packed)["post_beta"][0, 7] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         backend, x = CpuBackend(), torch.randn(33, 40).to(dtype)
-        out, _ = backend.adapter_forward(x, backend.fold(packed, layout, dtype), layout, "gelu_new", None, False)
+        out, _ = backend.adapter_forward(
+            x, backend.fold(packed, layout, dtype), AdapterSpec(layout, "gelu_new"), None, False
+        )
         assert out[:, 7].isnan().all() and out[:, 8:].isfinite().all(), dtype
 
 

@@ -20,9 +20,9 @@ from support.weights import assert_folded, check_hostile_weights
 from test_ops import DTYPES, check_against_truth
 
 from hyperformer_fast import reference
-from hyperformer_fast.backends.base import FullBackend
+from hyperformer_fast.backends import Backend
 from hyperformer_fast.backends.cuda import ONE_LAUNCH_ROWS
-from hyperformer_fast.layout import AdapterLayout
+from hyperformer_fast.layout import AdapterLayout, AdapterSpec
 
 pytestmark = needs_compiler
 NORMS = list(itertools.product([False, True], repeat=2))
@@ -40,13 +40,13 @@ def check(x, packed, layout, activation, index, save=True):
     """Fold and forward; out by the one rule, and what is saved as near the truth as the folded reference's."""
     backend = EmulatedCuda()
     folded = folded_of(packed, layout, x.dtype)
-    out, saved = backend.adapter_forward(x, folded, layout, activation, index, save)
+    out, saved = backend.adapter_forward(x, folded, AdapterSpec(layout, activation), index, save)
     eager, eager_fp32 = (reference.adapter(t, packed.to(t.dtype), layout, activation, index) for t in (x, x.float()))
     eager_saved = reference.adapter_forward(
-        x, reference.fold(packed, layout, x.dtype), layout, activation, index, True
+        x, reference.fold(packed, layout, x.dtype), AdapterSpec(layout, activation), index, True
     )[1]
     truth, true_saved = reference.adapter_forward(
-        x.double(), reference.fold(packed.double(), layout, torch.float64), layout, activation, index, True
+        x.double(), reference.fold(packed.double(), layout, torch.float64), AdapterSpec(layout, activation), index, True
     )
     assert out.dtype == x.dtype and out.shape == x.shape and out.is_contiguous()
     assert_accurate(out, eager, truth, "out", eager_fp32)
@@ -123,7 +123,7 @@ def test_float32_to_the_ends_of_its_range():
     expected = (weight * ends).unsqueeze(-1).expand(-1, 3)
     for few in (0, 1000):
         with few_rows(few):
-            _, saved = EmulatedCuda().adapter_forward(x, folded, layout, "relu", None, True)
+            _, saved = EmulatedCuda().adapter_forward(x, folded, AdapterSpec(layout, "relu"), None, True)
         torch.testing.assert_close(saved.z, expected, equal_nan=True, atol=1e-41, rtol=1e-6)
 
 
@@ -160,7 +160,7 @@ def test_float16_range(std, wide, few):
 def test_hostile_weights(kind, few):
     def adapter(x, packed, layout, activation):
         folded = folded_of(packed, layout, x.dtype)
-        return EmulatedCuda().adapter_forward(x, folded, layout, activation, None, False)[0]
+        return EmulatedCuda().adapter_forward(x, folded, AdapterSpec(layout, activation), None, False)[0]
 
     with few_rows(few):
         check_hostile_weights(kind, adapter)
@@ -192,10 +192,12 @@ def test_neither_threads_nor_copies_in_another_order_change_a_bit(pre, post, b, 
     ):
         with thread_order(*way), device_of(5):
             folded = EmulatedCuda().fold(packed, layout, dtype)
-            out, saved = EmulatedCuda().adapter_forward(x, folded, layout, "silu", index, True)
-            gradients = EmulatedCuda().adapter_backward(g, x, saved, packed, folded, layout, "silu", index, True, True)
-            row_by_row = EmulatedCuda().adapter_forward(x[:, :2], folded, layout, "silu", index, True)
-            at_once = EmulatedCuda().hyper_adapter(x, *generator, layout, "silu", index, True)
+            out, saved = EmulatedCuda().adapter_forward(x, folded, AdapterSpec(layout, "silu"), index, True)
+            gradients = EmulatedCuda().adapter_backward(
+                g, x, saved, packed, folded, AdapterSpec(layout, "silu"), index, True, True
+            )
+            row_by_row = EmulatedCuda().adapter_forward(x[:, :2], folded, AdapterSpec(layout, "silu"), index, True)
+            at_once = EmulatedCuda().hyper_adapter(x, *generator, AdapterSpec(layout, "silu"), index, True)
             flat = [row_by_row[0], *row_by_row[1], at_once[0], *at_once[1], at_once[2], *at_once[3]]
             results.append((*folded, out, *saved, *gradients, *flat))
     for other in results[1:]:
@@ -228,8 +230,8 @@ def test_one_launch_is_its_parts(d, b, k, shape, index, blocks, dtype):
         (torch.randn(s) for s in ((T, k), (layout.numel, k), (layout.numel,))),
     )
     with device_of(blocks):
-        out, saved, packed, folded = backend.hyper_adapter(x, E, G, g0, layout, "gelu", index, True)
-    parts = FullBackend.hyper_adapter(backend, x, E, G, g0, layout, "gelu", index, True)
+        out, saved, packed, folded = backend.hyper_adapter(x, E, G, g0, AdapterSpec(layout, "gelu"), index, True)
+    parts = Backend.hyper_adapter(backend, x, E, G, g0, AdapterSpec(layout, "gelu"), index, True)
     for mine, other in zip((out, *saved, packed, *folded), (parts[0], *parts[1], parts[2], *parts[3]), strict=True):
         assert torch.equal(mine, other)
 
@@ -237,7 +239,14 @@ def test_one_launch_is_its_parts(d, b, k, shape, index, blocks, dtype):
 def test_many_rows_take_a_launch_for_each_part():
     """And give the same."""
     layout, backend, x = AdapterLayout(8, 2), EmulatedCuda(), torch.randn(ONE_LAUNCH_ROWS + 1, 8)
-    site = torch.randn(1, 4), torch.randn(layout.numel, 4), torch.randn(layout.numel), layout, "relu", None, False
+    site = (
+        torch.randn(1, 4),
+        torch.randn(layout.numel, 4),
+        torch.randn(layout.numel),
+        AdapterSpec(layout, "relu"),
+        None,
+        False,
+    )
     library = mock.Mock(wraps=backend.library())
     with mock.patch.object(EmulatedCuda, "library", lambda self: library):
         out = backend.hyper_adapter(x, *site)[0]
@@ -256,7 +265,7 @@ def test_h_is_that_of_the_rounded_z(dtype, few):
     folded = EmulatedCuda().fold(packed, layout, dtype)
     x = torch.zeros(1, 128).to(dtype)
     with few_rows(few):
-        out, saved = EmulatedCuda().adapter_forward(x, folded, layout, "gelu_new", None, True)
+        out, saved = EmulatedCuda().adapter_forward(x, folded, AdapterSpec(layout, "gelu_new"), None, True)
     assert torch.equal(saved.z, parts["down_bias"].to(dtype))
     h = torch.nn.functional.gelu(saved.z.double(), approximate="tanh").to(dtype)
     assert (out == h).float().mean() > 0.98  # but for ties that float32 decides otherwise
@@ -285,16 +294,16 @@ for d in (40, 39):
         packed = guarded(random_packed(layout, 2).float())
         folded = backend.fold(packed, layout, dtype)
         x, index = guarded(torch.randn(3, 7, d).to(dtype)), guarded(torch.tensor([0, 1, 1]))
-        out, saved = backend.adapter_forward(x, folded, layout, "gelu", index, True)
-        arguments = packed, folded, layout, "gelu", index, True, True
+        out, saved = backend.adapter_forward(x, folded, AdapterSpec(layout, "gelu"), index, True)
+        arguments = packed, folded, AdapterSpec(layout, "gelu"), index, True, True
         gradients = backend.adapter_backward(x, x, saved, *arguments)
         folded = type(folded)(*map(guarded, folded))
-        again, _ = backend.adapter_forward(x, folded, layout, "gelu", index, True)
+        again, _ = backend.adapter_forward(x, folded, AdapterSpec(layout, "gelu"), index, True)
         assert torch.equal(out, again)
         with few_rows(0):
-            backend.adapter_forward(x, folded, layout, "gelu", index, True)
+            backend.adapter_forward(x, folded, AdapterSpec(layout, "gelu"), index, True)
         generator = (guarded(torch.randn(s)) for s in ((2, 6), (layout.numel, 6), (layout.numel,)))
-        backend.hyper_adapter(x, *generator, layout, "gelu", index, True)
+        backend.hyper_adapter(x, *generator, AdapterSpec(layout, "gelu"), index, True)
         arguments = packed, folded, *arguments[2:]
         again = backend.adapter_backward(guarded(x), x, type(saved)(*map(guarded, saved)), *arguments)
         assert all(map(torch.equal, gradients, again))
@@ -322,12 +331,14 @@ def test_an_unknown_task_becomes_nan(dtype, few):
     for wrong in (2, -2, 2**31 - 1):
         index = torch.tensor([0, wrong, -1, 1])
         with few_rows(few):
-            out, saved = EmulatedCuda().adapter_forward(x, folded, layout, "relu", index, True)
+            out, saved = EmulatedCuda().adapter_forward(x, folded, AdapterSpec(layout, "relu"), index, True)
         for part in (out, *saved):
             assert part[1].isnan().all() and part[[0, 2, 3]].isfinite().all()
         assert torch.equal(out[2], x[2]) and (saved.z[2] == 0).all() and (saved.r[2] == 0).all()
         g = torch.randn_like(x)
-        dx, dpacked = EmulatedCuda().adapter_backward(g, x, saved, packed, folded, layout, "relu", index, True, True)
+        dx, dpacked = EmulatedCuda().adapter_backward(
+            g, x, saved, packed, folded, AdapterSpec(layout, "relu"), index, True, True
+        )
         assert dx[1].isnan().all() and torch.equal(dx[2], g[2]) and dx[[0, 3]].isfinite().all()
         assert dpacked.isfinite().all() and dpacked.any(1).all()
 
@@ -349,10 +360,10 @@ def test_nothing_to_do():
     assert folded.wd.shape == (0, 5, 40)
     index = torch.full((2,), -1)
     x = torch.randn(2, 3, 40)
-    assert torch.equal(EmulatedCuda().adapter_forward(x, folded, layout, "relu", index, False)[0], x)
+    assert torch.equal(EmulatedCuda().adapter_forward(x, folded, AdapterSpec(layout, "relu"), index, False)[0], x)
     folded = EmulatedCuda().fold(torch.randn(1, layout.numel), layout, torch.float32)
     for shape in ((0, 40), (2, 0, 40)):
-        out, saved = EmulatedCuda().adapter_forward(torch.empty(shape), folded, layout, "relu", None, True)
+        out, saved = EmulatedCuda().adapter_forward(torch.empty(shape), folded, AdapterSpec(layout, "relu"), None, True)
         assert out.shape == shape and saved.z.shape == (*shape[:-1], 5)
 
 
@@ -362,9 +373,11 @@ def test_what_is_not_needed_is_empty(need_dx, need_dpacked, post):
     backend, layout = EmulatedCuda(), AdapterLayout(20, 3, True, post)
     packed, x = random_packed(layout).float(), torch.randn(3, 20)
     folded = backend.fold(packed, layout, torch.float32)
-    _, saved = backend.adapter_forward(x, folded, layout, "silu", None, True)
-    both = backend.adapter_backward(x, x, saved, packed, folded, layout, "silu", None, True, True)
-    some = backend.adapter_backward(x, x, saved, packed, folded, layout, "silu", None, need_dx, need_dpacked)
+    _, saved = backend.adapter_forward(x, folded, AdapterSpec(layout, "silu"), None, True)
+    both = backend.adapter_backward(x, x, saved, packed, folded, AdapterSpec(layout, "silu"), None, True, True)
+    some = backend.adapter_backward(
+        x, x, saved, packed, folded, AdapterSpec(layout, "silu"), None, need_dx, need_dpacked
+    )
     for needed, mine, full in zip((need_dx, need_dpacked), some, both):
         assert torch.equal(mine, full) if needed else mine.numel() == 0
 
@@ -403,7 +416,7 @@ def test_wrong_gradients_are_errors():
     layout, x = AdapterLayout(40, 5), torch.randn(3, 40)
     packed = torch.randn(1, layout.numel)
     folded = EmulatedCuda().fold(packed, layout, torch.float32)
-    _, saved = EmulatedCuda().adapter_forward(x, folded, layout, "relu", None, True)
+    _, saved = EmulatedCuda().adapter_forward(x, folded, AdapterSpec(layout, "relu"), None, True)
     for words, g, kept in (
         ("g must have x's dtype and shape", torch.randn(3, 41), saved),
         ("g must have x's dtype and shape", x.half(), saved),
@@ -411,4 +424,4 @@ def test_wrong_gradients_are_errors():
         ("r must be float32, got float64", x, saved._replace(r=saved.r.double())),
     ):
         with pytest.raises(RuntimeError, match=words):
-            EmulatedCuda().adapter_backward(g, x, kept, packed, folded, layout, "relu", None, True, True)
+            EmulatedCuda().adapter_backward(g, x, kept, packed, folded, AdapterSpec(layout, "relu"), None, True, True)

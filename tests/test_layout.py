@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hyperformer_fast.layout import AdapterLayout
+from hyperformer_fast.activations import ACTIVATIONS
+from hyperformer_fast.layout import SPEC_SCHEMA, AdapterLayout, AdapterSpec, accumulator_dtype
 
 
 @pytest.mark.parametrize("pre", [False, True])
@@ -30,3 +31,19 @@ def test_wrong_sizes_are_named():
         layout.pack({**parts, "up_bias": torch.zeros(5)})
     with pytest.raises(ValueError, match="post_beta is missing"):
         layout.pack({name: part for name, part in parts.items() if name != "post_beta"})
+
+
+@pytest.mark.parametrize("pre", [False, True])
+@pytest.mark.parametrize("post", [False, True])
+def test_a_spec_survives_as_the_arguments_of_an_op(pre, post):
+    layout = AdapterLayout(6, 2, pre, post)
+    assert AdapterLayout.from_arguments(*layout.arguments) == layout
+    for activation in ACTIVATIONS:
+        spec = AdapterSpec(layout, activation)
+        assert AdapterSpec.from_arguments(*spec.arguments) == spec
+        assert len(spec.arguments) == SPEC_SCHEMA.count(",") + 1
+
+
+def test_accumulators_are_float64_where_anything_is():
+    assert accumulator_dtype(torch.bfloat16) == accumulator_dtype(torch.float16, torch.float32) == torch.float32
+    assert accumulator_dtype(torch.float32, torch.float64) == torch.float64

@@ -11,7 +11,7 @@ from support.tolerance import assert_accurate
 
 from hyperformer_fast import ops, reference
 from hyperformer_fast.activations import ACTIVATIONS, activate, activate_grad
-from hyperformer_fast.layout import AdapterLayout
+from hyperformer_fast.layout import AdapterLayout, AdapterSpec
 
 NORMS = list(itertools.product([False, True], repeat=2))
 
@@ -23,8 +23,11 @@ def both_forms(x, packed, layout, activation, index, g):
     paper = [out.detach(), *torch.autograd.grad(out, (x, packed), g)]
     with torch.no_grad():
         folded = reference.fold(packed, layout, x.dtype)
-        out, saved = reference.adapter_forward(x, folded, layout, activation, index)
-        bottleneck = [out, *reference.adapter_backward(g, x, saved, packed, folded, layout, activation, index)]
+        out, saved = reference.adapter_forward(x, folded, AdapterSpec(layout, activation), index)
+        bottleneck = [
+            out,
+            *reference.adapter_backward(g, x, saved, packed, folded, AdapterSpec(layout, activation), index),
+        ]
     return paper, bottleneck
 
 
@@ -116,7 +119,7 @@ def test_hostile_weights(kind, dtype):
     truth = reference.adapter(x.double(), packed.double(), layout, "gelu_new")
     eager = reference.adapter(x, packed, layout, "gelu_new")
     eager_fp32 = reference.adapter(x.float(), packed, layout, "gelu_new")
-    out, _ = reference.adapter_forward(x, reference.fold(packed, layout, dtype), layout, "gelu_new")
+    out, _ = reference.adapter_forward(x, reference.fold(packed, layout, dtype), AdapterSpec(layout, "gelu_new"))
     if kind == "cancelling columns":
         worst = max((eager.double() - truth).abs().max(), torch.finfo(dtype).eps * truth.abs().max())
         assert (out.double() - truth).abs().max() <= 8 * worst
@@ -128,7 +131,24 @@ def test_tiny_up_projection_survives_float16():
     layout = AdapterLayout(64, 8)
     packed = hostile_packed("tiny up", layout)
     x = torch.randn(16, 64, dtype=torch.float64).half()
-    out, saved = reference.adapter_forward(x, reference.fold(packed, layout, torch.float16), layout, "gelu_new")
+    out, saved = reference.adapter_forward(
+        x, reference.fold(packed, layout, torch.float16), AdapterSpec(layout, "gelu_new")
+    )
     assert out.isfinite().all() and (saved.r > 100).all()
     truth = reference.adapter(x.double(), packed, layout, "gelu_new")
     assert (out.double() - truth).abs().max() <= 4e-3 * truth.abs().max()
+
+
+def test_a_layout_and_an_activation_still_stand_for_a_spec():
+    layout = AdapterLayout(8, 2)
+    spec, packed, x = AdapterSpec(layout, "relu"), random_packed(layout), torch.randn(3, 8, dtype=torch.float64)
+    folded = reference.fold(packed, layout, x.dtype)
+    out, saved = reference.adapter_forward(x, folded, spec)
+    dx, dpacked = reference.adapter_backward(out, x, saved, packed, folded, spec, need_dpacked=False)
+    with pytest.warns(DeprecationWarning, match=r"reference.adapter_forward.*pass AdapterSpec\(layout, activation\)"):
+        assert torch.equal(reference.adapter_forward(x, folded, layout, "relu", None, False)[0], out)
+    with pytest.warns(DeprecationWarning):
+        assert torch.equal(reference.adapter_forward(x, folded, layout=layout, activation="relu")[0], out)
+    with pytest.warns(DeprecationWarning):
+        old = reference.adapter_backward(out, x, saved, packed, folded, layout, activation="relu", need_dpacked=False)
+    assert torch.equal(old[0], dx) and old[1].numel() == 0

@@ -55,7 +55,7 @@ def kernels() -> None:
 
     from hyperformer_fast import reference
     from hyperformer_fast.kernels import entry
-    from hyperformer_fast.layout import AdapterLayout
+    from hyperformer_fast.layout import AdapterLayout, AdapterSpec
 
     for d, b, rows, pre, dtype, index in (
         (96, 12, 35, False, torch.float32, [1, -1, 0]),
@@ -70,9 +70,9 @@ def kernels() -> None:
         cuda = lambda t: None if t is None else t.to("cuda")  # noqa: E731
         packed = entry.generate_weights(cuda(E), cuda(G), cuda(g0))[0][: 2 if index else 1]
         folded = entry.fold(packed, layout, dtype)
-        out, saved = entry.adapter_forward(cuda(x), folded, layout, "gelu_new", cuda(tasks), True)
+        out, saved = entry.adapter_forward(cuda(x), folded, AdapterSpec(layout, "gelu_new"), cuda(tasks), True)
         dx, dpacked = entry.adapter_backward(
-            cuda(g), cuda(x), saved, packed, folded, layout, "gelu_new", cuda(tasks), True, True
+            cuda(g), cuda(x), saved, packed, folded, AdapterSpec(layout, "gelu_new"), cuda(tasks), True, True
         )
         exact = packed.cpu().double().requires_grad_()
         wide = x.double().requires_grad_()

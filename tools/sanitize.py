@@ -25,7 +25,7 @@ from toolchain import find_cxx  # noqa: E402
 PLACE = ROOT / "build/sanitize"
 COPIED = ("build_tools", "csrc", "hyperformer_fast", "tests", "setup.py", "pyproject.toml", "README.md")
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
-TESTS = ("test_cpu_backend.py", "test_cpu_hostile.py", "test_native.py", "test_ops.py")
+TESTS = ("test_cpu_backend.py", "test_cpu_hostile.py", "test_native.py", "test_ops.py", "test_registered_ops.py")
 #: The CUDA kernels in the emulator.
 EMULATED, EMULATED_TESTS = "cuda", ("test_cuda_emulated.py",)
 #: Deselected: nothing of the library's, and minutes where every allocation is watched.
@@ -83,10 +83,10 @@ ops.adapter(x, torch.randn(1, layout.numel, requires_grad=True), layout, "gelu_n
 SMALL_EMULATED = """
 import torch
 from support.emulated import EmulatedCuda
-from hyperformer_fast.layout import AdapterLayout
+from hyperformer_fast.layout import AdapterLayout, AdapterSpec
 layout = AdapterLayout(61, 3)
 folded = EmulatedCuda().fold(torch.randn(1, layout.numel), layout, torch.float32)
-EmulatedCuda().adapter_forward(torch.randn(9, 61), folded, layout, "relu", None, False)
+EmulatedCuda().adapter_forward(torch.randn(9, 61), folded, AdapterSpec(layout, "relu"), None, False)
 """
 
 
@@ -151,7 +151,7 @@ def usable_sets(tree: Path, logs: Path) -> list[str]:
         "from hyperformer_fast import native; from hyperformer_fast.backends.cpu import CpuBackend\n"
         f"assert native.__file__.startswith({str(tree)!r}), native.__file__\n"
         "assert any('asan' in line for line in open('/proc/self/maps')), 'no sanitizer in this process'\n"
-        "print(CpuBackend().unavailable() or 'usable')"
+        "print(CpuBackend().availability().reason or 'usable')"
     )
 
     def says(code: str, isa: str | None = None) -> str:

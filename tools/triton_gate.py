@@ -29,7 +29,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from hyperformer_fast.kernels import entry, tiles
-from hyperformer_fast.layout import AdapterLayout
+from hyperformer_fast.layout import AdapterLayout, AdapterSpec
 from hyperformer_fast.reference import Folded, Saved
 
 #: (d, b, pre-norm). T5-small, base and large with the published reduction factor of 32, or with the one named.
@@ -124,9 +124,9 @@ def launches_of(
     with caught_launches(arch) as launches:
         packed = entry.generate_weights(E, G, g0)[0]
         folded: Folded = entry.fold(packed, layout, dtype)
-        _, saved = entry.adapter_forward(x, folded, layout, "gelu_new", index, True)
+        _, saved = entry.adapter_forward(x, folded, AdapterSpec(layout, "gelu_new"), index, True)
         saved = Saved(*saved)
-        entry.adapter_backward(x, x, saved, packed, folded, layout, "gelu_new", index, True, True)
+        entry.adapter_backward(x, x, saved, packed, folded, AdapterSpec(layout, "gelu_new"), index, True, True)
     return launches
 
 

@@ -27,7 +27,7 @@ from support.watch import Launch, watch  # noqa: E402
 from hyperformer_fast.backends.triton import TritonBackend, interpreted  # noqa: E402
 from hyperformer_fast.kernels import tiles  # noqa: E402
 from hyperformer_fast.kernels.common import padded  # noqa: E402
-from hyperformer_fast.layout import AdapterLayout  # noqa: E402
+from hyperformer_fast.layout import AdapterLayout, AdapterSpec  # noqa: E402
 
 #: Operations of an activation or its derivative, counted as float32 operations.
 ACTIVATION = 20
@@ -71,8 +71,8 @@ def adapter_launches(layout: AdapterLayout, N: int) -> list[Launch]:
     x, g = (torch.randn(N, layout.d).bfloat16() for _ in range(2))
     folded = backend.fold(packed, layout, x.dtype)
     with watch() as seen:
-        _, saved = backend.adapter_forward(x, folded, layout, "gelu_new", None, True)
-        backend.adapter_backward(g, x, saved, packed, folded, layout, "gelu_new", None, True, True)
+        _, saved = backend.adapter_forward(x, folded, AdapterSpec(layout, "gelu_new"), None, True)
+        backend.adapter_backward(g, x, saved, packed, folded, AdapterSpec(layout, "gelu_new"), None, True, True)
     return seen.launches
 
 

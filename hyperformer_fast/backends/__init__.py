@@ -1,25 +1,23 @@
 """Which kernels serve a call, and why."""
 
-from .select import (
-    Explanation,
-    Request,
-    backend_names,
-    backend_report,
-    current_backend,
-    explain,
-    live_check,
-    select,
-    use_backend,
-)
+from .base import Backend, BackendError, Request, Support
+from .choice import Explanation, current_backend, explain, select, serving, use_backend
+from .registry import backend_names, backend_report, live_check, register, unregister
 
 __all__ = [
+    "Backend",
+    "BackendError",
     "Explanation",
     "Request",
+    "Support",
     "backend_names",
     "backend_report",
     "current_backend",
     "explain",
     "live_check",
+    "register",
     "select",
+    "serving",
+    "unregister",
     "use_backend",
 ]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 
 from .. import native
-from .base import Request
+from .base import Request, Support, kernel_dtype
 from .compiled import CompiledBackend
 
-#: Forces an instruction set, for comparisons and tests; by default the widest that the CPU has.
+#: Forces an instruction set, for comparisons and tests. The default is the widest that the CPU has.
 ISA_VARIABLE = "HYPERFORMER_FAST_CPU_ISA"
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16")
 
@@ -25,19 +26,19 @@ class CpuBackend(CompiledBackend):
     name = "cpu"
     device = "cpu"
 
-    def library(self):
+    def library(self) -> Any:
         return native.cpu_library()
 
-    def unavailable(self) -> str | None:
+    def availability(self) -> Support:
         if self.library() is None:
-            return native.status()["reason"]
+            return Support.no(native.status()["reason"])
         asked = os.environ.get(ISA_VARIABLE)
         if asked and asked != self.instruction_set():
-            return (
+            return Support.no(
                 f"{ISA_VARIABLE}={asked} is not one of {', '.join(INSTRUCTION_SETS)} that this CPU has "
                 f"(it has {self.instruction_set()})"
             )
-        return self.distrusted()
+        return self.trusted()
 
     def circumstances(self) -> tuple[str, ...]:
         return torch.backends.cpu.get_cpu_capability(), self.instruction_set()
@@ -46,9 +47,5 @@ class CpuBackend(CompiledBackend):
         """The one in use."""
         return INSTRUCTION_SETS[self.library().instruction_set()]
 
-    def refuses(self, request: Request) -> str | None:
-        if wrong := self.misplaced(request):
-            return wrong
-        if request.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            return f"dtype {request.dtype} is not float32, bfloat16 or float16; use backend 'auto' or 'reference'"
-        return None
+    def supports(self, request: Request) -> Support:
+        return kernel_dtype(request)

@@ -6,21 +6,20 @@ import torch
 from torch import Tensor
 
 from .. import reference as truth
-from ..layout import AdapterLayout
-from ..reference import Folded, Saved
-from .base import FullBackend, Request
+from ..layout import AdapterLayout, AdapterSpec, Folded, Saved
+from .base import Backend, Request, Support
 
 
-class ReferenceBackend(FullBackend):
-    """The truth and the last resort. Autocast is switched off: the ops say themselves what each sum is computed in."""
+class ReferenceBackend(Backend):
+    """The truth and the last resort. Autocast is off within it: the ops themselves define the dtype of each sum."""
 
     name = "reference"
 
-    def unavailable(self) -> str | None:
-        return None
+    def availability(self) -> Support:
+        return Support.yes()
 
-    def refuses(self, request: Request) -> str | None:
-        return None
+    def supports(self, request: Request) -> Support:
+        return Support.yes()
 
     def generate_weights(self, E: Tensor, G: Tensor, g0: Tensor) -> Tensor:
         with torch.autocast(E.device.type, enabled=False):
@@ -32,10 +31,10 @@ class ReferenceBackend(FullBackend):
 
     @torch.no_grad()
     def adapter_forward(
-        self, x: Tensor, folded: Folded, layout: AdapterLayout, activation: str, task_index: Tensor | None, save: bool
+        self, x: Tensor, folded: Folded, spec: AdapterSpec, task_index: Tensor | None, save: bool
     ) -> tuple[Tensor, Saved]:
         with torch.autocast(x.device.type, enabled=False):
-            return truth.adapter_forward(x, folded, layout, activation, task_index, save)
+            return truth.adapter_forward(x, folded, spec, task_index, save)
 
     @torch.no_grad()
     def adapter_backward(
@@ -45,13 +44,10 @@ class ReferenceBackend(FullBackend):
         saved: Saved,
         packed: Tensor,
         folded: Folded,
-        layout: AdapterLayout,
-        activation: str,
+        spec: AdapterSpec,
         task_index: Tensor | None,
         need_dx: bool,
         need_dpacked: bool,
     ) -> tuple[Tensor, Tensor]:
         with torch.autocast(x.device.type, enabled=False):
-            return truth.adapter_backward(
-                g, x, saved, packed, folded, layout, activation, task_index, need_dx, need_dpacked
-            )
+            return truth.adapter_backward(g, x, saved, packed, folded, spec, task_index, need_dx, need_dpacked)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..layout import AdapterLayout
-from ..reference import Folded, Saved
-from .base import FullBackend, Request, refused_by_gpu_kernels
+from ..layout import AdapterLayout, AdapterSpec, Folded, Saved
+from .base import Backend, Request, Support, gpu_kernel
 
 #: Read by Triton itself when a kernel is decorated: set it before the first call.
 INTERPRET_VARIABLE = "TRITON_INTERPRET"
@@ -23,8 +23,8 @@ def interpreted() -> bool:
 
 
 @functools.cache
-def _kernels():
-    """The kernels. They import triton (half a second), so only a call that needs them does."""
+def _kernels() -> Any:
+    """The kernels. Importing triton takes half a second, so only a call that needs them imports it."""
     from ..kernels import entry
 
     if interpreted():
@@ -35,31 +35,35 @@ def _kernels():
     return entry
 
 
-class TritonBackend(FullBackend):
+class TritonBackend(Backend):
     """float32, bfloat16 and float16 for b up to 128; float64 is left to the reference. Rows whose last dimension is
     contiguous are read where they lie; others are copied once."""
 
     name = "triton"
 
     @property
-    def device(self) -> str:
+    def device(self) -> str:  # type: ignore[override]  # it depends on the environment
         return "cpu" if interpreted() else "cuda"
 
-    def unavailable(self) -> str | None:
+    def availability(self) -> Support:
         if importlib.util.find_spec("triton") is None:
-            return "triton is not installed: pip install 'triton>=3.6,<3.10'; or use backend 'auto' or 'reference'"
+            return Support.no(
+                "triton is not installed: pip install 'triton>=3.6,<3.10'; or use backend 'auto' or 'reference'"
+            )
         if not interpreted() and not torch.cuda.is_available():
-            return (
+            return Support.no(
                 "torch sees no CUDA or HIP device; use backend 'auto', "
                 f"or set {INTERPRET_VARIABLE}=1 to run the kernels, slowly, in Triton's interpreter"
             )
-        return None
+        return Support.yes()
 
-    def refuses(self, request: Request) -> str | None:
-        return self.misplaced(request) or refused_by_gpu_kernels(request)
+    def supports(self, request: Request) -> Support:
+        return gpu_kernel(request)
 
-    def passes(self, request: Request) -> str | None:
-        return "its interpreter is for tests: ask for it by name" if interpreted() else None
+    def serves_by_default(self, request: Request) -> Support:
+        if interpreted():
+            return Support.no("its interpreter is for tests: ask for it by name")
+        return Support.yes()
 
     def generate_weights(self, E: Tensor, G: Tensor, g0: Tensor) -> Tensor:
         return _kernels().generate_weights(E, G, g0)
@@ -68,9 +72,9 @@ class TritonBackend(FullBackend):
         return _kernels().fold(packed, layout, dtype)
 
     def adapter_forward(
-        self, x: Tensor, folded: Folded, layout: AdapterLayout, activation: str, task_index: Tensor | None, save: bool
+        self, x: Tensor, folded: Folded, spec: AdapterSpec, task_index: Tensor | None, save: bool
     ) -> tuple[Tensor, Saved]:
-        return _kernels().adapter_forward(x, folded, layout, activation, task_index, save)
+        return _kernels().adapter_forward(x, folded, spec, task_index, save)
 
     def adapter_backward(
         self,
@@ -79,12 +83,9 @@ class TritonBackend(FullBackend):
         saved: Saved,
         packed: Tensor,
         folded: Folded,
-        layout: AdapterLayout,
-        activation: str,
+        spec: AdapterSpec,
         task_index: Tensor | None,
         need_dx: bool,
         need_dpacked: bool,
     ) -> tuple[Tensor, Tensor]:
-        return _kernels().adapter_backward(
-            g, x, saved, packed, folded, layout, activation, task_index, need_dx, need_dpacked
-        )
+        return _kernels().adapter_backward(g, x, saved, packed, folded, spec, task_index, need_dx, need_dpacked)

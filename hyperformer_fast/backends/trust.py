@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from . import self_test
+from . import selftest
 from .base import Backend
 
 #: Written empty by the build, so that an uninstall finds it.
@@ -55,7 +55,7 @@ def _found(backend: Backend) -> str | None:
 
     def test() -> None:
         try:
-            wrong = self_test.faults(backend)
+            wrong = selftest.faults(backend)
             found.extend(f"its kernels compute wrong numbers here ({fault})" for fault in wrong[:1])
         except Exception as error:
             found.append(f"its kernels do not run here ({type(error).__name__}: {error})")

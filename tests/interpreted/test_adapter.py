@@ -19,7 +19,7 @@ from test_ops import DTYPES, check_against_truth
 from hyperformer_fast import backends, ops, reference
 from hyperformer_fast.activations import ACTIVATIONS
 from hyperformer_fast.backends.triton import TritonBackend
-from hyperformer_fast.layout import AdapterLayout
+from hyperformer_fast.layout import AdapterLayout, AdapterSpec
 
 NORMS = list(itertools.product([False, True], repeat=2))
 
@@ -76,17 +76,19 @@ def test_no_task_and_a_task_that_is_not_there(pre, post, dtype):
     x[1, 0, 3], x[1, 1, 2], x[1, 1, 3] = float("nan"), float("inf"), -0.0
     folded = reference.fold(packed, layout, dtype)
     index = torch.tensor([1, -1, 2, 0, -2, 2**40])
-    out, saved = backend.adapter_forward(x, folded, layout, "gelu_new", index, True)
-    dx, dpacked = backend.adapter_backward(g, x, saved, packed, folded, layout, "gelu_new", index, True, True)
+    out, saved = backend.adapter_forward(x, folded, AdapterSpec(layout, "gelu_new"), index, True)
+    dx, dpacked = backend.adapter_backward(
+        g, x, saved, packed, folded, AdapterSpec(layout, "gelu_new"), index, True, True
+    )
     bits = lambda t: t.view(torch.int32 if dtype == torch.float32 else torch.int16)  # noqa: E731
     assert torch.equal(bits(out[1]), bits(x[1])) and torch.equal(bits(dx[1]), bits(g[1]))
     assert not any(part[1].any() for part in saved if part.numel())
     for bad in (2, 4, 5):
         assert out[bad].isnan().all() and dx[bad].isnan().all()
     alone = [0, 3]
-    small, small_saved = backend.adapter_forward(x[alone], folded, layout, "gelu_new", index[alone], True)
+    small, small_saved = backend.adapter_forward(x[alone], folded, AdapterSpec(layout, "gelu_new"), index[alone], True)
     small_dx, small_dpacked = backend.adapter_backward(
-        g[alone], x[alone], small_saved, packed, folded, layout, "gelu_new", index[alone], True, True
+        g[alone], x[alone], small_saved, packed, folded, AdapterSpec(layout, "gelu_new"), index[alone], True, True
     )
     assert torch.equal(out[alone], small) and torch.equal(dx[alone], small_dx)
     assert torch.allclose(dpacked, small_dpacked, rtol=1e-4, atol=1e-5)
@@ -100,8 +102,10 @@ def test_without_tasks_or_rows(T):
     folded = reference.fold(packed, layout, torch.float32)
     for B in (0, 3):
         x, index = torch.randn(B, 2, 20), torch.tensor([-1, 5, -1][:B])
-        out, saved = backend.adapter_forward(x, folded, layout, "silu", index, True)
-        dx, dpacked = backend.adapter_backward(x, x, saved, packed, folded, layout, "silu", index, True, True)
+        out, saved = backend.adapter_forward(x, folded, AdapterSpec(layout, "silu"), index, True)
+        dx, dpacked = backend.adapter_backward(
+            x, x, saved, packed, folded, AdapterSpec(layout, "silu"), index, True, True
+        )
         assert torch.equal(out[::2], x[::2]) and torch.equal(dx[::2], x[::2]) and out[1:2].isnan().all()
         assert dpacked.shape == packed.shape and not dpacked.any()
 
@@ -113,12 +117,14 @@ def test_what_is_not_needed_is_empty(need_dx, need_dpacked, post):
     layout = AdapterLayout(20, 3, True, post)
     packed = random_packed(layout).float()
     folded, x = reference.fold(packed, layout, torch.float32), torch.randn(3, 20)
-    out, saved = backend.adapter_forward(x, folded, layout, "silu", None, True)
-    both = backend.adapter_backward(x, x, saved, packed, folded, layout, "silu", None, True, True)
-    some = backend.adapter_backward(x, x, saved, packed, folded, layout, "silu", None, need_dx, need_dpacked)
+    out, saved = backend.adapter_forward(x, folded, AdapterSpec(layout, "silu"), None, True)
+    both = backend.adapter_backward(x, x, saved, packed, folded, AdapterSpec(layout, "silu"), None, True, True)
+    some = backend.adapter_backward(
+        x, x, saved, packed, folded, AdapterSpec(layout, "silu"), None, need_dx, need_dpacked
+    )
     for needed, mine, full in zip((need_dx, need_dpacked), some, both):
         assert torch.equal(mine, full) if needed else mine.numel() == 0
-    lean, nothing = backend.adapter_forward(x, folded, layout, "silu", None, False)
+    lean, nothing = backend.adapter_forward(x, folded, AdapterSpec(layout, "silu"), None, False)
     assert torch.equal(lean, out) and [t.numel() for t in nothing] == [0] * 4
 
 

@@ -9,7 +9,7 @@ from support.watch import watch
 from hyperformer_fast import reference
 from hyperformer_fast.backends.triton import TritonBackend
 from hyperformer_fast.kernels import tiles
-from hyperformer_fast.layout import AdapterLayout
+from hyperformer_fast.layout import AdapterLayout, AdapterSpec
 
 N, D, B = 4096, 768, 24
 
@@ -28,7 +28,7 @@ def bytes_of(*tensors):
 def test_forward():
     layout, _, x, folded = setting()
     with watch() as seen:
-        TritonBackend().adapter_forward(x, folded, layout, "gelu_new", None, False)
+        TritonBackend().adapter_forward(x, folded, AdapterSpec(layout, "gelu_new"), None, False)
     programs = N // tiles.forward(D, B, x.dtype, False, 0).BM
     needed = 2 * bytes_of(x) + programs * bytes_of(*folded[:5])
     assert seen.loaded["X"] == seen.stored["OUT"] == bytes_of(x)
@@ -38,9 +38,11 @@ def test_forward():
 def test_backward_of_x():
     layout, packed, x, folded = setting()
     x = x[:512]
-    _, saved = reference.adapter_forward(x, folded, layout, "gelu_new", None, True)
+    _, saved = reference.adapter_forward(x, folded, AdapterSpec(layout, "gelu_new"), None, True)
     with watch() as seen:
-        TritonBackend().adapter_backward(x, x.clone(), saved, packed, folded, layout, "gelu_new", None, True, False)
+        TritonBackend().adapter_backward(
+            x, x.clone(), saved, packed, folded, AdapterSpec(layout, "gelu_new"), None, True, False
+        )
     programs = len(x) // tiles.backward(D, B, x.dtype, False, 0).BM
     needed = 2 * bytes_of(x) + bytes_of(saved.z, saved.r) + programs * bytes_of(*folded[:5])
     assert seen.loaded["G"] == seen.stored["DX"] == bytes_of(x) and not seen.loaded["X"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import os
 import sys
 from collections.abc import Iterator
@@ -14,11 +13,11 @@ from unittest import mock
 import pytest
 import torch
 
+from hyperformer_fast import backends
 from hyperformer_fast.backends.cuda import CudaBackend
 from support.environment import setting
 
 ROOT = Path(__file__).resolve().parents[2]
-select = importlib.import_module("hyperformer_fast.backends.select")  # the package has a function of that name
 EMULATOR, CSRC = ROOT / "tests/emulator", ROOT / "csrc"
 sys.path.insert(0, str(ROOT / "build_tools"))
 import arithmetic  # noqa: E402
@@ -67,18 +66,22 @@ class EmulatedCuda(CudaBackend):
     def library(self):
         return library()
 
-    def unavailable(self) -> str | None:
-        return None
+    def availability(self) -> backends.Support:
+        return backends.Support.yes()
+
+    def serves_by_default(self, request: backends.Request) -> backends.Support:
+        return backends.Support.no("the emulator is for tests: ask for it by name")
 
 
 @contextlib.contextmanager
 def registered() -> Iterator[EmulatedCuda]:
     """Within it ``use_backend("cuda-emulated")`` works."""
     backend = EmulatedCuda()
-    with mock.patch.dict(select._BACKENDS, {backend.name: backend}):
-        select._select.cache_clear()
+    backends.register(backend)
+    try:
         yield backend
-    select._select.cache_clear()
+    finally:
+        backends.unregister(backend.name)
 
 
 @contextlib.contextmanager

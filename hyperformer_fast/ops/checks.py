@@ -1,18 +1,23 @@
-"""What the ops accept: one check for the real and the fake kernels, for every backend."""
+"""What the ops accept. The same checks serve the implementations and the fake kernels, whatever the backend."""
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from .layout import AdapterLayout
-from .reference import Folded, Saved
+from ..layout import AdapterLayout, Folded, Saved, TensorSpec, accumulator_dtype
 
 _INDEX_DTYPES = (torch.int32, torch.int64)
 
 
-def _require(condition: bool, message) -> None:
-    torch._check_value(condition, message)
+def _require(condition: bool | torch.SymBool, message: Callable[[], str]) -> None:
+    # torch._check_value understands a compiler's symbolic sizes. For what is simply true it is slow: a dozen calls took
+    # a third of a small eager call.
+    if condition is not True:
+        torch._check_value(condition, message)
 
 
 def _same_device(**tensors: Tensor) -> None:
@@ -62,34 +67,47 @@ def check_adapter(
     g: Tensor | None = None,
     saved: Saved | None = None,
 ) -> None:
-    """Everything that an adapter's kernels take for granted, but the values in ``task_index``. ValueError otherwise."""
-    d, b = layout.d, layout.b
-    _check_input(x, d)
+    """All that an adapter's kernels rely on except the values in ``task_index``. ValueError otherwise."""
+    _check_input(x, layout.d)
     _require(packed.dim() == 2, lambda: f"packed must be [T, P], got {list(packed.shape)}")
     check_fold(packed, layout, x.dtype)
     _same_device(x=x, packed=packed)
     T = packed.shape[0]
     if folded is not None:
         _same_device(x=x, wd=folded.wd)
-        _require(
-            folded.wd.dtype == x.dtype,
-            lambda: f"the folded weights must have x's dtype {x.dtype}, got {folded.wd.dtype}",
-        )
-        _require(
-            tuple(folded.wd.shape) == (T, b, d),
-            lambda: f"the folded down-projection must be [T, b, d] = {[T, b, d]}, got {list(folded.wd.shape)}",
-        )
+        _check_table("folded", folded, _folded_table(layout, T, x.dtype, packed.dtype))
     _check_tasks(x, T, task_index)
     if g is not None:
         _require(g.shape == x.shape, lambda: f"g must have x's shape {list(x.shape)}, got {list(g.shape)}")
         _require(g.dtype == x.dtype, lambda: f"g must have x's dtype {x.dtype}, got {g.dtype}")
         _same_device(x=x, g=g)
     if saved is not None:
-        z_shape = (*x.shape[:-1], b)
-        _require(
-            tuple(saved.z.shape) == z_shape and saved.z.dtype == x.dtype,
-            lambda: f"z must be {list(z_shape)} in {x.dtype}, got {list(saved.z.shape)} in {saved.z.dtype}",
-        )
+        _check_table("saved", saved, Saved.table(layout, x.shape[:-1], x.dtype))
+
+
+def _folded_table(layout: AdapterLayout, T: int, dtype: torch.dtype, packed_dtype: torch.dtype) -> Sequence[TensorSpec]:
+    # a compiler's symbols cannot be looked up in a cache
+    table = _cached_folded_table if type(T) is int else _cached_folded_table.__wrapped__
+    return table(layout, T, dtype, packed_dtype)
+
+
+@functools.lru_cache(maxsize=256)
+def _cached_folded_table(
+    layout: AdapterLayout, T: int, dtype: torch.dtype, packed_dtype: torch.dtype
+) -> Sequence[TensorSpec]:
+    return Folded.table(layout, (T,), dtype, accumulator_dtype(dtype, packed_dtype))
+
+
+def _check_table(what: str, tensors: Folded | Saved, table: Sequence[TensorSpec]) -> None:
+    for name, tensor, (shape, dtype) in zip(tensors._fields, tensors, table):
+        if tensor.shape != shape or tensor.dtype != dtype:
+            _require(
+                False,
+                lambda: (
+                    f"{what}.{name} must be {list(shape)} in {dtype} for this x and packed, "
+                    f"got {list(tensor.shape)} in {tensor.dtype}"
+                ),
+            )
 
 
 def check_hyper_adapter(
@@ -126,7 +144,7 @@ def _check_tasks(x: Tensor, T: int, task_index: Tensor | None) -> None:
 
 
 def check_task_range(task_index: Tensor | None, T: int) -> None:
-    """ValueError where a task on the CPU is not in -1 .. T-1. On a device nothing is read: looking would stall it."""
+    """ValueError where a task on the CPU is not in -1 .. T-1. Nothing is read from a device: that would stall it."""
     if task_index is None or task_index.device.type != "cpu" or task_index.numel() == 0:
         return
     if torch._C._functorch.is_batchedtensor(task_index):

@@ -1,8 +1,8 @@
 """The ops in plain PyTorch, for what no fused kernel serves: torch.func's transforms and forward-mode AD.
 
-A kernel sees numbers, not the tangents or the batch dimension that ride on them: it would drop a tangent without a
-word. Everything here is made of PyTorch's own operators, which vmap, grad, jvp and their nestings (per-sample
-gradients, Jacobians, second derivatives) know how to transform.
+A kernel sees a tensor's numbers, not the tangent or the batch dimension that functorch attaches to it, and would drop
+a tangent silently. Everything here is made of PyTorch's own operators, which vmap, grad, jvp and their nestings
+(per-sample gradients, Jacobians, second derivatives) know how to transform.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import backends, reference
-from .activations import activate
-from .layout import AdapterLayout
+from .. import backends, reference
+from ..activations import activate
+from ..layout import EPS, AdapterSpec, accumulator_dtype
 
 
-def active() -> bool:
+def in_force() -> bool:
     """Whether a torch.func transform or a forward-mode AD level is in force."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
@@ -27,11 +27,14 @@ def has_tangent(t: Tensor) -> bool:
     return forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None
 
 
-def require_no_backend(op: str) -> None:
-    """RuntimeError where a backend with kernels is asked for by name: it could not serve the call."""
-    name = backends.current_backend()
-    if name not in ("auto", "reference"):
-        raise RuntimeError(
+def refuse_kernels(op: str, impl: str | None) -> None:
+    """BackendError where a backend with kernels is asked for by name: it could not serve the call.
+
+    While a compiler traces only ``impl`` is looked at, for the other choices are made when the graph runs.
+    """
+    name = impl if impl is not None or torch.compiler.is_compiling() else backends.current_backend(op)
+    if name not in (None, "auto", "reference"):
+        raise backends.BackendError(
             f"backend {name!r} cannot serve {op} under torch.func transforms or forward-mode AD; "
             "use backend 'auto' or 'reference', which run it in plain PyTorch"
         )
@@ -43,29 +46,30 @@ def generate_weights(E: Tensor, G: Tensor, g0: Tensor) -> Tensor:
         return reference.generate_weights(E, G, g0)
 
 
-def adapter(x: Tensor, packed: Tensor, layout: AdapterLayout, activation: str, task_index: Tensor | None) -> Tensor:
+def adapter(x: Tensor, packed: Tensor, spec: AdapterSpec, task_index: Tensor | None) -> Tensor:
     """``ops.adapter``, its arguments checked: in float32 (float64 in float64), rounded once at the end.
 
-    A task out of range, where it could not be looked at, gives NaN.
+    A task out of range gives NaN where its value could not be checked.
     """
-    exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+    layout, activation = spec
+    exact = accumulator_dtype(x.dtype)
     with torch.autocast(x.device.type, enabled=False):
         wide, weights = x.to(exact), packed.to(exact)
         if task_index is None:
             return reference.adapter(wide, weights, layout, activation).to(x.dtype)
-        return _by_task(x, wide, layout.unpack(weights), layout, activation, task_index, packed.shape[0])
+        return _by_task(x, wide, layout.unpack(weights), spec, task_index, packed.shape[0])
 
 
 def _by_task(
     x: Tensor,
     wide: Tensor,
     parts: dict[str, Tensor],
-    layout: AdapterLayout,
-    activation: str,
+    spec: AdapterSpec,
     task_index: Tensor,
     T: int,
 ) -> Tensor:
-    # The reference's loop over samples reads task_index, which neither vmap nor a compiler can.
+    # The reference's loop over samples reads task_index, which neither vmap nor a compiler can do.
+    layout, activation = spec
     if x.shape[0] == 0 or T == 0:
         return x.clone()
     task = task_index.long().view(-1, *[1] * (x.dim() - 1))
@@ -81,4 +85,4 @@ def _by_task(
 
 
 def _norm(y: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-    return F.layer_norm(y, y.shape[-1:], eps=reference.EPS) * gamma.unsqueeze(1) + beta.unsqueeze(1)
+    return F.layer_norm(y, y.shape[-1:], eps=EPS) * gamma.unsqueeze(1) + beta.unsqueeze(1)

@@ -1,0 +1,69 @@
+"""The self-test: a backend's ops on a small adapter, against the reference in float64."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..layout import AdapterLayout, AdapterSpec
+from .base import Backend
+from .reference import ReferenceBackend
+
+#: The largest error that is allowed, relative to the largest number of the float64 result. Right kernels stay below a
+#: quarter of it (float32: below 1e-6).
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+
+SPEC = AdapterSpec(AdapterLayout(96, 12), "gelu_new")
+_TASKS = (0, 1, -1, 1)
+
+
+def errors(backend: Backend, dtype: torch.dtype = torch.float32, spec: AdapterSpec = SPEC) -> dict[str, float]:
+    """For each op that ``backend`` serves the largest error, relative to the largest number of the float64 result.
+
+    The backend need be neither registered nor available.
+    """
+    device = backend.device or "cpu"
+    mine, truth = _results(backend, device, dtype, spec), _results(ReferenceBackend(), device, torch.float64, spec)
+    return {op: ((mine[op] - truth[op]).abs().max() / truth[op].abs().max()).item() for op in backend.serves}
+
+
+def faults(backend: Backend) -> list[str]:
+    """What ``backend`` computes wrongly, in words; empty where all is right. Every dtype of the kernels is tried."""
+    cases = [
+        (torch.float32, SPEC),
+        (torch.bfloat16, AdapterSpec(AdapterLayout(50, 7, pre_norm=True), "silu")),
+        (torch.float16, AdapterSpec(AdapterLayout(64, 8), "gelu")),
+    ]
+    found = []
+    for dtype, spec in cases:
+        for op, error in errors(backend, dtype, spec).items():
+            if not error <= TOLERANCE[dtype]:
+                name = str(dtype).removeprefix("torch.")
+                found.append(f"{op} in {name} is off by {error:.1e}, more than {TOLERANCE[dtype]:.0e}")
+    return found
+
+
+def _results(backend: Backend, device: str, dtype: torch.dtype, spec: AdapterSpec) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def random(*shape: int, to: torch.dtype) -> Tensor:
+        # rounded to 16 bits for the truth, too, so that the error is that of the arithmetic alone
+        numbers = torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
+        return numbers.to(torch.bfloat16).to(device, to)
+
+    layout = spec.layout
+    packed = 0.1 * random(2, layout.numel, to=weights)
+    E, G, g0 = random(2, 5, to=weights), 0.1 * random(layout.numel, 5, to=weights), random(layout.numel, to=weights)
+    x, g = (random(4, 8, layout.d, to=dtype) for _ in range(2))
+    index = torch.tensor(_TASKS, device=device)
+    folded = backend.fold(packed, layout, dtype)
+    out, saved = backend.adapter_forward(x, folded, spec, index, True)
+    gradients = backend.adapter_backward(g, x, saved, packed, folded, spec, index, True, True)
+    return {
+        "generate_weights": backend.generate_weights(E[None], G[None], g0[None]),
+        "fold": folded.root,
+        "adapter_forward": out,
+        "adapter_backward": torch.cat([t.flatten() for t in gradients]),
+        "hyper_adapter": backend.hyper_adapter(x, E, G, g0, spec, index, False)[0],
+    }

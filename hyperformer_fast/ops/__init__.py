@@ -1,0 +1,20 @@
+"""The ops: generate the weights of many adapters, fold their norms, apply them.
+
+Letters: N rows, d width, b bottleneck, T tasks, P packed numbers per adapter, k embedding width, Q generators.
+"""
+
+from ..layout import AdapterLayout, AdapterSpec, Folded, Saved
+from .public import adapter, fold, generate_weights, hyper_adapter
+from .registered import SCHEMAS
+
+__all__ = [
+    "SCHEMAS",
+    "AdapterLayout",
+    "AdapterSpec",
+    "Folded",
+    "Saved",
+    "adapter",
+    "fold",
+    "generate_weights",
+    "hyper_adapter",
+]

@@ -1,0 +1,92 @@
+"""The ops in eager mode: autograd functions that call a backend directly.
+
+A registered op with its autograd formula in Python costs several times as much a call (docs/design.md).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import Backend
+from ..layout import AdapterSpec, Folded, Saved
+from .gradients import generator_gradients, refuse_second_derivative, site_generator_gradients
+
+
+class Generate(torch.autograd.Function):
+    """``generate_weights``."""
+
+    @staticmethod
+    def forward(ctx: Any, E: Tensor, G: Tensor, g0: Tensor, backend: Backend) -> Tensor:
+        ctx.save_for_backward(E, G)
+        return backend.generate_weights(E, G, g0)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        return *generator_gradients(g, *ctx.saved_tensors, ctx.needs_input_grad), None
+
+
+class Adapter(torch.autograd.Function):
+    """``adapter``. Its backward's backend is chosen with the forward's: the backward may run on another thread, which
+    does not see a ``use_backend``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        packed: Tensor,
+        folded: Folded,
+        spec: AdapterSpec,
+        task_index: Tensor | None,
+        forward: Backend,
+        backward: Backend,
+    ) -> Tensor:
+        out, saved = forward.adapter_forward(x, folded, spec, task_index, True)
+        ctx.save_for_backward(x, *saved, packed, *folded, task_index)
+        ctx.spec, ctx.backend = spec, backward
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative(g)
+        need_dx, need_dpacked = ctx.needs_input_grad[:2]
+        dx, dpacked = _gradients(ctx, g, ctx.saved_tensors, need_dx, need_dpacked)
+        return dx if need_dx else None, dpacked if need_dpacked else None, None, None, None, None, None
+
+
+class HyperAdapter(torch.autograd.Function):
+    """``hyper_adapter``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        E: Tensor,
+        G: Tensor,
+        g0: Tensor,
+        spec: AdapterSpec,
+        task_index: Tensor | None,
+        forward: Backend,
+        backward: Backend,
+    ) -> Tensor:
+        out, saved, packed, folded = forward.hyper_adapter(x, E, G, g0, spec, task_index, True)
+        ctx.save_for_backward(E, G, x, *saved, packed, *folded, task_index)
+        ctx.spec, ctx.backend = spec, backward
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative(g)
+        E, G, *saved = ctx.saved_tensors
+        need_dx, *needs = ctx.needs_input_grad[:4]
+        dx, dpacked = _gradients(ctx, g, saved, need_dx, any(needs))
+        return dx if need_dx else None, *site_generator_gradients(dpacked, E, G, needs), None, None, None, None
+
+
+def _gradients(ctx: Any, g: Tensor, kept: Any, need_dx: bool, need_dpacked: bool) -> tuple[Tensor, Tensor]:
+    x, z, r, pre_mean, pre_rstd, packed, *folded, task_index = kept
+    backend: Backend = ctx.backend
+    saved = Saved(z, r, pre_mean, pre_rstd)
+    return backend.adapter_backward(g, x, saved, packed, Folded(*folded), ctx.spec, task_index, need_dx, need_dpacked)

@@ -1,0 +1,207 @@
+"""The functions through which the ops are called.
+
+A call takes one of three ways to the same numbers. In eager mode an autograd function calls the backend directly
+(eager.py). Under a compiler, and with tensor subclasses, the registered op ``hyperformer_fast::*`` is called
+(registered.py). Under torch.func's transforms and forward-mode AD plain PyTorch serves, for a kernel would drop the
+tangents (functorch.py).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..activations import canonical_activation
+from ..backends import Backend
+from ..layout import AdapterLayout, AdapterSpec, Folded
+from . import functorch
+from .checks import check_adapter, check_generate, check_hyper_adapter, check_task_range
+from .eager import Adapter, Generate, HyperAdapter
+from .registered import request_dtype
+
+
+def _spec(layout: AdapterLayout, activation: str) -> AdapterSpec:
+    return AdapterSpec(layout, canonical_activation(activation))
+
+
+_cached_spec = functools.lru_cache(maxsize=256)(_spec)
+
+
+def _spec_of(layout: AdapterLayout, activation: str) -> AdapterSpec:
+    # a compiler would trace through the cache, with a warning; what is no string may not be hashable
+    cached = isinstance(activation, str) and not torch.compiler.is_compiling()
+    return (_cached_spec if cached else _spec)(layout, activation)
+
+
+def _traced(*tensors: Tensor) -> bool:
+    """Whether to call the registered op: under a compiler, or with tensor subclasses (fake, distributed, ...)."""
+    if torch.compiler.is_compiling():
+        return True
+    for t in tensors:
+        kind = type(t)
+        if kind is not Tensor and kind is not torch.nn.Parameter:
+            return True
+    return False
+
+
+def _backend(op: str, x: Tensor, weights: Tensor, layout: AdapterLayout, impl: str | None) -> Backend:
+    dtype = request_dtype(x.dtype, weights.dtype)
+    return backends.serving(op, x.device.type, dtype, layout.d, layout.b, impl)
+
+
+def generate_weights(E: Tensor, G: Tensor, g0: Tensor, *, impl: str | None = None) -> Tensor:
+    """Generate the packed weights of many adapters: ``packed[q, i] = G[q] @ E[q, i] + g0[q]`` (paper section 3.2).
+
+    Args:
+        E: [Q, n, k] embeddings.
+        G: [Q, P, k] generators, one per q.
+        g0: [Q, P] their biases.
+        impl: the name of the backend to run it with; None: that of :func:`hyperformer_fast.use_backend`, of the
+            environment, or the first that serves (``hyperformer_fast.backends.choice`` has the order).
+
+    Returns:
+        packed [Q, n, P], in the inputs' dtype.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, naming both; an unknown ``impl``.
+        BackendError: the backend that is asked for by name cannot serve the call.
+    """
+    packed: Tensor
+    if functorch.in_force():
+        if not torch.compiler.is_compiling():
+            check_generate(E, G, g0)
+        functorch.refuse_kernels("generate_weights", impl)
+        return functorch.generate_weights(E, G, g0)
+    if _traced(E, G, g0):
+        packed = torch.ops.hyperformer_fast.generate_weights(E, G, g0, impl=impl)
+        return packed
+    check_generate(E, G, g0)
+    backend = backends.serving("generate_weights", E.device.type, E.dtype, impl=impl)
+    packed = Generate.apply(E, G, g0, backend)
+    return packed
+
+
+def fold(packed: Tensor, layout: AdapterLayout, dtype: torch.dtype, *, impl: str | None = None) -> Folded:
+    """Fold the norms of many adapters into their projections, once per step (docs/design.md). No gradient flows through
+    it.
+
+    Args:
+        packed: [..., P].
+        layout: how it lies.
+        dtype: the dtype of the x to come.
+        impl: as in :func:`generate_weights`.
+
+    Raises:
+        ValueError: the last dimension is not P, or a dtype is not floating; an unknown ``impl``.
+        BackendError: the backend that is asked for by name cannot serve the call.
+    """
+    return Folded(*torch.ops.hyperformer_fast.fold(packed.detach(), *layout.arguments, dtype, impl=impl))
+
+
+def adapter(
+    x: Tensor,
+    packed: Tensor,
+    layout: AdapterLayout,
+    activation: str,
+    folded: Folded | None = None,
+    task_index: Tensor | None = None,
+    *,
+    impl: str | None = None,
+) -> Tensor:
+    """``x + norm_post(up(act(down(norm_pre(x)))))`` (paper section 2) with the packed weights of one site.
+
+    Args:
+        x: [..., d] in float32, bfloat16, float16 or float64; [B, ..., d] with ``task_index``.
+        packed: [T, P] the site's weights; T = 1 without ``task_index``. Gradients reach it, whatever ``folded`` is.
+        layout: how ``packed`` lies.
+        activation: ``gelu_new``, ``gelu``, ``relu`` or ``silu``.
+        folded: ``fold(packed, layout, x.dtype)``, for a caller who has it already; otherwise it is made here.
+        task_index: [B] int32 or int64 on x's device: the task of each sample; -1 for no adapter (out is x, bit for
+            bit).
+        impl: as in :func:`generate_weights`; for the fold and the backward, too.
+
+    Returns:
+        A new tensor of x's shape and dtype. A task_index outside -1 .. T-1 is an error on the CPU; on a device those
+        samples are NaN.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, naming both; an unknown ``impl``.
+        BackendError: the backend that is asked for by name cannot serve the call.
+    """
+    out: Tensor
+    spec = _spec_of(layout, activation)
+    if functorch.in_force():
+        if not torch.compiler.is_compiling():
+            check_adapter(x, packed, folded, layout, task_index)
+            check_task_range(task_index, packed.shape[0])
+        functorch.refuse_kernels("adapter_forward", impl)
+        return functorch.adapter(x, packed, spec, task_index)
+    if folded is None:
+        folded = fold(packed, layout, x.dtype, impl=impl)
+    save = torch.is_grad_enabled() and (x.requires_grad or packed.requires_grad)
+    if _traced(x, packed):
+        op = torch.ops.hyperformer_fast.adapter_forward
+        out = op(x, packed, *folded, task_index, *spec.arguments, save, impl=impl)[0]
+        return out
+    check_adapter(x, packed, folded, layout, task_index)
+    check_task_range(task_index, packed.shape[0])
+    forward = _backend("adapter_forward", x, packed, layout, impl)
+    if not save:
+        return forward.adapter_forward(x, folded, spec, task_index, False)[0]
+    backward = _backend("adapter_backward", x, packed, layout, impl)
+    out = Adapter.apply(x, packed, folded, spec, task_index, forward, backward)
+    return out
+
+
+def hyper_adapter(
+    x: Tensor,
+    E: Tensor,
+    G: Tensor,
+    g0: Tensor,
+    layout: AdapterLayout,
+    activation: str,
+    task_index: Tensor | None = None,
+    *,
+    impl: str | None = None,
+) -> Tensor:
+    """Generate, fold and apply one adapter in one call.
+
+    Args:
+        x: [..., d], or [B, ..., d] with ``task_index``.
+        E: [T, k] embeddings; T = 1 without ``task_index``.
+        G: [P, k] generator.
+        g0: [P] its bias.
+        layout, activation, task_index, impl: as in :func:`adapter`.
+
+    Returns:
+        What :func:`adapter` returns with ``packed = E @ G.T + g0``.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, naming both; an unknown ``impl``.
+        BackendError: the backend that is asked for by name cannot serve the call.
+    """
+    out: Tensor
+    spec = _spec_of(layout, activation)
+    if functorch.in_force():
+        if not torch.compiler.is_compiling():
+            check_hyper_adapter(x, E, G, g0, layout, task_index)
+            check_task_range(task_index, E.shape[0])
+        functorch.refuse_kernels("hyper_adapter", impl)
+        packed = functorch.generate_weights(E.unsqueeze(0), G.unsqueeze(0), g0.unsqueeze(0)).squeeze(0)
+        return functorch.adapter(x, packed, spec, task_index)
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, E, G, g0))
+    if _traced(x, E, G, g0):
+        op = torch.ops.hyperformer_fast.hyper_adapter
+        out = op(x, E, G, g0, task_index, *spec.arguments, save, impl=impl)[0]
+        return out
+    check_hyper_adapter(x, E, G, g0, layout, task_index)
+    check_task_range(task_index, E.shape[0])
+    forward = _backend("hyper_adapter", x, E, layout, impl)
+    if not save:
+        return forward.hyper_adapter(x, E, G, g0, spec, task_index, False)[0]
+    backward = _backend("adapter_backward", x, E, layout, impl)
+    out = HyperAdapter.apply(x, E, G, g0, spec, task_index, forward, backward)
+    return out
