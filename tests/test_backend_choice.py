@@ -13,6 +13,7 @@ from support.cases import random_packed
 
 from hyperformer_fast import backends, ops, use_backend
 from hyperformer_fast.backends import choice
+from hyperformer_fast.backends.reference import ReferenceBackend
 from hyperformer_fast.layout import AdapterLayout
 
 LAYOUT = AdapterLayout(8, 2)
@@ -140,6 +141,26 @@ def test_the_ops_obey_the_variable_of_an_op(environment):
     with pytest.raises(RuntimeError, match="'cuda' cannot serve adapter_forward: .*HYPERFORMER_FAST_BACKEND_ADAPTER_F"):
         ops.adapter(x, packed, LAYOUT, "gelu_new")
     ops.adapter(x, packed, LAYOUT, "gelu_new", impl="reference")
+
+
+def test_a_block_within_a_compiled_function_is_not_lost(monkeypatch):
+    """The graph breaks there; a whole graph, whose ops run after the block, is refused."""
+    packed, served = random_packed(LAYOUT).float(), []
+    plain = ReferenceBackend.adapter_forward
+    monkeypatch.setattr(ReferenceBackend, "adapter_forward", lambda self, *a: served.append(1) or plain(self, *a))
+
+    def step(x):
+        with use_backend("reference"):
+            out = ops.adapter(x + 1, packed, LAYOUT, "gelu_new")
+        return 2 * out
+
+    torch._dynamo.reset()
+    torch.compile(step, backend="aot_eager")(torch.randn(3, 8))
+    assert served
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="use it outside, or pass impl= to the op"):
+        torch.compile(step, backend="aot_eager", fullgraph=True)(torch.randn(3, 8))
+    assert backends.current_backend() == "auto"
 
 
 CALLS = {

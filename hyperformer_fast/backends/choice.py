@@ -38,6 +38,13 @@ class _OfThread(threading.local):
 _of_thread = _OfThread()
 
 
+def _choose(name: str) -> None:
+    if torch.compiler.is_compiling():
+        # The ops of a graph choose a backend when they run, which is after the block: it would be silently ignored.
+        torch._dynamo.graph_break(msg="use_backend in a compiled graph: use it outside, or pass impl= to the op")
+    _of_thread.name = name
+
+
 class use_backend:  # noqa: N801  # called like a function, as torch.set_grad_enabled
     """Choose a backend for the calls of this thread: from now on, or, as ``with use_backend(...):``, within the block.
     It decorates a function, too.
@@ -56,13 +63,13 @@ class use_backend:  # noqa: N801  # called like a function, as torch.set_grad_en
         self._name = registry.known(name, "use_backend")
         self._before = [_of_thread.name]
         self._entered = False
-        _of_thread.name = self._name
+        _choose(self._name)
 
     def __enter__(self) -> None:
         if self._entered:  # a second block with the same object
             self._before.append(_of_thread.name)
         self._entered = True
-        _of_thread.name = self._name
+        _choose(self._name)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
