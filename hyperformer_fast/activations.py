@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,7 +30,8 @@ def activate(z: torch.Tensor, name: str) -> torch.Tensor:
     """act(z), any shape and floating dtype, differentiable."""
     if name == "gelu_new":
         return F.gelu(z, approximate="tanh")
-    return {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}[name](z)
+    function: Callable[[torch.Tensor], torch.Tensor] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}[name]
+    return function(z)
 
 
 def activate_grad(z: torch.Tensor, name: str) -> torch.Tensor:

@@ -36,7 +36,7 @@ def stale(library: str) -> bool:
     if not built or not csrc.is_dir():
         return False
     try:
-        return built.get("source_hash") != source_hash(csrc, library)
+        return bool(built.get("source_hash") != source_hash(csrc, library))
     except OSError:
         return False
 
@@ -93,7 +93,7 @@ def _has_subnormals() -> bool:
 
 
 @functools.cache
-def cpu_library():
+def cpu_library() -> Any:
     """``torch.ops.hyperformer_fast_cpu``, its library loaded; None where there is none (:func:`status` says why)."""
     if _load("cpu"):
         return None
@@ -103,7 +103,7 @@ def cpu_library():
 
 
 @functools.cache
-def cuda_library():
+def cuda_library() -> Any:
     """``torch.ops.hyperformer_fast_cuda``, its library loaded; None where there is none (:func:`status` says why)."""
     if _load("cuda"):
         return None

@@ -61,7 +61,7 @@ def _takes_spec(function: _Function) -> _Function:
 
 
 def generate_weights(E: Tensor, G: Tensor, g0: Tensor) -> Tensor:
-    """Every generated tensor is ``G e + g0`` (paper section 3.2): E [Q, n, k], G [Q, P, k], g0 [Q, P] -> [Q, n, P]."""
+    """``G e + g0`` for every embedding (paper section 3.2): E [Q, n, k], G [Q, P, k], g0 [Q, P] -> [Q, n, P]."""
     return torch.baddbmm(g0.unsqueeze(1), E, G.transpose(1, 2))
 
 
@@ -135,8 +135,8 @@ def _fresh(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def square_root(gram: Tensor) -> Tensor:
-    """Upper-triangular R with R^T R = ``gram`` [..., n, n], positive SEMI-definite: a pivot lost to rounding leaves an
-    empty row.
+    """The upper triangular R with R^T R = ``gram`` [..., n, n], positive semi-definite. A pivot lost to rounding leaves
+    an empty row.
 
     Zero, duplicate and rank-one columns are legal weights, on which a library's Cholesky factorisation fails.
     """
@@ -146,7 +146,7 @@ def square_root(gram: Tensor) -> Tensor:
     for j in range(n):
         column = gram[..., j:, j] - (lower[..., j:, :j] @ lower[..., j, :j, None]).squeeze(-1)
         pivot = column[..., :1]
-        kept = ~(pivot <= lost[..., j : j + 1])  # written so that a NaN pivot is kept, and seen
+        kept = ~(pivot <= lost[..., j : j + 1])  # not `pivot > lost`: a NaN pivot must stay visible
         lower[..., j:, j] = torch.where(kept, column / pivot.sqrt(), 0.0)
     return lower.mT.contiguous()
 
@@ -159,7 +159,7 @@ def _power_of_two(m: Tensor) -> Tensor:
 
 
 class _Rows:
-    """x's rows grouped by sample, [B, M, ...], B = 1 without ``task_index``; and each group's weights."""
+    """Groups the rows of x by sample, as [B, M, ...] (B = 1 without ``task_index``), and finds each group's weights."""
 
     def __init__(self, x: Tensor, T: int, task_index: Tensor | None):
         self.T = T
@@ -177,7 +177,7 @@ class _Rows:
         return t.reshape(self.lead + t.shape[2:]).contiguous()
 
     def weights(self, w: Tensor) -> Tensor:
-        """w [T, ...] -> [B or 1, ...], row b for sample b."""
+        """The weights of each sample, [B or 1, ...], of w [T, ...]."""
         w = w.to(self.acc)
         return w if self.index is None else w[self.index]
 
@@ -191,7 +191,7 @@ class _Rows:
         return torch.where((task >= self.T) | (task < -1), torch.nan, chosen)
 
     def sum_by_task(self, per_sample: Tensor) -> Tensor:
-        """[B, P] -> [T, P], in a fixed order, samples without a task left out."""
+        """The sums over each task's samples, [T, P], of [B, P]; in a fixed order, without samples that have no task."""
         if self.task_index is None:
             return per_sample
         out = per_sample.new_zeros(self.T, per_sample.shape[-1])
@@ -293,7 +293,7 @@ def adapter_backward(
     dx, dpacked = x.new_empty(0), packed.new_empty(0)
     if need_dx:
         branch = dz @ rows.weights(folded.wd)
-        if layout.pre_norm:
+        if pre_rstd is not None:
             along = (branch * source).mean(-1, keepdim=True)
             branch = pre_rstd * (branch - branch.mean(-1, keepdim=True) - source * along)
         dx = rows.ungroup(rows.select((g3 + branch).to(x.dtype), g.reshape(rows.B, rows.M, d)))
@@ -323,7 +323,7 @@ def _weight_gradients(
         parts["pre_beta"] = (w["down_weight"] * dbias.unsqueeze(-1)).sum(1)
         parts["down_weight"] = down * w["pre_gamma"].unsqueeze(1) + dbias.unsqueeze(-1) * w["pre_beta"].unsqueeze(1)
     A = g.mT @ rh
-    if layout.post_norm:
+    if m2 is not None:
         wa = torch.cat([w["up_weight"], w["up_bias"].unsqueeze(-1)], -1) - rows.weights(folded.mean).unsqueeze(1)
         parts["post_gamma"], parts["post_beta"] = (wa * A).sum(-1), g.sum(1)
         A = w["post_gamma"].unsqueeze(-1) * A - wa @ ((m2 * rh).mT @ rh)

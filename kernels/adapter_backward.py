@@ -41,7 +41,7 @@ from .weight_gradients import weight_gradients
 @triton.jit
 def _project(g, WG, GB, GAMMA, k, t, along_bias, along_gamma, D: tl.constexpr, BW: tl.constexpr, BB: tl.constexpr,
              BK: tl.constexpr, POST: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """t += g Wg over chunk k; and g's products with gamma * bc and with gamma."""
+    """Add g Wg^T over chunk k to t, and the products of g with gamma * bc and with gamma to the two sums."""
     t = tl.dot(g, tl.trans(load_weight(WG, k, D, BW, BB, BK)), t, input_precision=PRECISION)
     if POST:
         wide = g.to(tl.float32)

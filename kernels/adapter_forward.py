@@ -111,7 +111,7 @@ def adapter_forward_kernel(
                 x = normalised(x, mean, rstd, k, D, BK)
             z = tl.dot(x, tl.trans(load_weight(WD, k, D, BW, BB, BK)), z, input_precision=PRECISION)
     z += tl.load(VECTORS + j, mask=j < BW, other=0.0)[None, :]
-    # the backward sees the rounded z: both must have one h
+    # Round z here already: the backward sees the rounded one, and both must compute the same h.
     z = z.to(X.dtype.element_ty)
     h = activate(z.to(tl.float32), ACT)
     r = tl.zeros((BM,), tl.float32)
@@ -119,7 +119,7 @@ def adapter_forward_kernel(
     if POST:
         q, last = root_rows(h, ROOT + weights * ((BW + 1) * (BW + 1)), BW, BM, BB)
         r = tl.rsqrt(tl.sum(q * q, 1) + last * last + EPS)
-        # scaled in float32 before it is rounded: r h may pass float16's range, the scaled row does not
+        # Scale in float32, before rounding: r h may exceed float16's range, the scaled row does not.
         w = h * tl.load(SCALE + weights * BW + j, mask=j < BW, other=0.0)[None, :] * r[:, None]
     w = w.to(X.dtype.element_ty)
 
@@ -172,8 +172,8 @@ def adapter_forward(
 
 
 def readable(folded: Folded) -> tuple[Tensor, ...]:
-    """wd, wg, vectors, scale, root as kernels take them: contiguous, the exact ones float32, and never without a row
-    (a sample whose task is out of range reads row 0, and throws away what it gets)."""
+    """wd, wg, vectors, scale and root as the kernels read them: contiguous, all but the first two in float32, and with
+    at least one row, for a sample whose task is out of range reads row 0 (and discards it)."""
     parts = folded[:5] if folded.wd.shape[0] else [part.new_zeros(1, *part.shape[1:]) for part in folded[:5]]
     weights, exact = parts[:2], parts[2:]
     return *(part.contiguous() for part in weights), *(part.float().contiguous() for part in exact)

@@ -1,4 +1,4 @@
-"""The kernels as ``backends/triton.py`` calls them."""
+"""The functions that ``backends/triton.py`` calls."""
 
 from .adapter_backward import adapter_backward
 from .adapter_forward import adapter_forward

@@ -59,7 +59,7 @@ def _square_root(ROOT, gram, border, corner, BW: tl.constexpr, BB: tl.constexpr)
     for c in range(BW):
         column = tl.sum(tl.where(j[None, :] == c, gram, 0.0), 1)
         pivot = _entry(column, c, BB)
-        lost = pivot <= _entry(diagonal, c, BB) * LOST  # False for a NaN, which is kept, and seen
+        lost = pivot <= _entry(diagonal, c, BB) * LOST  # False for a NaN, which therefore stays visible in R
         inverse = tl.where(lost, 0.0, 1.0 / tl.sqrt(tl.where(lost, 1.0, pivot)))
         row = tl.where(j >= c, column * inverse, 0.0)
         at_bias = _entry(border, c, BB) * inverse

@@ -36,7 +36,7 @@ from .common import (
     some_columns,
 )
 
-#: Two waves of programs on the largest GPU so far; more stretches than that only make more partial sums.
+#: Two waves of programs on the largest GPU so far. More stretches would only mean more partial sums to add.
 _PROGRAMS = 264
 
 
@@ -189,7 +189,7 @@ def finish_kernel(
         tl.store(dpacked + GAMMA + D + column, g_sum.to(kind), mask=column_ok)
         product = wa_bias[:, None] * border[None, :]
         for c in range(BB // 16):
-            gram_rows = tl.trans(some_columns(gram, c, BB, BB))  # symmetric: its columns are its rows
+            gram_rows = tl.trans(some_columns(gram, c, BB, BB))  # the matrix is symmetric, so its rows are its columns
             product = tl.dot(some_columns(wa, c, BK, BB), gram_rows, product, input_precision="ieee")
         up = gamma[:, None] * up - product - by_gamma[None, :] / D
         up_bias = gamma * up_bias - (tl.sum(wa * border[None, :], 1) + wa_bias * corner) - last_by_gamma / D
@@ -231,8 +231,8 @@ def weight_gradients(
     size += -size % 4  # keeps every stretch's sums 16-byte aligned
     part = torch.empty(splits, T, size, dtype=torch.float32, device=packed.device)
     dpacked = torch.empty_like(packed)
-    # r h may pass float16's range either way: there both operands go as float32 through tf32 products, whose
-    # mantissa is as long
+    # r h may overflow or underflow float16. Both operands are then float32 and the products tf32, which has float16's
+    # mantissa.
     wide_range = dtype == torch.float16
     precision = "tf32" if wide_range and not torch.version.hip else matmul_precision(dtype)
     common = {"D": d, "BW": b, "SIZE": size, "PRE": pre, "POST": post, "BB": BB}

@@ -66,15 +66,18 @@ class TritonBackend(Backend):
         return Support.yes()
 
     def generate_weights(self, E: Tensor, G: Tensor, g0: Tensor) -> Tensor:
-        return _kernels().generate_weights(E, G, g0)
+        packed: Tensor = _kernels().generate_weights(E, G, g0)
+        return packed
 
     def fold(self, packed: Tensor, layout: AdapterLayout, dtype: torch.dtype) -> Folded:
-        return _kernels().fold(packed, layout, dtype)
+        folded: Folded = _kernels().fold(packed, layout, dtype)
+        return folded
 
     def adapter_forward(
         self, x: Tensor, folded: Folded, spec: AdapterSpec, task_index: Tensor | None, save: bool
     ) -> tuple[Tensor, Saved]:
-        return _kernels().adapter_forward(x, folded, spec, task_index, save)
+        out, saved = _kernels().adapter_forward(x, folded, spec, task_index, save)
+        return out, saved
 
     def adapter_backward(
         self,
@@ -88,4 +91,6 @@ class TritonBackend(Backend):
         need_dx: bool,
         need_dpacked: bool,
     ) -> tuple[Tensor, Tensor]:
-        return _kernels().adapter_backward(g, x, saved, packed, folded, spec, task_index, need_dx, need_dpacked)
+        kernel = _kernels().adapter_backward
+        dx, dpacked = kernel(g, x, saved, packed, folded, spec, task_index, need_dx, need_dpacked)
+        return dx, dpacked

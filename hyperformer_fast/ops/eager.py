@@ -25,7 +25,8 @@ class Generate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        return *generator_gradients(g, *ctx.saved_tensors, ctx.needs_input_grad), None
+        E, G = ctx.saved_tensors
+        return *generator_gradients(g, E, G, ctx.needs_input_grad), None
 
 
 class Adapter(torch.autograd.Function):

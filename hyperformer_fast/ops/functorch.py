@@ -41,13 +41,13 @@ def refuse_kernels(op: str, impl: str | None) -> None:
 
 
 def generate_weights(E: Tensor, G: Tensor, g0: Tensor) -> Tensor:
-    """``ops.generate_weights``, its arguments checked."""
+    """``ops.generate_weights`` of checked arguments."""
     with torch.autocast(E.device.type, enabled=False):
         return reference.generate_weights(E, G, g0)
 
 
 def adapter(x: Tensor, packed: Tensor, spec: AdapterSpec, task_index: Tensor | None) -> Tensor:
-    """``ops.adapter``, its arguments checked: in float32 (float64 in float64), rounded once at the end.
+    """``ops.adapter`` of checked arguments, in float32 (float64 in float64) and rounded once at the end.
 
     A task out of range gives NaN where its value could not be checked.
     """
@@ -74,7 +74,7 @@ def _by_task(
         return x.clone()
     task = task_index.long().view(-1, *[1] * (x.dim() - 1))
     w = {name: part[task_index.long().clamp(0, T - 1)] for name, part in parts.items()}
-    # Zeros where there is no adapter: not even a NaN of such a sample may reach a gradient through a weight of zero.
+    # A sample without an adapter becomes zeros: otherwise its NaN would reach the gradients, for 0 * NaN is NaN.
     rows = torch.where(task < 0, 0.0, wide).reshape(x.shape[0], -1, layout.d)
     y = _norm(rows, w["pre_gamma"], w["pre_beta"]) if layout.pre_norm else rows
     z = y @ w["down_weight"].mT + w["down_bias"].unsqueeze(1)

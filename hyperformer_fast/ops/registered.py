@@ -249,7 +249,8 @@ def _generate_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _generate_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    return generator_gradients(g, *ctx.saved_tensors, ctx.needs_input_grad)
+    E, G = ctx.saved_tensors
+    return generator_gradients(g, E, G, ctx.needs_input_grad)
 
 
 def _forward_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
