@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,10 +27,11 @@ def canonical_activation(name: Any, field: str = "activation") -> str:
 
 def activate(z: torch.Tensor, name: str) -> torch.Tensor:
     """act(z), any shape and floating dtype, differentiable."""
-    if name == "gelu_new":
-        return F.gelu(z, approximate="tanh")
-    function: Callable[[torch.Tensor], torch.Tensor] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}[name]
-    return function(z)
+    if name == "relu":
+        return F.relu(z)
+    if name == "silu":
+        return F.silu(z)
+    return F.gelu(z, approximate="tanh" if name == "gelu_new" else "none")
 
 
 def activate_grad(z: torch.Tensor, name: str) -> torch.Tensor:

@@ -5,6 +5,7 @@ A registered op with its autograd formula in Python costs several times as much 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from ..layout import AdapterSpec, Folded, Saved
 from .gradients import generator_gradients, refuse_second_derivative, site_generator_gradients
 
 
-class Generate(torch.autograd.Function):
+class _Generate(torch.autograd.Function):
     """``generate_weights``."""
 
     @staticmethod
@@ -29,7 +30,7 @@ class Generate(torch.autograd.Function):
         return *generator_gradients(g, E, G, ctx.needs_input_grad), None
 
 
-class Adapter(torch.autograd.Function):
+class _Adapter(torch.autograd.Function):
     """``adapter``. Its backward's backend is chosen with the forward's: the backward may run on another thread, which
     does not see a ``use_backend``."""
 
@@ -57,7 +58,7 @@ class Adapter(torch.autograd.Function):
         return dx if need_dx else None, dpacked if need_dpacked else None, None, None, None, None, None
 
 
-class HyperAdapter(torch.autograd.Function):
+class _HyperAdapter(torch.autograd.Function):
     """``hyper_adapter``."""
 
     @staticmethod
@@ -91,3 +92,8 @@ def _gradients(ctx: Any, g: Tensor, kept: Any, need_dx: bool, need_dpacked: bool
     backend: Backend = ctx.backend
     saved = Saved(z, r, pre_mean, pre_rstd)
     return backend.adapter_backward(g, x, saved, packed, Folded(*folded), ctx.spec, task_index, need_dx, need_dpacked)
+
+
+generate_weights: Callable[..., Tensor] = _Generate.apply
+adapter: Callable[..., Tensor] = _Adapter.apply
+hyper_adapter: Callable[..., Tensor] = _HyperAdapter.apply

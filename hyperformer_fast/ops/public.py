@@ -17,9 +17,8 @@ from .. import backends
 from ..activations import canonical_activation
 from ..backends import Backend
 from ..layout import AdapterLayout, AdapterSpec, Folded
-from . import functorch
+from . import eager, functorch
 from .checks import check_adapter, check_generate, check_hyper_adapter, check_task_range
-from .eager import Adapter, Generate, HyperAdapter
 from .registered import request_dtype
 
 
@@ -69,19 +68,17 @@ def generate_weights(E: Tensor, G: Tensor, g0: Tensor, *, impl: str | None = Non
         ValueError: shapes, dtypes or devices that do not fit, naming both; an unknown ``impl``.
         BackendError: the backend that is asked for by name cannot serve the call.
     """
-    packed: Tensor
     if functorch.in_force():
         if not torch.compiler.is_compiling():
             check_generate(E, G, g0)
         functorch.refuse_kernels("generate_weights", impl)
         return functorch.generate_weights(E, G, g0)
     if _traced(E, G, g0):
-        packed = torch.ops.hyperformer_fast.generate_weights(E, G, g0, impl=impl)
+        packed: Tensor = torch.ops.hyperformer_fast.generate_weights(E, G, g0, impl=impl)
         return packed
     check_generate(E, G, g0)
     backend = backends.serving("generate_weights", E.device.type, E.dtype, impl=impl)
-    packed = Generate.apply(E, G, g0, backend)
-    return packed
+    return eager.generate_weights(E, G, g0, backend)
 
 
 def fold(packed: Tensor, layout: AdapterLayout, dtype: torch.dtype, *, impl: str | None = None) -> Folded:
@@ -131,7 +128,6 @@ def adapter(
         ValueError: shapes, dtypes or devices that do not fit, naming both; an unknown ``impl``.
         BackendError: the backend that is asked for by name cannot serve the call.
     """
-    out: Tensor
     spec = _spec_of(layout, activation)
     if functorch.in_force():
         if not torch.compiler.is_compiling():
@@ -144,7 +140,7 @@ def adapter(
     save = torch.is_grad_enabled() and (x.requires_grad or packed.requires_grad)
     if _traced(x, packed):
         op = torch.ops.hyperformer_fast.adapter_forward
-        out = op(x, packed, *folded, task_index, *spec.arguments, save, impl=impl)[0]
+        out: Tensor = op(x, packed, *folded, task_index, *spec.arguments, save, impl=impl)[0]
         return out
     check_adapter(x, packed, folded, layout, task_index)
     check_task_range(task_index, packed.shape[0])
@@ -152,8 +148,7 @@ def adapter(
     if not save:
         return forward.adapter_forward(x, folded, spec, task_index, False)[0]
     backward = _backend("adapter_backward", x, packed, layout, impl)
-    out = Adapter.apply(x, packed, folded, spec, task_index, forward, backward)
-    return out
+    return eager.adapter(x, packed, folded, spec, task_index, forward, backward)
 
 
 def hyper_adapter(
@@ -183,7 +178,6 @@ def hyper_adapter(
         ValueError: shapes, dtypes or devices that do not fit, naming both; an unknown ``impl``.
         BackendError: the backend that is asked for by name cannot serve the call.
     """
-    out: Tensor
     spec = _spec_of(layout, activation)
     if functorch.in_force():
         if not torch.compiler.is_compiling():
@@ -195,7 +189,7 @@ def hyper_adapter(
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, E, G, g0))
     if _traced(x, E, G, g0):
         op = torch.ops.hyperformer_fast.hyper_adapter
-        out = op(x, E, G, g0, task_index, *spec.arguments, save, impl=impl)[0]
+        out: Tensor = op(x, E, G, g0, task_index, *spec.arguments, save, impl=impl)[0]
         return out
     check_hyper_adapter(x, E, G, g0, layout, task_index)
     check_task_range(task_index, E.shape[0])
@@ -203,5 +197,4 @@ def hyper_adapter(
     if not save:
         return forward.hyper_adapter(x, E, G, g0, spec, task_index, False)[0]
     backward = _backend("adapter_backward", x, E, layout, impl)
-    out = HyperAdapter.apply(x, E, G, g0, spec, task_index, forward, backward)
-    return out
+    return eager.hyper_adapter(x, E, G, g0, spec, task_index, forward, backward)
