@@ -45,7 +45,7 @@ def _choose(name: str) -> None:
     _of_thread.name = name
 
 
-class use_backend:  # noqa: N801  # called like a function, as torch.set_grad_enabled
+class use_backend:  # a class that is called like a function, as torch.set_grad_enabled is
     """Choose a backend for the calls of this thread: from now on, or, as ``with use_backend(...):``, within the block.
     It decorates a function, too.
 

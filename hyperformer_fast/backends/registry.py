@@ -86,8 +86,8 @@ def get(name: str) -> Backend:
 
 
 def backend_report() -> list[dict[str, object]]:
-    """Of every backend its name, whether it is available here, the ops it serves, the reason where it is not, and whether
-    that is ``wrong``: its kernels failed their self-test."""
+    """For every backend: its name, whether it is available here, the ops it serves, the reason where it is not, and
+    whether that reason is that its kernels failed their self-test (``wrong``)."""
     report: list[dict[str, object]] = []
     for backend in ranked():
         support = backend.availability()
