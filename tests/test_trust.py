@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from hyperformer_fast import backends, doctor, native, ops
-from hyperformer_fast.backends import self_test, trust
+from hyperformer_fast.backends import selftest, trust
 from hyperformer_fast.backends.cpu import CpuBackend
 from hyperformer_fast.layout import AdapterLayout
 
@@ -151,8 +151,8 @@ def test_the_callers_modes_do_not_reach_the_test(backend):
 
 def test_the_tolerance_leaves_room():
     """A right library is nowhere near it, so that no machine's rounding takes it for a wrong one."""
-    for dtype, tolerance in self_test.TOLERANCE.items():
-        for op, error in self_test.errors(CpuBackend(), dtype).items():
+    for dtype, tolerance in selftest.TOLERANCE.items():
+        for op, error in selftest.errors(CpuBackend(), dtype).items():
             assert error < tolerance / 4, (op, dtype)
 
 
