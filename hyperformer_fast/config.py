@@ -259,7 +259,7 @@ class HyperFormerConfig:
         return cls(**fields)
 
     @classmethod
-    def from_official(cls, fields: Mapping[str, Any] | str | os.PathLike, **changes: Any) -> HyperFormerConfig:
+    def from_official(cls, fields: Mapping[str, Any] | str | os.PathLike[str], **changes: Any) -> HyperFormerConfig:
         """From a configuration of the authors' code: what of it says how the model is made.
 
         Absent fields have the authors' defaults, not ours; one with neither flag is variant ``"hyperformer"``. A
@@ -275,11 +275,13 @@ class HyperFormerConfig:
             TypeError: a value, or ``fields`` itself, is of a wrong type.
             OSError: the file cannot be read.
         """
-        path = fields if isinstance(fields, (str, os.PathLike)) else None
-        content = fields if path is None else read_object(path)
+        path = None
+        if isinstance(fields, (str, os.PathLike)):
+            path = Path(fields)
+            fields = read_object(path)
         try:
             ours = {field.name for field in dataclasses.fields(cls)} - {"variant"}
-            translated = official_fields.translate(content, ours)
+            translated = official_fields.translate(fields, ours)
             if "variant" in changes:
                 translated["unique_hyper_net"] = translated["efficient_unique_hyper_net"] = None
             return cls.from_dict({**translated, **changes})
