@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import shutil
 import subprocess
@@ -13,11 +12,9 @@ import pytest
 import torch
 
 from hyperformer_fast import backends, doctor, native, ops
-from hyperformer_fast.backends import selftest, trust
+from hyperformer_fast.backends import choice, registry, selftest, trust
 from hyperformer_fast.backends.cpu import CpuBackend
 from hyperformer_fast.layout import AdapterLayout
-
-select = importlib.import_module("hyperformer_fast.backends.select")  # the package has a function of that name
 
 pytestmark = pytest.mark.skipif(native.cpu_library() is None, reason=str(native.status()["reason"]))
 
@@ -61,12 +58,12 @@ def backend(folder, monkeypatch):
     def register(broken: str | None = None, error: Exception | None = None) -> CpuBackend:
         made, library = CpuBackend(), Library(broken, error)
         made.library = lambda: library
-        monkeypatch.setitem(select._BACKENDS, "cpu", made)
-        select._select.cache_clear()
+        monkeypatch.setitem(registry._backends, "cpu", made)
+        choice.forget()
         return made
 
     yield register
-    select._select.cache_clear()
+    choice.forget()
 
 
 def remembered(folder) -> list:
@@ -144,7 +141,7 @@ def test_the_callers_modes_do_not_reach_the_test(backend):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     for mode in (torch.device("meta"), FakeTensorMode(), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16)):
-        (select._BACKENDS["cpu"] if mode is None else backend("adapter_forward"))
+        (registry._backends["cpu"] if mode is None else backend("adapter_forward"))
         with mode, pytest.warns(RuntimeWarning, match="adapter_forward in float32 is off by 3"):
             assert backends.explain().chosen == "reference"
 

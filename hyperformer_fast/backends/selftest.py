@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layout import AdapterLayout, AdapterSpec
+from ..layout import AdapterLayout, AdapterSpec, accumulator_dtype
 from .base import Backend
 from .reference import ReferenceBackend
 
@@ -45,17 +45,15 @@ def faults(backend: Backend) -> list[str]:
 
 def _results(backend: Backend, device: str, dtype: torch.dtype, spec: AdapterSpec) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    weights = torch.float64 if dtype == torch.float64 else torch.float32
+    layout, weights = spec.layout, accumulator_dtype(dtype)
 
-    def random(*shape: int, to: torch.dtype) -> Tensor:
-        # rounded to 16 bits for the truth, too, so that the error is that of the arithmetic alone
-        numbers = torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
-        return numbers.to(torch.bfloat16).to(device, to)
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
 
-    layout = spec.layout
-    packed = 0.1 * random(2, layout.numel, to=weights)
-    E, G, g0 = random(2, 5, to=weights), 0.1 * random(layout.numel, 5, to=weights), random(layout.numel, to=weights)
-    x, g = (random(4, 8, layout.d, to=dtype) for _ in range(2))
+    # Rounded to 16 bits for the truth, too, so that the error is that of the arithmetic alone.
+    packed = (random(2, layout.numel) * 0.1).to(torch.bfloat16).to(device, weights)
+    x, g = (random(4, 8, layout.d).to(torch.bfloat16).to(device, dtype) for _ in range(2))
+    E, G, g0 = packed[:, :5], packed.mT[:, :1].repeat(1, 5), packed[0]
     index = torch.tensor(_TASKS, device=device)
     folded = backend.fold(packed, layout, dtype)
     out, saved = backend.adapter_forward(x, folded, spec, index, True)
