@@ -37,11 +37,12 @@ def activate(z: torch.Tensor, name: str) -> torch.Tensor:
 def activate_grad(z: torch.Tensor, name: str) -> torch.Tensor:
     """d act(z) / dz, elementwise, in z's dtype."""
     if name == "relu":
-        return (z > 0).to(z.dtype)
+        return (~(z <= 0)).to(z.dtype)  # NaN has the derivative 1, as in torch
     if name == "silu":
         s = torch.sigmoid(z)
         return s * (1 + z * (1 - s))
     if name == "gelu":
         return 0.5 * (1 + torch.erf(z * math.sqrt(0.5))) + z * torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
     t = torch.tanh(_SQRT_2_OVER_PI * (z + _CUBIC * z * z * z))
-    return 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * _SQRT_2_OVER_PI * (1 + 3 * _CUBIC * z * z)
+    square = (z * z).clamp(max=1e4)  # far beyond where 1 - t^2 is 0: 0 times an overflowed square would be NaN
+    return 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * _SQRT_2_OVER_PI * (1 + 3 * _CUBIC * square)

@@ -36,17 +36,28 @@ LENGTHS = (
 
 @triton.jit
 def sigmoid_parts(u):
-    """sigmoid(u) and sigmoid(-u), neither by a difference that cancels; a NaN stays one."""
-    e = tl.exp(-tl.where(u < -80.0, -80.0, u))  # exp(80) is finite: inf * 0 would be NaN
-    s = 1.0 / (1.0 + e)
-    return s, e * s
+    """sigmoid(u) and its derivative. Both come from exp(-|u|), which is at most 1: nothing overflows or cancels."""
+    e = tl.exp(-tl.abs(u))
+    q = 1.0 / (1.0 + e)
+    return tl.where(u < 0.0, e, 1.0) * q, e * q * q
+
+
+@triton.jit
+def gelu_new_argument(z):
+    """The u of gelu_new(z) = z sigmoid(u), and du/dz.
+
+    Beyond z^2 = 200 the sigmoid's derivative is exactly 0. There z^2 is limited, so that du/dz stays finite and their
+    product is 0, not NaN."""
+    square = tl.minimum(z * z, 200.0)
+    return 1.5957691216057308 * z * (1.0 + 0.044715 * square), 1.5957691216057308 * (1.0 + 0.134145 * square)
 
 
 @triton.jit
 def activate(z, ACT: tl.constexpr):
     """act(z) in float32; ACT is the index in ``activations.ACTIVATIONS``: gelu_new, gelu, relu, silu."""
     if ACT == 0:
-        s, _ = sigmoid_parts(1.5957691216057308 * (z + 0.044715 * z * z * z))
+        u, _ = gelu_new_argument(z)
+        s, _ = sigmoid_parts(u)
         h = z * s
     elif ACT == 1:
         h = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
@@ -62,15 +73,16 @@ def activate(z, ACT: tl.constexpr):
 def activate_grad(z, ACT: tl.constexpr):
     """d act(z) / dz in float32."""
     if ACT == 0:
-        s, n = sigmoid_parts(1.5957691216057308 * (z + 0.044715 * z * z * z))
-        slope = s + z * s * n * (1.5957691216057308 * (1.0 + 0.134145 * z * z))
+        u, du = gelu_new_argument(z)
+        s, ds = sigmoid_parts(u)
+        slope = s + z * ds * du
     elif ACT == 1:
         slope = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * tl.exp(-0.5 * z * z) * 0.3989422804014327
     elif ACT == 2:
-        slope = tl.where(z > 0.0, 1.0, 0.0)
+        slope = tl.where(z <= 0.0, 0.0, 1.0)  # NaN has the derivative 1, as in torch
     else:
-        s, n = sigmoid_parts(z)
-        slope = s + z * s * n
+        s, ds = sigmoid_parts(z)
+        slope = s + z * ds
     return slope
 
 

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from support.activations import EAGER, whole_range
 from support.cases import HOSTILE, hostile_packed, random_packed
 from support.tolerance import assert_accurate
 
@@ -77,6 +78,16 @@ def test_activation_derivatives(activation):
     z = torch.linspace(-9, 9, 401, dtype=torch.float64, requires_grad=True)
     (expected,) = torch.autograd.grad(activate(z, activation).sum(), z)
     assert torch.allclose(activate_grad(z.detach(), activation), expected, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_derivatives_over_the_whole_range(activation, dtype):
+    """In float32, from the smallest to the largest number of ``dtype``, where z^2 overflows."""
+    z = whole_range(dtype, 700).float()
+    exact = z.double().requires_grad_()
+    (expected,) = torch.autograd.grad(EAGER[activation](exact).sum(), exact)
+    torch.testing.assert_close(activate_grad(z, activation).double(), expected, rtol=0, atol=1e-6, equal_nan=True)
 
 
 @pytest.mark.parametrize("kind", HOSTILE)

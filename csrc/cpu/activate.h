@@ -1,8 +1,10 @@
 // The four activations and their derivatives on vectors. Included once per instruction set, after simd.h.
 
-// e^x to 1 ulp: x = n ln 2 + r, a degree-7 polynomial in r, 2^n by its exponent. Clamped so that 2^n stays normal.
-HF_INLINE vf exp(vf x) {
-  const vf clamped = select(x > splat(88.3f), splat(88.3f), select(x < splat(-87.3f), splat(-87.3f), x));
+// e^x for x <= 0, to 1 ulp: x = n ln 2 + r, a degree-7 polynomial in r, 2^n by its exponent. Below -87.3, where e^x
+// leaves float32's normal range, the result is exactly 0; NaN stays NaN.
+HF_INLINE vf exp_negative(vf x) {
+  const vi underflows = x < splat(-87.3f);
+  const vf clamped = select(underflows, splat(-87.3f), x);
   const vf shifted =
       clamped * splat(1.44269504f) + splat(12582912.0f);  // 1.5 * 2^23: rounds to an integer in the low bits
   const vf n = shifted - splat(12582912.0f);
@@ -17,8 +19,8 @@ HF_INLINE vf exp(vf x) {
   p = p * r + splat(1.0f);
   p = p * r + splat(1.0f);
   const vi power = (__builtin_convertvector(n, vi) + 127) << 23;
-  const vf y = p * reinterpret_cast<vf>(power);
-  return select(x == x, y, x);  // NaN through
+  const vf y = select(underflows, splat(0.0f), p * reinterpret_cast<vf>(power));
+  return select(x == x, y, x);
 }
 
 HF_INLINE vf absolute(vf x) { return reinterpret_cast<vf>(reinterpret_cast<vi>(x) & 0x7fffffff); }
@@ -44,7 +46,7 @@ HF_INLINE vf phi(vf z) {
   p = p * t + splat(-6.34846687e-1f);
   p = p * t + splat(-1.28717512e-1f);
   p = p * t - t;
-  const vf tail = exp(p);  // erfc(t)
+  const vf tail = exp_negative(p);  // erfc(t)
   const vf far = select(a < splat(0.0f), splat(0.5f) * tail, splat(1.0f) - splat(0.5f) * tail);
   return select(t > splat(0.927734375f), far, splat(0.5f) + splat(0.5f) * near);
 }
@@ -56,21 +58,25 @@ struct Activated {
 // act(z), and act'(z) where D.
 template <int code, bool D>
 HF_INLINE Activated activate(vf z) {
+  // Written so that NaN passes through relu, and has the derivative 1 that torch gives it.
   if constexpr (code == RELU)
-    return {select(z > splat(0.0f), z, select(z == z, splat(0.0f), z)),
-            select(z > splat(0.0f), splat(1.0f), splat(0.0f))};
+    return {select(z <= splat(0.0f), splat(0.0f), z), select(z <= splat(0.0f), splat(0.0f), splat(1.0f))};
   if constexpr (code == GELU) {
     const vf p = phi(z);
-    return {z * p, D ? p + z * splat(0.398942280f) * exp(splat(-0.5f) * z * z) : vf{}};
+    return {z * p, D ? p + z * splat(0.398942280f) * exp_negative(splat(-0.5f) * z * z) : vf{}};
   }
-  // gelu_new is z sigmoid(2u), u = sqrt(2/pi) (z + 0.044715 z^3); silu is z sigmoid(z): neither cancels for
-  // negative z, nor does e s = 1 - sigmoid in the derivative for large ones.
+  // gelu_new is z sigmoid(u) with u = c (z + cubic z^3), and silu is z sigmoid(z). With e = exp(-|u|) the sigmoid is
+  // 1 / (1 + e) or e / (1 + e), and its derivative is e / (1 + e)^2, so nothing cancels on either side.
   constexpr float c = 1.59576912f, cubic = 0.044715f;
-  const vf z2 = z * z;
-  const vf argument = code == GELU_NEW ? splat(c) * z * (splat(1.0f) + splat(cubic) * z2) : z;
-  const vf e = exp(-argument), s = splat(1.0f) / (splat(1.0f) + e);
+  // Where z^2 > kLargestSquare, e is exactly 0. Limiting z^2 there keeps du/dz finite, so that their product is 0, not
+  // NaN.
+  constexpr float kLargestSquare = 200.0f;
+  const vf square = z * z, z2 = select(square > splat(kLargestSquare), splat(kLargestSquare), square);
+  const vf u = code == GELU_NEW ? splat(c) * z * (splat(1.0f) + splat(cubic) * z2) : z;
+  const vf e = exp_negative(-absolute(u)), q = splat(1.0f) / (splat(1.0f) + e);
+  const vf sigmoid = select(u < splat(0.0f), e, splat(1.0f)) * q;
   const vf slope = code == GELU_NEW ? splat(c) * (splat(1.0f) + splat(3 * cubic) * z2) : splat(1.0f);
-  return {z * s, D ? s + z * s * (e * s) * slope : vf{}};
+  return {z * sigmoid, D ? sigmoid + z * (e * q * q) * slope : vf{}};
 }
 
 // h = act(z) and act'(z) (may be null) of `rows` rows of n numbers, BLOCK apart; n a multiple of W.

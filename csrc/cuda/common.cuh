@@ -145,26 +145,40 @@ __device__ __forceinline__ F lane_sum(F value) {
   return value;
 }
 
-__device__ __forceinline__ float sigmoid(float u) { return 1.0f / (1.0f + expf(u < -80.0f ? 80.0f : -u)); }
+// sigmoid(u) and its derivative. Both come from exp(-|u|), which is at most 1, so that nothing overflows or cancels.
+struct Sigmoid {
+  float value, derivative;
 
-// Of the index in hyperformer_fast/activations.py: gelu_new, gelu, relu, silu. A NaN passes through each.
+  explicit __device__ __forceinline__ Sigmoid(float u) {
+    const float e = expf(-fabsf(u)), q = 1.0f / (1.0f + e);
+    value = (u < 0.0f ? e : 1.0f) * q;
+    derivative = e * q * q;
+  }
+};
+
+// gelu_new(z) is z sigmoid(u) with u = 1.596 (z + 0.0447 z^3). Beyond z^2 = 200, where the sigmoid's derivative is
+// exactly 0, z^2 is limited, so that du/dz stays finite and their product is 0, not NaN.
+__device__ __forceinline__ float limited_square(float z) { return fminf(z * z, 200.0f); }
+__device__ __forceinline__ float gelu_new_argument(float z) {
+  return 1.5957691216057308f * z * (1.0f + 0.044715f * limited_square(z));
+}
+
+// act(z); `activation` is the index in hyperformer_fast/activations.py: gelu_new, gelu, relu, silu. NaN passes through.
 __device__ __forceinline__ float activate(float z, int activation) {
-  if (activation == 0) return z * sigmoid(1.5957691216057308f * (z + 0.044715f * z * z * z));
+  if (activation == 0) return z * Sigmoid(gelu_new_argument(z)).value;
   if (activation == 1) return 0.5f * z * (1.0f + erff(z * 0.7071067811865476f));
   if (activation == 2) return z <= 0.0f ? 0.0f : z;
-  return z * sigmoid(z);
+  return z * Sigmoid(z).value;
 }
 
 // d act(z) / dz.
 __device__ __forceinline__ float activate_grad(float z, int activation) {
   if (activation == 1)
     return 0.5f * (1.0f + erff(z * 0.7071067811865476f)) + z * expf(-0.5f * z * z) * 0.3989422804014327f;
-  if (activation == 2) return z > 0.0f ? 1.0f : 0.0f;
-  // z sigmoid(u): 1 - sigmoid is e s, which does not cancel
-  const float u = activation == 0 ? 1.5957691216057308f * (z + 0.044715f * z * z * z) : z;
-  const float slope = activation == 0 ? 1.5957691216057308f * (1.0f + 0.134145f * z * z) : 1.0f;
-  const float e = expf(u < -80.0f ? 80.0f : -u), s = 1.0f / (1.0f + e);
-  return s + z * s * (e * s) * slope;
+  if (activation == 2) return z <= 0.0f ? 0.0f : 1.0f;  // NaN has the derivative 1, as in torch
+  const Sigmoid sigmoid(activation == 0 ? gelu_new_argument(z) : z);
+  const float slope = activation == 0 ? 1.5957691216057308f * (1.0f + 0.134145f * limited_square(z)) : 1.0f;
+  return sigmoid.value + z * sigmoid.derivative * slope;
 }
 
 // The task of a sample; -1 and what lies outside 0 .. T-1 as they are.

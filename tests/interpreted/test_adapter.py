@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.activations import check_activations_everywhere
 from support.cases import HOSTILE, random_packed
 from support.sweep import draw_case
 from support.tolerance import assert_accurate
@@ -184,6 +185,11 @@ def test_a_row_far_from_zero_with_little_spread():
         reference.adapter(x, packed, layout, "gelu_new"),
         reference.adapter(x.double(), packed.double(), layout, "gelu_new"),
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_activations_over_the_whole_range(dtype):
+    check_activations_everywhere(TritonBackend(), dtype, count=80)
 
 
 def test_large_arguments_of_activations():
