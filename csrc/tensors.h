@@ -1,4 +1,4 @@
-// What the bindings of the libraries share: tensors made and checked through LibTorch's stable ABI.
+// What the bindings of both libraries share: tensors made, checked and viewed through LibTorch's stable ABI.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -8,45 +8,17 @@
 
 #include <algorithm>
 #include <optional>
+#include <tuple>
+#include <utility>
 #include <vector>
 
-#include "adapter.h"
+#include "layout.h"
 
 namespace hyperformer_fast {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-inline int32_t code(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::BFloat16:
-      return aoti_torch_dtype_bfloat16();
-    case ScalarType::Half:
-      return aoti_torch_dtype_float16();
-    default:
-      return aoti_torch_dtype_float32();
-  }
-}
-
-// [lead..., tail...], contiguous; on the CPU, or where `like` is. Not torch::stable::empty, whose trip through the
-// dispatcher costs microseconds.
-inline Tensor empty(const std::vector<int64_t>& lead, std::initializer_list<int64_t> tail, ScalarType dtype,
-                    const Tensor* like = nullptr) {
-  std::vector<int64_t> sizes(lead);
-  sizes.insert(sizes.end(), tail);
-  std::vector<int64_t> strides(sizes.size());
-  int64_t stride = 1;
-  for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) strides[i] = stride;
-  AtenTensorHandle handle;
-  int32_t type = aoti_torch_device_type_cpu(), index = 0;
-  if (like != nullptr) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like->get(), &type));
-    index = like->get_device_index();
-  }
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                         strides.data(), code(dtype), type, index, &handle));
-  return Tensor(handle);
-}
+using Sizes = std::vector<int64_t>;
 
 inline const char* name(ScalarType dtype) {
   switch (dtype) {
@@ -63,8 +35,62 @@ inline const char* name(ScalarType dtype) {
   }
 }
 
-// Kernels trust their arguments; this is the last place where wrong ones become an exception.
-inline void expect(const char* what, const Tensor& t, ScalarType dtype, const std::vector<int64_t>& shape) {
+// The dtype of argument `what`, one that the kernels compute in.
+inline Dtype compute_dtype(const char* what, ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return Dtype::kFloat32;
+    case ScalarType::BFloat16:
+      return Dtype::kBFloat16;
+    case ScalarType::Half:
+      return Dtype::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, what, " must be float32, bfloat16 or float16, got ", name(dtype));
+      return Dtype::kFloat32;
+  }
+}
+
+// A contiguous tensor [lead..., tail...] on the CPU, or where `like` is. torch::stable::empty would do the same, but
+// its trip through the dispatcher costs microseconds.
+inline Tensor empty(const Sizes& lead, std::initializer_list<int64_t> tail, ScalarType dtype,
+                    const Tensor* like = nullptr) {
+  Sizes sizes(lead);
+  sizes.insert(sizes.end(), tail);
+  Sizes strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) strides[i] = stride;
+  const int32_t code = dtype == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
+                       : dtype == ScalarType::Half   ? aoti_torch_dtype_float16()
+                                                     : aoti_torch_dtype_float32();
+  AtenTensorHandle handle;
+  int32_t type = aoti_torch_device_type_cpu(), index = 0;
+  if (like != nullptr) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like->get(), &type));
+    index = like->get_device_index();
+  }
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                         strides.data(), code, type, index, &handle));
+  return Tensor(handle);
+}
+
+inline const float* floats(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }
+inline float* floats(Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
+
+// The sizes of the rows of t [..., d]. A tensor without dimensions, which Call refuses, has none.
+inline Sizes lead_of(const Tensor& t) {
+  const auto sizes = t.sizes();
+  return {sizes.begin(), sizes.begin() + (sizes.size() == 0 ? 0 : sizes.size() - 1)};
+}
+
+// t [..., d] itself where its last dimension is contiguous, else a copy.
+inline Tensor dense_rows(const Tensor& t) {
+  const int64_t last = t.dim() - 1;
+  return t.size(last) > 1 && t.stride(last) != 1 ? torch::stable::contiguous(t) : t;
+}
+
+// Throws unless t is contiguous, of this dtype and shape. Kernels trust their arguments: the checks below are the last
+// place where wrong ones become an exception.
+inline void expect(const char* what, const Tensor& t, ScalarType dtype, const Sizes& shape) {
   STD_TORCH_CHECK(t.scalar_type() == dtype, what, " must be ", name(dtype), ", got ", name(t.scalar_type()));
   STD_TORCH_CHECK(t.is_contiguous(), what, " must be contiguous");
   const auto sizes = t.sizes();
@@ -73,10 +99,9 @@ inline void expect(const char* what, const Tensor& t, ScalarType dtype, const st
   STD_TORCH_CHECK(same, what, " has the wrong shape for its adapter");
 }
 
-// Sizes of the rows of a [..., d] tensor; of one without dimensions, which problem_of refuses, none.
-inline std::vector<int64_t> lead_of(const Tensor& t) {
-  const auto sizes = t.sizes();
-  return {sizes.begin(), sizes.begin() + (sizes.size() == 0 ? 0 : sizes.size() - 1)};
+inline void expect_sizes(int64_t d, int64_t b) {
+  STD_TORCH_CHECK(d >= 1 && b >= 1 && d < kSizeLimit && b < kSizeLimit, "d and b must be from 1 to ", kSizeLimit - 1,
+                  ", got ", d, " and ", b);
 }
 
 // T, the first size of the folded weights.
@@ -85,56 +110,118 @@ inline int64_t tasks_of(const Tensor& wd) {
   return wd.size(0);
 }
 
-inline void expect_folded(const AdapterLayout& layout, int64_t T, ScalarType dtype, const Tensor& wd, const Tensor& wg,
-                          const Tensor& vectors, const Tensor& scale, const Tensor& root, const Tensor& mean) {
-  const int64_t d = layout.d, b = layout.b, c = layout.post_norm ? b + 1 : 0;
-  expect("wd", wd, dtype, {T, b, d});
-  expect("wg", wg, dtype, {T, b, d});
-  expect("vectors", vectors, ScalarType::Float, {T, layout.vectors()});
-  expect("scale", scale, ScalarType::Float, {T, layout.post_norm ? b : 0});
-  expect("root", root, ScalarType::Float, {T, c, c});
-  expect("mean", mean, ScalarType::Float, {T, c});
+// The folded weights of a call, as an op receives them.
+struct FoldedArguments {
+  const Tensor &wd, &wg, &vectors, &scale, &root, &mean;
+};
+
+// Folded weights that an op returns: those of `lead` adapters.
+struct FoldedTensors {
+  Tensor wd, wg, vectors, scale, root, mean;
+
+  FoldedTensors(const Sizes& lead, const AdapterLayout& l, ScalarType dtype, const Tensor* like = nullptr)
+      : wd(empty(lead, {l.b, l.d}, dtype, like)),
+        wg(empty(lead, {l.b, l.d}, dtype, like)),
+        vectors(empty(lead, {l.vectors()}, ScalarType::Float, like)),
+        scale(empty(lead, {l.post_norm ? l.b : 0}, ScalarType::Float, like)),
+        root(empty(lead, {l.post_norm ? l.b + 1 : 0, l.post_norm ? l.b + 1 : 0}, ScalarType::Float, like)),
+        mean(empty(lead, {l.post_norm ? l.b + 1 : 0}, ScalarType::Float, like)) {}
+
+  FoldedArguments arguments() const { return {wd, wg, vectors, scale, root, mean}; }
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> tuple() const {
+    return {wd, wg, vectors, scale, root, mean};
+  }
+};
+
+// What a backward needs of its forward, as an op receives it.
+struct SavedArguments {
+  const Tensor &z, &r, &pre_mean, &pre_rstd;
+};
+
+// What a forward returns. Without `save`, everything but `out` is empty; so are the statistics of a norm that is off.
+struct ForwardTensors {
+  Tensor out, z, r, pre_mean, pre_rstd;
+
+  ForwardTensors(Tensor out, const Tensor& x, const AdapterLayout& l, bool save, const Tensor* like = nullptr)
+      : out(std::move(out)),
+        z(save ? empty(lead_of(x), {l.b}, x.scalar_type(), like) : empty({}, {0}, x.scalar_type(), like)),
+        r(statistic(x, save && l.post_norm, like)),
+        pre_mean(statistic(x, save && l.pre_norm, like)),
+        pre_rstd(statistic(x, save && l.pre_norm, like)) {}
+
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> tuple() const { return {out, z, r, pre_mean, pre_rstd}; }
+
+ private:
+  static Tensor statistic(const Tensor& x, bool on, const Tensor* like) {
+    return on ? empty(lead_of(x), {}, ScalarType::Float, like) : empty({}, {0}, ScalarType::Float, like);
+  }
+};
+
+// What hyper_adapter returns: the forward's five tensors, the packed weights, the six folded ones.
+using HyperAdapterTensors =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+inline HyperAdapterTensors hyper_adapter_tensors(const ForwardTensors& forward, const Tensor& packed,
+                                                 const FoldedTensors& folded) {
+  return std::tuple_cat(forward.tuple(), std::tuple<Tensor>(packed), folded.tuple());
 }
 
-// d and b below 2^24 keep every size of order d * b * 8 bytes far from overflow.
-inline void expect_sizes(int64_t d, int64_t b) {
-  STD_TORCH_CHECK(d >= 1 && b >= 1 && d < (1 << 24) && b < (1 << 24), "d and b must be from 1 to 16777215, got ", d,
-                  " and ", b);
-}
+// A call on the rows of x [..., d] with the weights of T tasks, its arguments checked.
+struct Call {
+  AdapterLayout layout;
+  ScalarType scalar_type;  // of x
+  Dtype dtype;             // the same, as the kernels know it
+  Activation activation;
+  int64_t T;
+  std::optional<Tensor> index;  // the task of each sample, contiguous; absent where all rows are task 0's
 
-// The rows of a call on either library: x [..., d], and the task of each of its samples.
-inline void expect_rows(const Tensor& x, int64_t T, const std::optional<Tensor>& task_index, int64_t d, int64_t b,
-                        int64_t activation) {
-  const ScalarType dtype = x.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
-                  "x must be float32, bfloat16 or float16, got ", name(dtype));
-  expect_sizes(d, b);
-  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == d, "x must be [..., ", d, "]");
-  STD_TORCH_CHECK(activation >= 0 && activation <= 3, "activation must be from 0 to 3, got ", activation);
-  STD_TORCH_CHECK(task_index.has_value() || T == 1, "weights of ", T, " tasks need a task_index");
-  if (!task_index.has_value()) return;
-  const ScalarType kind = task_index->scalar_type();
-  STD_TORCH_CHECK(kind == ScalarType::Long || kind == ScalarType::Int, "task_index must be int32 or int64");
-  STD_TORCH_CHECK(x.dim() >= 2 && task_index->dim() == 1 && task_index->size(0) == x.size(0),
-                  "task_index must have one entry per sample of x");
-}
+  Call(const Tensor& x, int64_t T, const std::optional<Tensor>& task_index, int64_t d, int64_t b, bool pre_norm,
+       bool post_norm, int64_t activation)
+      : layout{d, b, pre_norm, post_norm},
+        scalar_type(x.scalar_type()),
+        dtype(compute_dtype("x", scalar_type)),
+        activation(Activation(activation)),
+        T(T) {
+    expect_sizes(d, b);
+    STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == d, "x must be [..., ", d, "]");
+    STD_TORCH_CHECK(activation >= 0 && activation <= 3, "activation must be from 0 to 3, got ", activation);
+    STD_TORCH_CHECK(task_index.has_value() || T == 1, "weights of ", T, " tasks need a task_index");
+    if (!task_index.has_value()) return;
+    const ScalarType kind = task_index->scalar_type();
+    STD_TORCH_CHECK(kind == ScalarType::Long || kind == ScalarType::Int, "task_index must be int32 or int64");
+    STD_TORCH_CHECK(x.dim() >= 2 && task_index->dim() == 1 && task_index->size(0) == x.size(0),
+                    "task_index must have one entry per sample of x");
+    index = task_index->is_contiguous() ? *task_index : torch::stable::contiguous(*task_index);
+  }
 
-inline void expect_gradient(const Tensor& g, const Tensor& x) {
-  STD_TORCH_CHECK(g.scalar_type() == x.scalar_type() && g.dim() == x.dim(), "g must have x's dtype and shape");
-  for (int64_t i = 0; i < x.dim(); ++i) STD_TORCH_CHECK(g.size(i) == x.size(i), "g must have x's dtype and shape");
-}
+  bool by_sample() const { return index.has_value(); }
+  bool index_is_wide() const { return index->scalar_type() == ScalarType::Long; }
 
-inline void expect_saved(const AdapterLayout& layout, const Tensor& x, const Tensor& z, const Tensor& r,
-                         const Tensor& pre_mean, const Tensor& pre_rstd) {
-  const std::vector<int64_t> lead = lead_of(x);
-  std::vector<int64_t> z_shape(lead);
-  z_shape.push_back(layout.b);
-  expect("z", z, x.scalar_type(), z_shape);
-  if (layout.post_norm) expect("r", r, ScalarType::Float, lead);
-  if (!layout.pre_norm) return;
-  expect("pre_mean", pre_mean, ScalarType::Float, lead);
-  expect("pre_rstd", pre_rstd, ScalarType::Float, lead);
-}
+  void check(const FoldedArguments& f) const {
+    const int64_t d = layout.d, b = layout.b, c = layout.post_norm ? b + 1 : 0;
+    expect("wd", f.wd, scalar_type, {T, b, d});
+    expect("wg", f.wg, scalar_type, {T, b, d});
+    expect("vectors", f.vectors, ScalarType::Float, {T, layout.vectors()});
+    expect("scale", f.scale, ScalarType::Float, {T, layout.post_norm ? b : 0});
+    expect("root", f.root, ScalarType::Float, {T, c, c});
+    expect("mean", f.mean, ScalarType::Float, {T, c});
+  }
+
+  // The further arguments of a backward; x is the one of the constructor.
+  void check(const Tensor& g, const Tensor& x, const SavedArguments& saved, const Tensor& packed) const {
+    expect("packed", packed, ScalarType::Float, {T, layout.numel()});
+    const Sizes lead = lead_of(x);
+    Sizes z_shape(lead);
+    z_shape.push_back(layout.b);
+    expect("z", saved.z, scalar_type, z_shape);
+    if (layout.post_norm) expect("r", saved.r, ScalarType::Float, lead);
+    if (layout.pre_norm) {
+      expect("pre_mean", saved.pre_mean, ScalarType::Float, lead);
+      expect("pre_rstd", saved.pre_rstd, ScalarType::Float, lead);
+    }
+    STD_TORCH_CHECK(g.scalar_type() == scalar_type && g.dim() == x.dim(), "g must have x's dtype and shape");
+    for (int64_t i = 0; i < x.dim(); ++i) STD_TORCH_CHECK(g.size(i) == x.size(i), "g must have x's dtype and shape");
+  }
+};
 
 inline void expect_generator(const Tensor& E, const Tensor& G, const Tensor& g0) {
   STD_TORCH_CHECK(E.dim() == 3 && G.dim() == 3, "E must be [Q, n, k] and G [Q, P, k]");
@@ -144,6 +231,7 @@ inline void expect_generator(const Tensor& E, const Tensor& G, const Tensor& g0)
   expect("g0", g0, ScalarType::Float, {Q, P});
 }
 
+// The generator of one site's adapters.
 inline void expect_site_generator(const AdapterLayout& layout, const Tensor& E, const Tensor& G, const Tensor& g0) {
   STD_TORCH_CHECK(E.dim() == 2, "E must be [T, k]");
   const int64_t T = E.size(0), k = E.size(1), P = layout.numel();

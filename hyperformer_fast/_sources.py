@@ -10,8 +10,8 @@ from pathlib import Path
 
 #: library name -> patterns below csrc/ of every file that goes into it.
 PATTERNS = {
-    "cpu": ("require_ieee.h", "adapter.h", "tensors.h", "bindings.cpp", "cpu/*.cpp", "cpu/*.h"),
-    "cuda": ("require_ieee.h", "adapter.h", "tensors.h", "cuda/*.cpp", "cuda/*.cu", "cuda/*.cuh", "cuda/*.h"),
+    "cpu": ("*.h", "cpu/*.cpp", "cpu/*.h", "cpu/isa/*.cpp", "cpu/isa/*.h"),
+    "cuda": ("*.h", "cuda/*.cpp", "cuda/*.cu", "cuda/*.cuh", "cuda/*.h"),
 }
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import platform
 import subprocess
 import sys
 
@@ -134,6 +135,40 @@ def test_every_instruction_set(isa):
     assert done.returncode == 0, done.stderr[-2000:]
     if "checked" not in done.stdout:
         pytest.skip(f"needs a CPU with {isa}: {done.stdout.strip()}")
+
+
+CANCELLING_FOLD = """
+import torch
+from hyperformer_fast import backends, native
+from hyperformer_fast.layout import AdapterLayout
+layout = AdapterLayout(64, 8)
+packed = torch.randn(1, layout.numel, generator=torch.Generator().manual_seed(0))
+up = layout.unpack(packed)["up_weight"]
+up[..., 1:] = up[..., :1] + 1e-5 * up[..., 1:]
+if next(r for r in backends.backend_report() if r["name"] == "cpu")["available"]:
+    folded = native.cpu_library().fold(packed, 64, 8, False, True, torch.float32)
+    print(native.cpu_library().instruction_set(), folded[4].numpy().tobytes().hex())
+"""
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="needs an x86-64 CPU")
+def test_the_forced_instruction_set_folds_too():
+    """Nearly equal columns show float64's last bits, in which AVX2's fused multiply-adds differ from SSE2's products.
+
+    The fold once chose its own instruction set when the library was loaded, whatever was forced.
+    """
+    results = {}
+    for isa in ("portable", "avx2"):
+        code = f"import sys; sys.path[:0] = {sys.path!r}\n{CANCELLING_FOLD}"
+        done = subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, ISA_VARIABLE: isa}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        if not done.stdout:
+            pytest.skip(f"needs a CPU with {isa}")
+        code, results[isa] = done.stdout.split()
+        assert INSTRUCTION_SETS[int(code)] == isa
+    assert results["portable"] != results["avx2"]
 
 
 def test_an_instruction_set_that_is_not_there_is_refused():

@@ -45,7 +45,7 @@ class Plant(NamedTuple):
 PLANTS = (
     Plant(
         "a store of floats one place too far",
-        "csrc/cpu/simd.h",
+        "csrc/cpu/isa/simd-inl.h",
         r"\*reinterpret_cast<vf_any\*>\(p\) = v;",
         "*reinterpret_cast<vf_any*>(p + 1) = v;",
         "ERROR: AddressSanitizer",  # "unknown-crash" where a wide store is only partly beyond the end
@@ -60,7 +60,7 @@ PLANTS = (
     ),
     Plant(
         "a signed overflow",
-        "csrc/adapter.h",
+        "csrc/layout.h",
         r"int64_t numel\(\) const \{ return ",
         r"int64_t numel() const { volatile int64_t most = INT64_MAX; most = most + d; return ",
         "runtime error: signed integer overflow",

@@ -2,6 +2,7 @@
 // for the weights' gradients (weight_gradients.cuh). The products are the forward's with Wg and Wd exchanged.
 #pragma once
 
+#include "launch.cuh"
 #include "row_tile.cuh"
 
 namespace hyperformer_fast {

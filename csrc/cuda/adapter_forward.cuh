@@ -1,6 +1,7 @@
 // The adapter's forward: one block for 32 rows of one sample (docs/design.md); few_rows.cuh has it for a few of all.
 #pragma once
 
+#include "launch.cuh"
 #include "row_tile.cuh"
 
 namespace hyperformer_fast {

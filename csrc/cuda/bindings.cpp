@@ -45,12 +45,6 @@ struct OnDeviceOf {
 };
 #endif
 
-Kind kind_of(ScalarType dtype) {
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
-                  "dtype must be float32, bfloat16 or float16, got ", name(dtype));
-  return dtype == ScalarType::Float ? Kind::f32 : dtype == ScalarType::BFloat16 ? Kind::bf16 : Kind::f16;
-}
-
 void expect_adapter(int64_t d, int64_t b) {
   expect_sizes(d, b);
   STD_TORCH_CHECK(b <= kLargestBottleneck, "b must be at most ", kLargestBottleneck, ", got ", b);
@@ -61,9 +55,6 @@ void expect_device(const Tensor& x, std::initializer_list<const Tensor*> others)
     STD_TORCH_CHECK(t->get_device_index() == x.get_device_index(), "all tensors must be on one device, ",
                     x.get_device_index(), ", got one on ", t->get_device_index());
 }
-
-const float* floats(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }
-float* floats(Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
 
 bool starts_aligned(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0; }
 
@@ -92,54 +83,50 @@ Tensor generate_weights_op(const Tensor& E, const Tensor& G, const Tensor& g0) {
   return packed;
 }
 
-using FoldedTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
 PackedParts parts_of(const AdapterLayout& layout) {
   return {layout.numel(),   layout.down_bias(),  layout.up_weight(),
           layout.up_bias(), layout.post_gamma(), layout.pre_gamma()};
 }
 
-FoldedTensors make_folded(const Tensor& packed, const AdapterLayout& layout, ScalarType dtype) {
-  const std::vector<int64_t> lead = lead_of(packed);
-  const int64_t d = layout.d, b = layout.b, n = layout.post_norm ? b + 1 : 0;
-  const auto make = [&](std::initializer_list<int64_t> tail, ScalarType type) {
-    return empty(lead, tail, type, &packed);
-  };
-  constexpr ScalarType exact = ScalarType::Float;
-  return {make({b, d}, dtype),      make({b, d}, dtype), make({layout.vectors()}, exact),
-          make({n ? b : 0}, exact), make({n, n}, exact), make({n}, exact)};
-}
-
 FoldParams fold_params(const Tensor& packed, const AdapterLayout& layout, FoldedTensors& made) {
-  auto& [wd, wg, vectors, scale, root, mean] = made;
-  const int64_t M = packed.numel() / layout.numel();
-  return {floats(packed),   wd.mutable_data_ptr(), wg.mutable_data_ptr(), floats(vectors),
-          floats(scale),    floats(root),          floats(mean),          M,
-          layout.vectors(), parts_of(layout),      int(layout.d),         int(layout.b),
-          layout.pre_norm,  layout.post_norm};
+  return {floats(packed),
+          made.wd.mutable_data_ptr(),
+          made.wg.mutable_data_ptr(),
+          floats(made.vectors),
+          floats(made.scale),
+          floats(made.root),
+          floats(made.mean),
+          packed.numel() / layout.numel(),
+          layout.vectors(),
+          parts_of(layout),
+          int(layout.d),
+          int(layout.b),
+          layout.pre_norm,
+          layout.post_norm};
 }
 
-FoldedTensors fold_op(const Tensor& packed, int64_t d, int64_t b, bool pre_norm, bool post_norm, ScalarType dtype) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fold_op(const Tensor& packed, int64_t d, int64_t b,
+                                                                   bool pre_norm, bool post_norm, ScalarType dtype) {
   expect_adapter(d, b);
   const AdapterLayout layout{d, b, pre_norm, post_norm};
-  const Kind kind = kind_of(dtype);
-  std::vector<int64_t> whole = lead_of(packed);
+  const Dtype compute = compute_dtype("dtype", dtype);
+  Sizes whole = lead_of(packed);
   whole.push_back(layout.numel());
   expect("packed", packed, ScalarType::Float, whole);
-  FoldedTensors made = make_folded(packed, layout, dtype);
+  FoldedTensors made(lead_of(packed), layout, dtype, &packed);
   if (packed.numel() > 0) {
     const OnDeviceOf device(packed);
-    fold(fold_params(packed, layout, made), kind, device.stream);
+    fold(fold_params(packed, layout, made), compute, device.stream);
   }
-  return made;
+  return made.tuple();
 }
 
-// x's rows as B samples of M rows with a common stride; a tensor that has none is copied once.
+// The rows of x [..., d] as B samples of M rows with a common stride; a tensor that has none is copied once.
 struct RowView {
   Tensor keep;
   int64_t B = 1, M = 1, stride_sample = 0, stride_row = 0;
 
-  RowView(const Tensor& t, bool by_sample) : keep(t) {
+  RowView(const Tensor& t, bool by_sample) : keep(dense_rows(t)) {
     if (!find(by_sample)) {
       keep = torch::stable::contiguous(t);
       find(by_sample);
@@ -152,7 +139,6 @@ struct RowView {
     stride_sample = by_sample && B > 1 ? keep.stride(0) : 0;
     M = 1;
     stride_row = 0;
-    if (keep.size(dims) > 1 && keep.stride(dims) != 1) return false;
     for (int64_t i = dims - 1; i >= (by_sample ? 1 : 0); --i) {
       if (keep.size(i) == 1) continue;
       if (M == 1)
@@ -173,69 +159,47 @@ struct RowView {
   }
 };
 
-struct ForwardTensors {
-  Tensor out, z, r, pre_mean, pre_rstd;
+ForwardTensors make_results(const Tensor& x, const AdapterLayout& layout, bool save) {
+  return {empty(lead_of(x), {layout.d}, x.scalar_type(), &x), x, layout, save, &x};
+}
 
-  ForwardTensors(const Tensor& x, const AdapterLayout& layout, bool save)
-      : out(empty(lead_of(x), {layout.d}, x.scalar_type(), &x)),
-        z(empty(save ? lead_of(x) : Sizes{}, {save ? layout.b : 0}, x.scalar_type(), &x)),
-        r(statistic(x, save && layout.post_norm)),
-        pre_mean(statistic(x, save && layout.pre_norm)),
-        pre_rstd(statistic(x, save && layout.pre_norm)) {}
-
- private:
-  using Sizes = std::vector<int64_t>;
-  static Tensor statistic(const Tensor& x, bool on) {
-    return on ? empty(lead_of(x), {}, ScalarType::Float, &x) : empty({}, {0}, ScalarType::Float, &x);
-  }
-};
-
-// What every kernel over rows is told of a call, checked.
-struct Call {
-  AdapterLayout layout;
-  Kind kind;
+// A call as the kernels take it.
+struct CudaCall : Call {
   Adapter adapter;
   Tasks tasks{};
   Folded folded{};
-  std::optional<Tensor> index;
   bool weights_aligned = false;
 
-  Call(const Tensor& x, int64_t T, std::optional<Tensor> task_index, int64_t d, int64_t b, bool pre_norm,
-       bool post_norm, int64_t activation)
-      : layout{d, b, pre_norm, post_norm}, kind(kind_of(x.scalar_type())), index(std::move(task_index)) {
-    expect_adapter(d, b);
-    expect_rows(x, T, index, d, b, activation);
-    adapter = {int(d), int(b), int(activation), pre_norm, post_norm};
+  template <class... Arguments>
+  CudaCall(const Tensor& x, Arguments&&... arguments) : Call(x, std::forward<Arguments>(arguments)...) {
+    expect_adapter(layout.d, layout.b);
+    adapter = {int(layout.d), int(layout.b), activation, layout.pre_norm, layout.post_norm};
     tasks.T = T;
-    if (!index.has_value()) return;
+    if (!by_sample()) return;
     expect_device(x, {&*index});
-    if (!index->is_contiguous()) index = torch::stable::contiguous(*index);
     tasks.index = index->const_data_ptr();
-    tasks.wide = index->scalar_type() == ScalarType::Long;
+    tasks.wide = index_is_wide();
   }
 
-  void use(const Tensor& x, const Tensor& wd, const Tensor& wg, const Tensor& vectors, const Tensor& scale,
-           const Tensor& root, const Tensor& mean) {
-    expect_folded(layout, tasks.T, x.scalar_type(), wd, wg, vectors, scale, root, mean);
-    expect_device(x, {&wd, &wg, &vectors, &scale, &root, &mean});
-    folded = {wd.const_data_ptr(), wg.const_data_ptr(), floats(vectors), floats(scale), floats(root)};
-    weights_aligned = starts_aligned(wd) && starts_aligned(wg);
+  void use(const Tensor& x, const FoldedArguments& f) {
+    check(f);
+    expect_device(x, {&f.wd, &f.wg, &f.vectors, &f.scale, &f.root, &f.mean});
+    folded = {f.wd.const_data_ptr(), f.wg.const_data_ptr(), floats(f.vectors), floats(f.scale), floats(f.root)};
+    weights_aligned = starts_aligned(f.wd) && starts_aligned(f.wg);
   }
 
   ForwardParams forward_params(const RowView& rows, ForwardTensors& made, bool save) {
     tasks.B = rows.B, tasks.M = rows.M;
-    auto& [out, z, r, pre_mean, pre_rstd] = made;
-    const bool aligned = rows.aligned(layout.d) && starts_aligned(out) && weights_aligned;
     return {adapter,
             rows.rows(),
             tasks,
             folded,
-            out.mutable_data_ptr(),
-            save ? z.mutable_data_ptr() : nullptr,
-            floats(r),
-            floats(pre_mean),
-            floats(pre_rstd),
-            aligned};
+            made.out.mutable_data_ptr(),
+            save ? made.z.mutable_data_ptr() : nullptr,
+            floats(made.r),
+            floats(made.pre_mean),
+            floats(made.pre_rstd),
+            rows.aligned(layout.d) && starts_aligned(made.out) && weights_aligned};
   }
 };
 
@@ -243,15 +207,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> adapter_forward_op(
     const Tensor& x, const Tensor& wd, const Tensor& wg, const Tensor& vectors, const Tensor& scale, const Tensor& root,
     const Tensor& mean, std::optional<Tensor> task_index, int64_t d, int64_t b, bool pre_norm, bool post_norm,
     int64_t activation, bool save) {
-  Call call(x, tasks_of(wd), task_index, d, b, pre_norm, post_norm, activation);
-  call.use(x, wd, wg, vectors, scale, root, mean);
-  ForwardTensors made(x, call.layout, save);
+  CudaCall call(x, tasks_of(wd), task_index, d, b, pre_norm, post_norm, activation);
+  call.use(x, {wd, wg, vectors, scale, root, mean});
+  ForwardTensors made = make_results(x, call.layout, save);
   if (x.numel() > 0) {
     const OnDeviceOf device(x);
-    const RowView rows(x, call.index.has_value());
-    forward(call.forward_params(rows, made, save), call.kind, device.stream);
+    const RowView rows(x, call.by_sample());
+    forward(call.forward_params(rows, made, save), call.dtype, device.stream);
   }
-  return {made.out, made.z, made.r, made.pre_mean, made.pre_rstd};
+  return made.tuple();
 }
 
 std::tuple<Tensor, Tensor> adapter_backward_op(const Tensor& g, const Tensor& x, const Tensor& z, const Tensor& r,
@@ -260,72 +224,65 @@ std::tuple<Tensor, Tensor> adapter_backward_op(const Tensor& g, const Tensor& x,
                                                const Tensor& scale, const Tensor& root, const Tensor& mean,
                                                std::optional<Tensor> task_index, int64_t d, int64_t b, bool pre_norm,
                                                bool post_norm, int64_t activation, bool need_dx, bool need_dpacked) {
-  Call call(x, tasks_of(wd), task_index, d, b, pre_norm, post_norm, activation);
-  call.use(x, wd, wg, vectors, scale, root, mean);
-  expect_gradient(g, x);
-  expect_saved(call.layout, x, z, r, pre_mean, pre_rstd);
-  const int64_t T = call.tasks.T, P = call.layout.numel();
-  expect("packed", packed, ScalarType::Float, {T, P});
+  CudaCall call(x, tasks_of(wd), task_index, d, b, pre_norm, post_norm, activation);
+  call.use(x, {wd, wg, vectors, scale, root, mean});
+  call.check(g, x, {z, r, pre_mean, pre_rstd}, packed);
+  const int64_t T = call.T, P = call.layout.numel();
   expect_device(x, {&g, &z, &r, &pre_mean, &pre_rstd, &packed});
-  const std::vector<int64_t> none;
-  Tensor dx = need_dx ? empty(lead_of(x), {d}, x.scalar_type(), &x) : empty(none, {0}, x.scalar_type(), &x);
-  Tensor dpacked = need_dpacked ? empty({T}, {P}, ScalarType::Float, &x) : empty(none, {0}, ScalarType::Float, &x);
+  Tensor dx = need_dx ? empty(lead_of(x), {d}, x.scalar_type(), &x) : empty({}, {0}, x.scalar_type(), &x);
+  Tensor dpacked = need_dpacked ? empty({T}, {P}, ScalarType::Float, &x) : empty({}, {0}, ScalarType::Float, &x);
   const OnDeviceOf device(x);
   if (x.numel() == 0) {
     torch::stable::zero_(dpacked);
     return {dx, dpacked};
   }
-  const bool by_sample = call.index.has_value(), sums = need_dpacked && T > 0;
+  const bool by_sample = call.by_sample(), sums = need_dpacked && T > 0;
   if (!need_dx && !sums) return {dx, dpacked};
   const RowView gs(g, by_sample), xs(x, by_sample);
   const int64_t B = call.tasks.B = xs.B, M = call.tasks.M = xs.M;
   const bool aligned = gs.aligned(d) && xs.aligned(d) && starts_aligned(dx) && call.weights_aligned;
   const PackedParts at = parts_of(call.layout);
-  Tensor dz = empty(none, {sums ? B * M * b : 0}, x.scalar_type(), &x);
-  Tensor m2 = empty(none, {sums && post_norm ? B * M : 0}, ScalarType::Float, &x);
-  Tensor s = empty(none, {sums && post_norm ? B * M : 0}, ScalarType::Float, &x);
+  Tensor dz = empty({}, {sums ? B * M * b : 0}, x.scalar_type(), &x);
+  Tensor m2 = empty({}, {sums && post_norm ? B * M : 0}, ScalarType::Float, &x);
+  Tensor s = empty({}, {sums && post_norm ? B * M : 0}, ScalarType::Float, &x);
   backward({call.adapter, gs.rows(), xs.rows(), call.tasks, call.folded, z.const_data_ptr(), floats(r),
             floats(pre_mean), floats(pre_rstd), floats(packed), P, at.gamma, need_dx ? dx.mutable_data_ptr() : nullptr,
             sums ? dz.mutable_data_ptr() : nullptr, floats(m2), floats(s), aligned},
-           call.kind, device.stream);
+           call.dtype, device.stream);
   if (!sums) return {dx, dpacked};
-  const int64_t units = B * ((M + kUnit - 1) / kUnit), wanted = stretches(call.adapter, units, T, call.kind);
+  const int64_t units = B * ((M + kUnit - 1) / kUnit), wanted = stretches(call.adapter, units, T, call.dtype);
   const int64_t units_per_split = (units + wanted - 1) / wanted,
                 splits = (units + units_per_split - 1) / units_per_split;
   Tensor part = empty({splits, T}, {partial_sums(d, b)}, ScalarType::Float, &x);
   weight_gradients(
       {call.adapter, gs.rows(), xs.rows(), call.tasks, z.const_data_ptr(), dz.const_data_ptr(), floats(r),
        floats(pre_mean), floats(pre_rstd), floats(m2), floats(s), floats(part), int(splits), units_per_split, aligned},
-      call.kind, device.stream);
+      call.dtype, device.stream);
   finish({call.adapter, floats(part), floats(packed), floats(mean), floats(dpacked), T, at, int(splits)},
          device.stream);
   return {dx, dpacked};
 }
 
-using HyperAdapter =
-    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
 // Generation, folding and application of one site in one launch: what the three ops give.
-HyperAdapter hyper_adapter_op(const Tensor& x, const Tensor& E, const Tensor& G, const Tensor& g0,
-                              std::optional<Tensor> task_index, int64_t d, int64_t b, bool pre_norm, bool post_norm,
-                              int64_t activation, bool save) {
+HyperAdapterTensors hyper_adapter_op(const Tensor& x, const Tensor& E, const Tensor& G, const Tensor& g0,
+                                     std::optional<Tensor> task_index, int64_t d, int64_t b, bool pre_norm,
+                                     bool post_norm, int64_t activation, bool save) {
   STD_TORCH_CHECK(E.dim() == 2, "E must be [T, k]");
   const int64_t T = E.size(0), k = E.size(1);
-  Call call(x, T, task_index, d, b, pre_norm, post_norm, activation);
+  CudaCall call(x, T, task_index, d, b, pre_norm, post_norm, activation);
   expect_site_generator(call.layout, E, G, g0);
   expect_device(x, {&E, &G, &g0});
   const int64_t P = call.layout.numel();
   Tensor packed = empty({T}, {P}, ScalarType::Float, &x);
-  FoldedTensors folded = make_folded(packed, call.layout, x.scalar_type());
-  auto& [wd, wg, vectors, scale, root, mean] = folded;
-  call.use(x, wd, wg, vectors, scale, root, mean);
-  ForwardTensors made(x, call.layout, save);
+  FoldedTensors folded({T}, call.layout, x.scalar_type(), &x);
+  call.use(x, folded.arguments());
+  ForwardTensors made = make_results(x, call.layout, save);
   const OnDeviceOf device(x);
-  const RowView rows(x, call.index.has_value());
+  const RowView rows(x, call.by_sample());
   site({generate_params(E, G, g0, packed, 1, T, P, k), fold_params(packed, call.layout, folded),
         call.forward_params(rows, made, save)},
-       call.kind, device.stream);
-  return {made.out, made.z, made.r, made.pre_mean, made.pre_rstd, packed, wd, wg, vectors, scale, root, mean};
+       call.dtype, device.stream);
+  return hyper_adapter_tensors(made, packed, folded);
 }
 
 // How many devices the driver gives; below zero the CUDA error, as where there is no driver.
@@ -346,19 +303,19 @@ int64_t use_few_rows_op(int64_t rows) {
   return few_rows.exchange(rows);
 }
 
-// Of a block, in the order of backends/cuda.py's KERNELS.
+// The shared memory of a block of one kernel, in bytes; kernels are numbered as in backends/cuda.py's KERNELS.
 int64_t shared_bytes_op(int64_t kernel, int64_t d, int64_t b, ScalarType dtype) {
   expect_adapter(d, b);
   const int n = int(b);
-  const Kind kind = kind_of(dtype);
+  const Dtype compute = compute_dtype("dtype", dtype);
   const int bytes[] = {generate_shared_bytes(),
                        fold_shared_bytes(n),
-                       forward_shared_bytes(n, kind),
-                       backward_shared_bytes(n, kind),
-                       weight_gradients_shared_bytes(n, kind),
+                       forward_shared_bytes(n, compute),
+                       backward_shared_bytes(n, compute),
+                       weight_gradients_shared_bytes(n, compute),
                        finish_shared_bytes(n),
-                       few_rows_shared_bytes(int(d), n, kind),
-                       site_shared_bytes(int(d), n, kind)};
+                       few_rows_shared_bytes(int(d), n, compute),
+                       site_shared_bytes(int(d), n, compute)};
   STD_TORCH_CHECK(kernel >= 0 && kernel < int64_t(std::size(bytes)), "no such kernel: ", kernel);
   return bytes[kernel];
 }

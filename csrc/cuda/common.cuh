@@ -2,7 +2,7 @@
 #pragma once
 
 #include "params.h"
-#include "portable.cuh"
+#include "ptx.cuh"
 
 namespace hyperformer_fast {
 
@@ -39,8 +39,8 @@ __device__ __forceinline__ To bits(From x) {
 // A float32 is the sum of two tf32, of 11 bits each, both rounded to nearest: a product loses 2^-23 of itself. What the
 // tensor core cuts off need not be cleared; the product of the two small parts, below 2^-22, is dropped. Tensor cores
 // round their sums toward zero (Fasi et al., PeerJ CS 7:e330), so over a long row the errors would add up: each sum of
-// eight is added to the others outside, rounded to nearest (Ootomo and Yokota, arXiv 2203.03341). Infinity times a number
-// whose small part is zero is NaN.
+// eight is added to the others outside, rounded to nearest (Ootomo and Yokota, arXiv 2203.03341). Infinity times a
+// number whose small part is zero is NaN.
 struct F32 {
   using T = float;
   static constexpr bool SHORT_RANGE = false;
@@ -73,11 +73,11 @@ __device__ __forceinline__ void keep_order() {
 #endif
 }
 
-// run(S{}) for the number type of `kind`.
+// Calls run(S{}) with the number type of `dtype`.
 template <class Run>
-void by_kind(Kind kind, const Run& run) {
-  if (kind == Kind::f32) return run(F32{});
-  if (kind == Kind::bf16) return run(BF16{});
+void by_dtype(Dtype dtype, const Run& run) {
+  if (dtype == Dtype::kFloat32) return run(F32{});
+  if (dtype == Dtype::kBFloat16) return run(BF16{});
   run(F16{});
 }
 
@@ -163,21 +163,21 @@ __device__ __forceinline__ float gelu_new_argument(float z) {
   return 1.5957691216057308f * z * (1.0f + 0.044715f * limited_square(z));
 }
 
-// act(z); `activation` is the index in hyperformer_fast/activations.py: gelu_new, gelu, relu, silu. NaN passes through.
-__device__ __forceinline__ float activate(float z, int activation) {
-  if (activation == 0) return z * Sigmoid(gelu_new_argument(z)).value;
-  if (activation == 1) return 0.5f * z * (1.0f + erff(z * 0.7071067811865476f));
-  if (activation == 2) return z <= 0.0f ? 0.0f : z;
+// act(z). NaN passes through.
+__device__ __forceinline__ float activate(float z, Activation activation) {
+  if (activation == kGeluNew) return z * Sigmoid(gelu_new_argument(z)).value;
+  if (activation == kGelu) return 0.5f * z * (1.0f + erff(z * 0.7071067811865476f));
+  if (activation == kRelu) return z <= 0.0f ? 0.0f : z;
   return z * Sigmoid(z).value;
 }
 
 // d act(z) / dz.
-__device__ __forceinline__ float activate_grad(float z, int activation) {
-  if (activation == 1)
+__device__ __forceinline__ float activate_grad(float z, Activation activation) {
+  if (activation == kGelu)
     return 0.5f * (1.0f + erff(z * 0.7071067811865476f)) + z * expf(-0.5f * z * z) * 0.3989422804014327f;
-  if (activation == 2) return z <= 0.0f ? 0.0f : 1.0f;  // NaN has the derivative 1, as in torch
-  const Sigmoid sigmoid(activation == 0 ? gelu_new_argument(z) : z);
-  const float slope = activation == 0 ? 1.5957691216057308f * (1.0f + 0.134145f * limited_square(z)) : 1.0f;
+  if (activation == kRelu) return z <= 0.0f ? 0.0f : 1.0f;  // NaN has the derivative 1, as in torch
+  const Sigmoid sigmoid(activation == kGeluNew ? gelu_new_argument(z) : z);
+  const float slope = activation == kGeluNew ? 1.5957691216057308f * (1.0f + 0.134145f * limited_square(z)) : 1.0f;
   return sigmoid.value + z * sigmoid.derivative * slope;
 }
 
@@ -205,8 +205,6 @@ struct TaskWeights {
     root = folded.root + task * (b + 1) * (b + 1);
   }
 };
-
-constexpr float kEps = 1e-5f;
 
 // xhat of a piece from `column` on, zero beyond d, where -mean / std could be infinite in float16.
 template <class S>

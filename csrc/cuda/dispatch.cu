@@ -16,52 +16,52 @@ static bool are_few(const Tasks& tasks) {
   return tasks.B * tasks.M <= few_rows || (tasks.index != nullptr && tasks.M == 1 && few_rows > 0);
 }
 
-void forward(const ForwardParams& p, Kind kind, void* stream) {
-  by_kind(kind, [&]<class S>(S) { are_few(p.tasks) ? few_rows_of<S>(p, stream) : forward_of<S>(p, stream); });
+void forward(const ForwardParams& p, Dtype dtype, void* stream) {
+  by_dtype(dtype, [&]<class S>(S) { are_few(p.tasks) ? few_rows_of<S>(p, stream) : forward_of<S>(p, stream); });
 }
 
-void site(SiteParams p, Kind kind, void* stream) {
-  p.few = are_few(p.forward.tasks);
-  by_kind(kind, [&]<class S>(S) { site_of<S>(p, stream); });
+void site(SiteParams p, Dtype dtype, void* stream) {
+  p.use_few_rows_kernel = are_few(p.forward.tasks);
+  by_dtype(dtype, [&]<class S>(S) { site_of<S>(p, stream); });
 }
 
-void backward(const BackwardParams& p, Kind kind, void* stream) {
-  by_kind(kind, [&]<class S>(S) { backward_of<S>(p, stream); });
+void backward(const BackwardParams& p, Dtype dtype, void* stream) {
+  by_dtype(dtype, [&]<class S>(S) { backward_of<S>(p, stream); });
 }
 
-void weight_gradients(const WeightGradientParams& p, Kind kind, void* stream) {
-  by_kind(kind, [&]<class S>(S) { weight_gradients_of<S>(p, stream); });
+void weight_gradients(const WeightGradientParams& p, Dtype dtype, void* stream) {
+  by_dtype(dtype, [&]<class S>(S) { weight_gradients_of<S>(p, stream); });
 }
 
-int stretches(const Adapter& adapter, int64_t units, int64_t T, Kind kind) {
+int stretches(const Adapter& adapter, int64_t units, int64_t T, Dtype dtype) {
   // Two blocks for each of 132 multiprocessors; more stretches only make more partial sums.
   constexpr int64_t kBlocks = 264;
-  const int64_t columns = kind == Kind::f32 ? 64 : 128, chunks = (adapter.d + columns - 1) / columns;
+  const int64_t columns = dtype == Dtype::kFloat32 ? 64 : 128, chunks = (adapter.d + columns - 1) / columns;
   const int64_t of_a_split = chunks + (adapter.post_norm && adapter.b > 32 ? adapter.b > 64 ? 4 : 2 : 1);
   return int(std::max<int64_t>(1, std::min((units + 3) / 4, kBlocks / (of_a_split * std::max<int64_t>(T, 1)))));
 }
 
-int forward_shared_bytes(int b, Kind kind) {
-  return kind == Kind::f32 ? tile_shared_bytes<F32>(b) : tile_shared_bytes<BF16>(b);
+int forward_shared_bytes(int b, Dtype dtype) {
+  return dtype == Dtype::kFloat32 ? tile_shared_bytes<F32>(b) : tile_shared_bytes<BF16>(b);
 }
 
 // As the widest form of its b has it, aligned.
-int few_rows_shared_bytes(int d, int b, Kind kind) {
-  return kind == Kind::f32 ? FewRowsTraits<F32, kLargestBottleneck, true>::bytes(d, b)
-                           : FewRowsTraits<BF16, kLargestBottleneck, true>::bytes(d, b);
+int few_rows_shared_bytes(int d, int b, Dtype dtype) {
+  return dtype == Dtype::kFloat32 ? FewRowsTraits<F32, kLargestBottleneck, true>::bytes(d, b)
+                                  : FewRowsTraits<BF16, kLargestBottleneck, true>::bytes(d, b);
 }
 
-int site_shared_bytes(int d, int b, Kind kind) {
-  return std::max({generate_shared_bytes(), fold_shared_bytes(b), forward_shared_bytes(b, kind),
-                   few_rows_shared_bytes(d, b, kind)});
+int site_shared_bytes(int d, int b, Dtype dtype) {
+  return std::max({generate_shared_bytes(), fold_shared_bytes(b), forward_shared_bytes(b, dtype),
+                   few_rows_shared_bytes(d, b, dtype)});
 }
 
-int backward_shared_bytes(int b, Kind kind) { return forward_shared_bytes(b, kind); }
+int backward_shared_bytes(int b, Dtype dtype) { return forward_shared_bytes(b, dtype); }
 
-int weight_gradients_shared_bytes(int b, Kind kind) {
-  return kind == Kind::f32    ? weight_gradients_bytes<F32>(b)
-         : kind == Kind::bf16 ? weight_gradients_bytes<BF16>(b)
-                              : weight_gradients_bytes<F16>(b);
+int weight_gradients_shared_bytes(int b, Dtype dtype) {
+  return dtype == Dtype::kFloat32    ? weight_gradients_bytes<F32>(b)
+         : dtype == Dtype::kBFloat16 ? weight_gradients_bytes<BF16>(b)
+                                     : weight_gradients_bytes<F16>(b);
 }
 
 }  // namespace hyperformer_fast

@@ -22,6 +22,9 @@ struct FewRowsTraits {
   // Pieces of the row that a lane has in registers; what more LINES would ask for at a time would spill.
   static constexpr int AT_ONCE = BB <= 64 ? 4 : sizeof(typename S::T) == 4 ? 1 : 2;
   static constexpr int AT_SUMS = 2 * BB * 4, AT_STAGE = AT_SUMS + 128;
+  static_assert(BB % WARPS == 0 && LINES <= 32, "each lane keeps the sum of one line of its warp");
+  static_assert(AT_STAGE % 16 == 0 && AT_STAGE - AT_SUMS >= WARPS * 4 && AT_STAGE + kFewStage <= kMostSharedBytes);
+
   static int bytes(int d, int b) { return AT_STAGE + staged_lines<S>(d, b, ALIGNED) * d * int(sizeof(typename S::T)); }
 };
 

@@ -1,36 +1,38 @@
-// dpacked from the sums of all stretches, added in order: one block for some columns of one task (docs/design.md has
-// the formulas). The column mean that C subtracts from the up-projection's gradient needs no pass over d: Wa is
-// centred, so it is sum_n s_n (r h~)_n / d with s_n = g_n . gamma.
-#include "common.cuh"
+// dpacked, from the sums of all stretches, which are added in order: one block per 16 columns of one task
+// (docs/design.md has the formulas). The column mean that C subtracts from the up-projection's gradient needs no pass
+// over d: Wa is centred, so it is sum_n s_n (r h~)_n / d with s_n = g_n . gamma.
+#include "launch.cuh"
 
 namespace hyperformer_fast {
 namespace {
 
-constexpr int THREADS = 256;
+constexpr int kThreads = 256;
+constexpr int kColumns = 16;  // per block; more would leave more multiprocessors idle
+static_assert(kColumns % 4 == 0 && 8 * kColumns <= kThreads && kThreads % kColumns == 0);
 
-constexpr int COLUMNS = 16;  // of a block: more would leave more of the multiprocessors idle
+constexpr int shared_floats(int b) { return b * b + 3 * b + 2 + 2 * kColumns * (b + 1) + 5 * kColumns + 2 * kThreads; }
 
-constexpr int shared_floats(int b) { return b * b + 3 * b + 2 + 2 * COLUMNS * (b + 1) + 5 * COLUMNS + 2 * THREADS; }
+static_assert(shared_floats(kLargestBottleneck) * 4 <= kMostSharedBytes);
 
-__global__ void __launch_bounds__(THREADS) finish_kernel(const FinishParams p) {
+__global__ void __launch_bounds__(kThreads) finish_kernel(const FinishParams p) {
   HF_SHARED(shared);
   const int d = p.d, b = p.b, thread = threadIdx.x;
   const int64_t matrix = int64_t(b) * d, size = partial_sums(d, b), task = blockIdx.y;
   float* const M = reinterpret_cast<float*>(shared);  // [b, b]
-  float* const border = M + b * b;                    // [b], and then these in one piece as in `part`
+  float* const border = M + b * b;                    // [b]; from here on the order is that of `part`
   float* const by_s = border + b;                     // [b]
   float* const dz_sum = by_s + b;                     // [b]
-  float* const corner = dz_sum + b;                   // M's, and r . s
-  float* const wa = corner + 2;                       // [COLUMNS, b+1]: the centred up-projection and bias
-  float* const A = wa + COLUMNS * (b + 1);            // [COLUMNS, b+1]: g^T (r h~)
-  float* const gamma = A + COLUMNS * (b + 1);         // [COLUMNS], as all that follow
-  float* const g_sum = gamma + COLUMNS;
-  float* const pre_gamma = g_sum + COLUMNS;
-  float* const pre_beta = pre_gamma + COLUMNS;
-  float* const sums = pre_beta + COLUMNS;  // two of [THREADS / COLUMNS, COLUMNS]
+  float* const corner = dz_sum + b;                   // the corner of M, and r . s
+  float* const wa = corner + 2;                       // [kColumns, b+1]: the centred up-projection and bias
+  float* const A = wa + kColumns * (b + 1);           // [kColumns, b+1]: g^T (r h~)
+  float* const gamma = A + kColumns * (b + 1);        // [kColumns], as all that follow
+  float* const g_sum = gamma + kColumns;
+  float* const pre_gamma = g_sum + kColumns;
+  float* const pre_beta = pre_gamma + kColumns;
+  float* const sums = pre_beta + kColumns;  // two of [kThreads / kColumns, kColumns]
   const float* const packed = p.packed + task * p.at.P;
   float* const dpacked = p.dpacked + task * p.at.P;
-  const int first = blockIdx.x * COLUMNS;
+  const int first = blockIdx.x * kColumns;
   const auto sum = [&](int64_t at) {
     float all = 0.0f;
     for (int s = 0; s < p.splits; ++s) all += p.part[(s * p.T + task) * size + at];
@@ -38,9 +40,9 @@ __global__ void __launch_bounds__(THREADS) finish_kernel(const FinishParams p) {
   };
 
   const int small = b * b + 3 * b + 2;
-  for (int i = thread; i < small; i += THREADS)
+  for (int i = thread; i < small; i += kThreads)
     if (p.post_norm || (i >= b * b + 2 * b && i < b * b + 3 * b)) M[i] = sum((2 * int64_t(b) + 2) * d + i);
-  for (int i = thread; i < COLUMNS; i += THREADS) {
+  for (int i = thread; i < kColumns; i += kThreads) {
     const int column = first + i;
     if (column >= d) continue;
     A[i * (b + 1) + b] = sum(2 * matrix + column);
@@ -50,20 +52,20 @@ __global__ void __launch_bounds__(THREADS) finish_kernel(const FinishParams p) {
     gamma[i] = packed[p.at.gamma + column];
     wa[i * (b + 1) + b] = packed[p.at.up_bias + column] - p.mean[task * (b + 1) + b];
   }
-  for (int i = thread; i < COLUMNS * b; i += THREADS) {
-    const int column = i % COLUMNS, j = i / COLUMNS;
+  for (int i = thread; i < kColumns * b; i += kThreads) {
+    const int column = i % kColumns, j = i / kColumns;
     if (first + column < d) A[column * (b + 1) + j] = sum(matrix + int64_t(j) * d + first + column);
   }
   if (p.post_norm)
-    for (int i = thread; i < COLUMNS * b; i += THREADS) {
+    for (int i = thread; i < kColumns * b; i += kThreads) {
       const int column = i / b, j = i % b;
       if (first + column < d)
         wa[column * (b + 1) + j] = packed[p.at.up + int64_t(first + column) * b + j] - p.mean[task * (b + 1) + j];
     }
   __syncthreads();
 
-  // The up-projection: four columns for each number read of M.
-  for (int i = thread; i < COLUMNS / 4 * b; i += THREADS) {
+  // The up-projection. Four columns share each number that is read of M.
+  for (int i = thread; i < kColumns / 4 * b; i += kThreads) {
     const int j = i % b, column = i / b * 4;
     float product[4] = {};
     if (p.post_norm)
@@ -78,8 +80,8 @@ __global__ void __launch_bounds__(THREADS) finish_kernel(const FinishParams p) {
       dpacked[p.at.up + int64_t(first + column + c) * b + j] = up;
     }
   }
-  // Eight threads a column: its bias, gamma and beta.
-  if (const int column = thread / 8; column < COLUMNS) {
+  // The gradients of each column's bias, gamma and beta, by eight threads per column.
+  if (const int column = thread / 8; column < kColumns) {
     const bool there = first + column < d;
     float dgamma = 0.0f, product = 0.0f;
     if (there && p.post_norm)
@@ -100,10 +102,10 @@ __global__ void __launch_bounds__(THREADS) finish_kernel(const FinishParams p) {
     }
   }
 
-  const int column = thread % COLUMNS, group = thread / COLUMNS;
+  const int column = thread % kColumns, group = thread / kColumns;
   float by_weight = 0.0f, by_sum = 0.0f;
   if (first + column < d)
-    for (int j = group; j < b; j += THREADS / COLUMNS) {
+    for (int j = group; j < b; j += kThreads / kColumns) {
       const int64_t at = int64_t(j) * d + first + column;
       float down = sum(at);
       if (p.pre_norm) {
@@ -114,14 +116,14 @@ __global__ void __launch_bounds__(THREADS) finish_kernel(const FinishParams p) {
       dpacked[at] = down;
     }
   if (blockIdx.x == 0)
-    for (int j = thread; j < b; j += THREADS) dpacked[p.at.down_bias + j] = dz_sum[j];
+    for (int j = thread; j < b; j += kThreads) dpacked[p.at.down_bias + j] = dz_sum[j];
   if (!p.pre_norm) return;
-  sums[thread] = by_weight, sums[THREADS + thread] = by_sum;
+  sums[thread] = by_weight, sums[kThreads + thread] = by_sum;
   __syncthreads();
   if (group > 0 || first + column >= d) return;
-  for (int i = 1; i < THREADS / COLUMNS; ++i) {
-    by_weight += sums[i * COLUMNS + column];
-    by_sum += sums[THREADS + i * COLUMNS + column];
+  for (int i = 1; i < kThreads / kColumns; ++i) {
+    by_weight += sums[i * kColumns + column];
+    by_sum += sums[kThreads + i * kColumns + column];
   }
   dpacked[p.at.pre_gamma + first + column] = by_weight;
   dpacked[p.at.pre_gamma + d + first + column] = by_sum;
@@ -130,8 +132,8 @@ __global__ void __launch_bounds__(THREADS) finish_kernel(const FinishParams p) {
 }  // namespace
 
 void finish(const FinishParams& p, void* stream) {
-  launch(finish_kernel, "adapter_backward (finish)", dim3{unsigned((p.d + COLUMNS - 1) / COLUMNS), unsigned(p.T), 1},
-         THREADS, finish_shared_bytes(p.b), stream, p);
+  launch(finish_kernel, "adapter_backward (finish)", dim3{unsigned((p.d + kColumns - 1) / kColumns), unsigned(p.T), 1},
+         kThreads, finish_shared_bytes(p.b), stream, p);
 }
 
 int finish_shared_bytes(int b) { return shared_floats(b) * 4; }

@@ -1,5 +1,6 @@
 // Folding of many adapters: one block each.
 #include "fold.cuh"
+#include "launch.cuh"
 
 namespace hyperformer_fast {
 namespace {
@@ -12,9 +13,9 @@ __global__ void __launch_bounds__(FoldTraits::THREADS, 1) fold_kernel(const Fold
 
 }  // namespace
 
-void fold(const FoldParams& p, Kind kind, void* stream) {
+void fold(const FoldParams& p, Dtype dtype, void* stream) {
   if (p.M > INT32_MAX) throw std::runtime_error("fold: too many adapters for one launch");
-  by_kind(kind, [&]<class S>(S) {
+  by_dtype(dtype, [&]<class S>(S) {
     launch(fold_kernel<S>, "fold", dim3{unsigned(p.M), 1, 1}, FoldTraits::THREADS, FoldTraits::bytes(p.b), stream, p);
   });
 }

@@ -1,5 +1,5 @@
-// Folding: one block an adapter. Sums, the centred up-projection and the Cholesky factor of its Gram matrix are float64
-// (docs/design.md says what is folded and why).
+// Folding: one block per adapter. Sums, the centred up-projection and the Cholesky factor of its Gram matrix are
+// float64 (docs/design.md says what is folded and why).
 #pragma once
 
 #include "common.cuh"
@@ -8,11 +8,14 @@ namespace hyperformer_fast {
 
 struct FoldTraits {
   static constexpr int THREADS = 256;
-  // Rows of W_u that are centred at a time: as many as leave the Gram matrix room in sm_86's 99 KiB.
+  // Rows of W_u that are centred at a time: as many as leave room for the Gram matrix within kMostSharedBytes.
   static constexpr __host__ __device__ int tile(int b) { return b > 64 ? 16 : b > 32 ? 64 : 128; }
-  // Means, peaks, scales, the upper triangle of the Gram matrix, a tile of [W_u | b_u].
+  // Shared memory: means, peaks, scales, the upper triangle of the Gram matrix, and a tile of [W_u | b_u].
   static constexpr int bytes(int b) { return ((b + 1) * 3 + (b + 1) * (b + 2) / 2 + tile(b) * (b + 1)) * 8; }
 };
+static_assert(FoldTraits::THREADS > kLargestBottleneck, "each of the b + 1 columns needs a thread");
+static_assert(FoldTraits::bytes(32) <= kMostSharedBytes && FoldTraits::bytes(64) <= kMostSharedBytes &&
+              FoldTraits::bytes(kLargestBottleneck) <= kMostSharedBytes);
 
 __device__ __forceinline__ int triangle(int i, int j, int n) { return i * n - i * (i - 1) / 2 + j - i; }
 
@@ -23,19 +26,20 @@ __device__ __forceinline__ double power_of_two(double m) {
   return ldexp(1.0, exponent < -126 ? -126 : exponent > 126 ? 126 : exponent);
 }
 
-// A NaN comes in, and stays.
+// The maximum, propagating NaN (fmax drops it).
 __device__ __forceinline__ double larger(double a, double b) { return a == a && !(b <= a) ? b : a; }
 
-// G, upper triangle in shared memory, becomes one whose row i times `scales`[i] is R's, R^T R = G; a pivot lost to
-// rounding leaves an empty row. With the scales beside the rows a step needs one barrier.
+// Cholesky factorisation of G, whose upper triangle lies in shared memory. Afterwards row i of G times scales[i] is row
+// i of R, where R^T R = G. A pivot that is lost to rounding leaves an empty row. Because the scales stay beside the
+// rows, a step needs only one barrier.
 __device__ __forceinline__ void square_root(double* G, double* scales, int n) {
   constexpr int THREADS = FoldTraits::THREADS;
   for (int i = threadIdx.x; i < n; i += THREADS)
-    scales[i] = G[triangle(i, i, n)] * n * 2.220446049250313e-16;  // least pivots, at first
+    scales[i] = G[triangle(i, i, n)] * n * 2.220446049250313e-16;  // the smallest pivots that are kept, for now
   __syncthreads();
   for (int c = 0; c < n; ++c) {
     const double pivot = G[triangle(c, c, n)];
-    const double inverse = pivot <= scales[c] ? 0.0 : 1.0 / sqrt(pivot);  // a NaN is kept, and seen
+    const double inverse = pivot <= scales[c] ? 0.0 : 1.0 / sqrt(pivot);  // a NaN pivot is kept, so that it is seen
     const int left = n - c - 1;
     for (int e = threadIdx.x; e < left * left; e += THREADS) {
       const int i = c + 1 + e / left, j = c + 1 + e % left;
@@ -47,8 +51,8 @@ __device__ __forceinline__ void square_root(double* G, double* scales, int n) {
   __syncthreads();
 }
 
-// to(i, from(i)) for all i < n. Sixteen loads before the first store, which the compiler must take for one into what is
-// loaded: a block alone on its multiprocessor has little else to hide their latency.
+// Calls to(i, from(i)) for all i < n. Sixteen loads are issued before the first store, because the compiler must assume
+// that the store aliases their source. A block alone on its multiprocessor has little else to hide their latency.
 template <class From, class To>
 __device__ __forceinline__ void each_of(int n, From from, To to) {
   constexpr int AT_ONCE = 16, THREADS = FoldTraits::THREADS;
@@ -98,7 +102,7 @@ __device__ __forceinline__ void fold_adapter(const FoldParams& p, int64_t m, uns
   }
 
   const auto entry = [&](int row, int j) { return j < b ? up[row * b + j] : up_bias[row]; };
-  // [W_u | b_u] less `mean`, some rows at a time.
+  // Calls body for one tile of [W_u | b_u] - mean after the other.
   const auto each_tile = [&](auto body) {
     for (int first = 0; first < d; first += FoldTraits::tile(b)) {
       const int rows = d - first < FoldTraits::tile(b) ? d - first : FoldTraits::tile(b);
@@ -129,7 +133,8 @@ __device__ __forceinline__ void fold_adapter(const FoldParams& p, int64_t m, uns
   __syncthreads();
   const int half = n / 2 + 1;
   each_tile([&](int first, int rows) {
-    // Each pair once: i with itself and the n / 2 that follow it in a circle, the last of which, n even, has i too.
+    // Each pair of columns once: column i with itself and with the n / 2 columns that follow it in a circle. For even n
+    // the last of those meets i again from the other side, and one of the two is skipped.
     for (int e = thread; e < n * half; e += THREADS) {
       const int one = e / half, other = (one + e % half) % n;
       if (2 * (e % half) == n && one >= half - 1) continue;

@@ -1,5 +1,6 @@
 // Generation for a whole stack.
 #include "generate.cuh"
+#include "launch.cuh"
 
 namespace hyperformer_fast {
 namespace {

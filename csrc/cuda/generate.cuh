@@ -1,5 +1,5 @@
-// Generation: packed = E G^T + g0, float32. A block makes 128 numbers of up to 32 embeddings: G, which is nearly all
-// that is read, is read once for so many of them.
+// Generation: packed = E G^T + g0 in float32. A block makes 128 numbers of up to 32 embeddings, so that G, which is
+// nearly all that is read, is read once for 32 embeddings.
 #pragma once
 
 #include "common.cuh"
@@ -9,8 +9,12 @@ namespace hyperformer_fast {
 struct GenerateTraits {
   static constexpr int THREADS = 256, NUMBERS = 128, EMBEDDINGS = 32, DEPTH = 64;
   static constexpr int HALVES = THREADS / NUMBERS, OF_A_THREAD = EMBEDDINGS / HALVES;
-  static constexpr int PITCH = DEPTH + 4;  // floats; 16 bytes from one row to the next bank over
+  static constexpr int PITCH = DEPTH + 4;  // floats; 4 more than DEPTH put neighbouring rows into different banks
   static constexpr int BYTES = (NUMBERS * PITCH + EMBEDDINGS * DEPTH) * 4;
+
+  static_assert(THREADS % NUMBERS == 0 && EMBEDDINGS % HALVES == 0);
+  static_assert(DEPTH % 4 == 0 && PITCH % 4 == 0, "rows are copied and read 16 bytes at a time");
+  static_assert(BYTES <= kMostSharedBytes);
 };
 
 __host__ __device__ __forceinline__ int64_t groups_of(const GenerateParams& p) {
@@ -21,7 +25,7 @@ __host__ __device__ __forceinline__ int64_t stripes_of(const GenerateParams& p) 
   return (p.P + GenerateTraits::NUMBERS - 1) / GenerateTraits::NUMBERS;
 }
 
-// ROWS rows of `from` [.., k], numbers k0 .. of each, to a tile of PITCH; zeros beyond `rows` and k.
+// Copies numbers k0 .. k0 + DEPTH of ROWS rows of `from` [rows, k] to a tile; zeros beyond `rows` and k.
 template <int COPY, int ROWS, int PITCH>
 __device__ __forceinline__ void fetch_rows(float* tile, const float* from, int64_t rows, int64_t k, int64_t k0) {
   constexpr int OF_ROW = GenerateTraits::DEPTH / COPY;
@@ -32,7 +36,7 @@ __device__ __forceinline__ void fetch_rows(float* tile, const float* from, int64
   }
 }
 
-// Stripe `stripe` of the numbers of the embeddings of `group`, counted over all Q.
+// Makes stripe `stripe` of the numbers of one group of embeddings; groups are counted over all Q.
 __device__ __forceinline__ void generate_tile(const GenerateParams& p, int64_t stripe, int64_t group,
                                               unsigned char* shared) {
   using Traits = GenerateTraits;
@@ -41,7 +45,7 @@ __device__ __forceinline__ void generate_tile(const GenerateParams& p, int64_t s
   float* const g = reinterpret_cast<float*>(shared);  // [NUMBERS, PITCH]
   float* const e = g + NUMBERS * PITCH;               // [EMBEDDINGS, DEPTH]
   const int thread = threadIdx.x, number = thread % NUMBERS;
-  const int mine = thread / NUMBERS;  // every second of the embeddings: few are shared by both halves of the block
+  const int mine = thread / NUMBERS;  // the first of this thread's embeddings, which are HALVES apart
   const int64_t q = group / groups_of(p), first = (group - q * groups_of(p)) * EMBEDDINGS;
   const int64_t from = stripe * NUMBERS, at = from + number;
   const float* const G = p.G + (q * p.P + from) * p.k;

@@ -4,12 +4,16 @@
 #include <atomic>
 #include <cstdint>
 
+#include "../layout.h"
+
 namespace hyperformer_fast {
 
-enum class Kind { f32, bf16, f16 };
-
-// Beyond it R h~ (b^2 a row) is no longer small beside the two projections (2 d b).
+// The largest bottleneck that is served. Beyond it R h~ (b^2 per row) is no longer small beside the two projections
+// (2 d b).
 constexpr int kLargestBottleneck = 128;
+
+// The most shared memory of a block that every architecture gives; 8.6 and 8.9 have the least.
+constexpr int kMostSharedBytes = 99 << 10;
 
 struct GenerateParams {
   const float* E;   // [Q, n, k]
@@ -20,7 +24,7 @@ struct GenerateParams {
   bool aligned;  // rows of E and G start at multiples of 16 bytes
 };
 
-// Where the parts of an adapter lie in its P packed numbers (csrc/adapter.h); 0 for those that it lacks.
+// Where the parts of an adapter lie in its P packed numbers (csrc/layout.h); 0 for those that it lacks.
 struct PackedParts {
   int64_t P, down_bias, up, up_bias, gamma, pre_gamma;
 };
@@ -58,7 +62,7 @@ struct Folded {
 
 struct Adapter {
   int d, b;
-  int activation;  // as hyperformer_fast/activations.py counts them
+  Activation activation;
   bool pre_norm, post_norm;
 };
 
@@ -76,7 +80,7 @@ struct SiteParams {
   GenerateParams generate;
   FoldParams fold;
   ForwardParams forward;
-  bool few = false;  // rows; set at the launch
+  bool use_few_rows_kernel = false;  // set by dispatch.cu
 };
 
 struct BackwardParams : Adapter {
@@ -120,28 +124,28 @@ constexpr int64_t partial_sums(int64_t d, int64_t b) { return ((2 * b + 2) * d +
 
 // Into how many stretches of rows the weight gradients' sums are cut: a function of sizes alone, so that the order of
 // summation is the same on every GPU.
-int stretches(const Adapter&, int64_t units, int64_t T, Kind);
+int stretches(const Adapter&, int64_t units, int64_t T, Dtype);
 
 // Up to how many rows a forward takes the kernel that has a block for each; a process may set it (0: never).
 extern std::atomic<int64_t> few_rows;
 
 // Each throws std::runtime_error that names what the driver refused.
 void generate(const GenerateParams&, void* stream);
-void fold(const FoldParams&, Kind, void* stream);
-void forward(const ForwardParams&, Kind, void* stream);
-void site(SiteParams, Kind, void* stream);
-void backward(const BackwardParams&, Kind, void* stream);
-void weight_gradients(const WeightGradientParams&, Kind, void* stream);
+void fold(const FoldParams&, Dtype, void* stream);
+void forward(const ForwardParams&, Dtype, void* stream);
+void site(SiteParams, Dtype, void* stream);
+void backward(const BackwardParams&, Dtype, void* stream);
+void weight_gradients(const WeightGradientParams&, Dtype, void* stream);
 void finish(const FinishParams&, void* stream);
 
 // Shared memory of a block, in bytes.
 int generate_shared_bytes();
 int fold_shared_bytes(int b);
-int forward_shared_bytes(int b, Kind);
-int few_rows_shared_bytes(int d, int b, Kind);
-int site_shared_bytes(int d, int b, Kind);
-int backward_shared_bytes(int b, Kind);
-int weight_gradients_shared_bytes(int b, Kind);
+int forward_shared_bytes(int b, Dtype);
+int few_rows_shared_bytes(int d, int b, Dtype);
+int site_shared_bytes(int d, int b, Dtype);
+int backward_shared_bytes(int b, Dtype);
+int weight_gradients_shared_bytes(int b, Dtype);
 int finish_shared_bytes(int b);
 
 }  // namespace hyperformer_fast

@@ -30,6 +30,15 @@ struct TileTraits {
   static constexpr int AT_R = AT_W + ROWS * W_ROW;
   static constexpr int AT_SUMS = AT_R + ROWS * 4;  // two of [PARTS, ROWS]
   static constexpr int BYTES = AT_SUMS + 2 * PARTS * ROWS * 4;
+
+  static_assert(BB % 16 == 0 && BB <= kLargestBottleneck, "a product takes 16 bottleneck numbers at a time");
+  static_assert(WARPS / PARTS * 16 == ROWS, "a warp has 16 rows and one part of their columns");
+  static_assert(THREADS == 8 * ROWS, "eight neighbouring threads share a row's bottleneck numbers");
+  static_assert(CHUNK * sizeof(T) == 64 && TILES % 2 == 0, "four lanes take 64 bytes of a row, in pairs of tiles");
+  static_assert(STAGE_ROW % 16 == 0 && W_ROW % 16 == 0, "ldmatrix and 16-byte copies need aligned rows");
+  static_assert(AT_H % 16 == 0 && AT_W % 16 == 0 && AT_R % 16 == 0 && AT_SUMS % 16 == 0);
+  static_assert(ROWS * BB + ROWS * H_ROW <= PARTS * ROWS * BB, "the backward's q fits behind the first partial sum");
+  static_assert(BYTES <= kMostSharedBytes);
 };
 
 template <class S, int BB, int KEPT, bool ALIGNED>
@@ -37,6 +46,7 @@ struct RowTile {
   using Traits = TileTraits<S, BB>;
   using T = typename S::T;
   static constexpr int PIECE = Traits::PIECE, CHUNK = Traits::CHUNK, ROWS = Traits::ROWS, PARTS = Traits::PARTS;
+  static_assert(KEPT == 0 || ALIGNED, "registers hold only rows that are read in whole pieces");
 
   const T* data;
   int64_t stride;
@@ -259,12 +269,6 @@ int tile_shared_bytes(int b) {
          : b <= 32 ? TileTraits<S, 32>::BYTES
          : b <= 64 ? TileTraits<S, 64>::BYTES
                    : TileTraits<S, kLargestBottleneck>::BYTES;
-}
-
-inline unsigned blocks_of(const Tasks& tasks, const char* name) {
-  const int64_t blocks = units_of(tasks);
-  if (blocks > INT32_MAX) throw std::runtime_error(std::string(name) + ": too many rows for one launch");
-  return unsigned(blocks);
 }
 
 }  // namespace hyperformer_fast

@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(256, 1) site_kernel(const SiteParams p) {
     __syncthreads();
   }
   wait_for_grid();
-  if (p.few) {
+  if (p.use_few_rows_kernel) {
     for (int64_t row = block; row < p.forward.tasks.B * p.forward.tasks.M; row += blocks) {
       forward_row<S, BB, ALIGNED>(p.forward, row, shared);
       __syncthreads();
@@ -48,7 +48,7 @@ struct LaunchSite {
   void at() const {
     const Tasks& tasks = p.forward.tasks;
     const int64_t useful = std::max({stripes_of(p.generate) * groups_of(p.generate), p.fold.M,
-                                     p.few ? tasks.B * tasks.M : units_of(tasks), int64_t(1)});
+                                     p.use_few_rows_kernel ? tasks.B * tasks.M : units_of(tasks), int64_t(1)});
     launch_together(site_kernel<S, BB, ALIGNED>, "hyper_adapter", useful, 256,
                     site_bytes<S, BB, ALIGNED>(p.forward.d, p.forward.b), stream, p);
   }

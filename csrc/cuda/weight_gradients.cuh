@@ -6,6 +6,7 @@
 // double-buffered; ldmatrix turns both operands, for the sum runs over rows.
 #pragma once
 
+#include "launch.cuh"
 #include "row_tile.cuh"
 
 namespace hyperformer_fast {
@@ -30,6 +31,16 @@ struct WeightTraits {
   static constexpr int AT_R = AT_H + kUnit * H_ROW;
   static constexpr int BYTES = AT_R + kUnit * 4;
   static constexpr int GRAM = BB < 32 ? BB : 32;  // columns of M that a block of the small sums has
+
+  static_assert(COLUMNS == WARPS * TILES * 8 && TILES == (FLOAT ? 1 : 2),
+                "a warp has one 8-column tile of tf32, or two");
+  static_assert(PIECES * PIECE == COLUMNS && BB % 16 == 0 && BB % GRAM == 0 && GRAM % 16 == 0);
+  static_assert(X_ROW % 16 == 0 && DZ_ROW % 16 == 0 && H_ROW % 16 == 0,
+                "ldmatrix and 16-byte copies need aligned rows");
+  static_assert(STAGE % 16 == 0 && AT_DZ % 16 == 0 && AT_H % 16 == 0 && AT_R % 16 == 0);
+  static_assert(BB < THREADS && THREADS == 16 * 16, "one thread beyond the bottleneck's has the corner of M");
+  static_assert((kUnit * (BB + 1) + 3 * kUnit) * 4 <= BYTES, "the small sums' r h, r, m2 and s fit, too");
+  static_assert(BYTES <= kMostSharedBytes);
 };
 
 // The units of a stretch whose rows are one task's, in order.

@@ -28,7 +28,7 @@
 #include <thread>
 #include <vector>
 
-#include "../../csrc/cpu/convert.h"
+#include "../../csrc/rounding.h"
 #include "context.h"
 
 #define __global__

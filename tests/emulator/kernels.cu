@@ -1,7 +1,7 @@
 // Small kernels that try the emulator, right ones and faulty ones. Each call runs one and returns what went wrong, "".
 #include <cstdint>
 
-#include "../../csrc/cuda/portable.cuh"
+#include "../../csrc/cuda/launch.cuh"
 
 namespace {
 

@@ -3,7 +3,7 @@
 
 namespace hyperformer_fast {
 
-inline float wide_bf16(uint16_t x) { return float_of(uint32_t(x) << 16); }
+inline float wide_bf16(uint16_t x) { return from_bf16(x); }
 inline uint16_t narrow_bf16(float x) { return to_bf16(x); }
 inline uint16_t narrow_f16(float x) { return to_f16(x); }
 inline float wide_f16(uint16_t x) {
@@ -66,8 +66,8 @@ inline float toward_zero(double x) {
 }
 
 // As tensor cores of Volta to Hopper sum (Fasi et al., PeerJ CS 7:e330, section 4): exact products, of which each, and
-// the accumulator, is cut off one bit below the last place of the largest, and the sum is rounded toward zero. PTX leaves
-// it open.
+// the accumulator, is cut off one bit below the last place of the largest, and the sum is rounded toward zero. PTX
+// leaves it open.
 template <int COUNT>
 float tensor_core_sum(const double (&addend)[COUNT]) {
   double largest = 0, plain = 0;

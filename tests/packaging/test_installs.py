@@ -180,7 +180,7 @@ def test_editable_offline(sources, full, pip):
     full.pip("install", "--no-index", "--no-build-isolation", "--no-deps", "-e", sources, PIP_FIND_LINKS="")
     check_works(full)
     check_types(full.python, full.folder, full.folder / "mypy")
-    fold = sources / "csrc/cpu/fold.cpp"
+    fold = sources / "csrc/cpu/isa/fold-inl.h"
     fold.write_text(fold.read_text() + "\n// changed\n")
     objects = {path: path.stat().st_mtime_ns for path in (sources / "build/objects").rglob("*.o")}
     report = full.doctor()
@@ -309,7 +309,7 @@ def test_flags_that_would_change_the_arithmetic_at_the_link_are_an_error(sources
 
 def test_sources_that_do_not_compile(sources, full):
     full.offline_tools()
-    (sources / "csrc/cpu/fold.cpp").write_text("#error broken on purpose\n")
+    (sources / "csrc/cpu/isa/fold-inl.h").write_text("#error broken on purpose\n")
     install = ("install", "-v", "--no-index", "--no-build-isolation", "--no-deps", "-e", sources)
     words = full.pip(*install)
     line = next(line for line in words.splitlines() if "hyperformer_fast: no kernels, pure Python" in line)

@@ -285,7 +285,7 @@ def test_torch_is_not_a_static_build_requirement():
     assert "torch" not in re.search(r"^requires = (.*)$", build_system, re.M)[1]
 
 
-@pytest.mark.parametrize("change", ["content", "name", "new header", "adapter.h"])
+@pytest.mark.parametrize("change", ["content", "name", "new header", "layout.h"])
 def test_the_source_hash_sees_every_change(tmp_path, change):
     import shutil
 
@@ -295,16 +295,16 @@ def test_the_source_hash_sees_every_change(tmp_path, change):
     shutil.copytree(ROOT / "csrc", csrc)
     before = source_hash(csrc, "cpu")
     assert before == source_hash(ROOT / "csrc", "cpu")
-    fold = csrc / "cpu/fold.cpp"
+    fold = csrc / "cpu/isa/fold-inl.h"
     assert fold in source_files(csrc, "cpu")
     if change == "content":
         fold.write_text(fold.read_text().replace("0.0", "0.1", 1))
     elif change == "name":
-        fold.rename(fold.with_name("fold2.cpp"))
+        fold.rename(fold.with_name("fold2-inl.h"))
     elif change == "new header":
         (csrc / "cpu/new.h").touch()
     else:
-        (csrc / "adapter.h").write_text("")
+        (csrc / "layout.h").write_text("")
     assert source_hash(csrc, "cpu") != before
 
 

@@ -3,18 +3,18 @@
 // two neighbours along the sum: of one row in a dot product, of two source rows in a weighted sum.
 
 #if HF_HAS_DPBF16
-typedef uint32_t vu_any __attribute__((vector_size(W * 4), aligned(2), may_alias));
+typedef uint32_t vu_any __attribute__((vector_size(kLanes * 4), aligned(2), may_alias));
 
 HF_INLINE vf add_pairs(vf sum, vu a, vu b) {
   return reinterpret_cast<vf>(
       _mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b)));
 }
 
-// A dot product of rows in bfloat16: 2 W numbers a step.
+// A dot product of rows in bfloat16: 2 kLanes numbers a step.
 struct PairedDot {
   using X = bf16_t;
   using Y = bf16_t;
-  static constexpr int STEP = 2 * W;
+  static constexpr int kStep = 2 * kLanes;
   struct Operand {
     vu v;
   };
@@ -39,17 +39,10 @@ struct PairedSum {
   static HF_INLINE vf add(vf sum, uint32_t a, vu v) { return add_pairs(sum, vu{} + a, v); }
 };
 
-// The nearest bfloat16 of a number, in the lower half of each lane.
-HF_INLINE vu halves(vf v) {
-  const vu u = reinterpret_cast<vu>(v), rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-  const vu nan = reinterpret_cast<vu>(v != v);
-  return (nan & 0x7fc0) | (~nan & rounded);
-}
-
 // to[c] = (a[c], b[c]) for d numbers; b may be null, for zeros.
 inline void interleave(const bf16_t* a, const bf16_t* b, int64_t d, uint32_t* to) {
   int64_t c = 0;
-  for (; c + W <= d; c += W) {
+  for (; c + kLanes <= d; c += kLanes) {
     const vu low = __builtin_convertvector(*reinterpret_cast<const vh_any*>(a + c), vu);
     const vu high = b == nullptr ? vu{} : __builtin_convertvector(*reinterpret_cast<const vh_any*>(b + c), vu);
     *reinterpret_cast<vu_any*>(to + c) = low | (high << 16);

@@ -5,18 +5,18 @@ HF_INLINE void row_statistics(const typename S::T* x, int64_t d, float& mean, fl
   double total = 0, square = 0;
   vf acc = {};
   int64_t c = 0;
-  for (; c + W <= d; c += W) acc += S::load(x + c);
+  for (; c + kLanes <= d; c += kLanes) acc += S::load(x + c);
   total = sum(acc);
   for (; c < d; ++c) total += S::one(x[c]);
   mean = float(total / d);
   acc = vf{};
-  for (c = 0; c + W <= d; c += W) {
+  for (c = 0; c + kLanes <= d; c += kLanes) {
     const vf v = S::load(x + c) - splat(mean);
     acc += v * v;
   }
   square = sum(acc);
   for (; c < d; ++c) square += double(S::one(x[c]) - mean) * (S::one(x[c]) - mean);
-  rstd = 1.0f / __builtin_sqrtf(float(square / d) + EPS);
+  rstd = 1.0f / __builtin_sqrtf(float(square / d) + kEps);
 }
 
 // source = (x - mean) rstd, in float32.
@@ -36,7 +36,7 @@ void normalise(const Block<S>& block, int64_t d, const SavedRows& saved, bool kn
     }
     float* to = s.source.data() + i * d;
     int64_t c = 0;
-    for (; c + W <= d; c += W) F32::store(to + c, (S::load(block.x[i] + c) - splat(mean)) * splat(rstd));
+    for (; c + kLanes <= d; c += kLanes) F32::store(to + c, (S::load(block.x[i] + c) - splat(mean)) * splat(rstd));
     for (; c < d; ++c) to[c] = (S::one(block.x[i][c]) - mean) * rstd;
   }
 }
@@ -45,9 +45,9 @@ void normalise(const Block<S>& block, int64_t d, const SavedRows& saved, bool kn
 template <class S>
 void down_normalised(const Weights<S>& w, int64_t n, int64_t b, int64_t d, Scratch<S>& s) {
   if constexpr (Weights<S>::paired)
-    dot<Widened<F32>>(s.source_rows.data(), n, w.down_wide.data(), b, d, s.z.data(), BLOCK);
+    dot<Widened<F32>>(s.source_rows.data(), n, w.down_wide.data(), b, d, s.z.data(), kBlockRows);
   else
-    dot<Widened<F32>>(s.source_rows.data(), n, w.down_dot.data(), b, d, s.z.data(), BLOCK);
+    dot<Widened<F32>>(s.source_rows.data(), n, w.down_dot.data(), b, d, s.z.data(), kBlockRows);
 }
 
 // dx = g + the gradient in s.out, through the normalisation.

@@ -86,7 +86,7 @@ struct ToRows {
     template <int NV>
     HF_INLINE void prefetch(int64_t c) const {
       if (next == nullptr) return;
-      for (size_t at = 0; at < NV * W * sizeof(*next); at += 64)
+      for (size_t at = 0; at < NV * kLanes * sizeof(*next); at += 64)
         __builtin_prefetch(reinterpret_cast<const char*>(next + c) + at, 0, 2);
     }
     HF_INLINE vf first_part(int64_t c, int n) const {

@@ -1,6 +1,6 @@
 // Weights from embeddings: packed = E G^T + g0. Included once per instruction set.
 
-// to [k, STRIPE] = (from [n, k])^T, n a multiple of 4.
+// to [k, kStripe] = (from [n, k])^T, n a multiple of 4.
 inline void transpose(const float* from, int64_t n, int64_t k, float* to, int64_t ld) {
   typedef float v4_any __attribute__((vector_size(16), aligned(4), may_alias));
   const auto row = [&](int64_t i, int64_t j) { return *reinterpret_cast<const v4_any*>(from + i * k + j); };
@@ -23,25 +23,25 @@ inline void transpose(const float* from, int64_t n, int64_t k, float* to, int64_
 // from the first cache.
 inline void generate(const float* E, const float* G, const float* g0, int64_t n, int64_t P, int64_t k, float* packed,
                      const Parallel& parallel) {
-  constexpr int64_t STRIPE = SUM_NV * W, STRETCH = 1024 / STRIPE * STRIPE;
+  constexpr int64_t kStripe = kSumVectors * kLanes, kStretch = 1024 / kStripe * kStripe;
   // Fewer embeddings than this do not repay the transposition.
-  constexpr int64_t FEW = 4;
+  constexpr int64_t kFew = 4;
   const auto embeddings = rows_of(E, n, k);
-  parallel((P + STRETCH - 1) / STRETCH, [&](int64_t begin, int64_t end) {
-    const int64_t last = end * STRETCH < P ? end * STRETCH : P;
-    Buffer stripe(n < FEW ? 0 : k * STRIPE);
-    const auto columns = rows_of<float>(stripe.data(), n < FEW ? 0 : k, STRIPE);
-    int64_t p = begin * STRETCH;
-    for (; n >= FEW && p + STRIPE <= last; p += STRIPE) {
-      transpose(G + p * k, STRIPE, k, stripe.data(), STRIPE);
-      for (int64_t i = 0; p + 2 * STRIPE <= last && i < STRIPE * k; i += 16)
-        __builtin_prefetch(G + (p + STRIPE) * k + i, 0, 2);
-      sums_by_column<Scaled<F32>>(Coefficients<float>{E, k, 1}, n, k, columns.data(), STRIPE,
+  parallel((P + kStretch - 1) / kStretch, [&](int64_t begin, int64_t end) {
+    const int64_t last = end * kStretch < P ? end * kStretch : P;
+    Buffer stripe(n < kFew ? 0 : k * kStripe);
+    const auto columns = rows_of<float>(stripe.data(), n < kFew ? 0 : k, kStripe);
+    int64_t p = begin * kStretch;
+    for (; n >= kFew && p + kStripe <= last; p += kStripe) {
+      transpose(G + p * k, kStripe, k, stripe.data(), kStripe);
+      for (int64_t i = 0; p + 2 * kStripe <= last && i < kStripe * k; i += 16)
+        __builtin_prefetch(G + (p + kStripe) * k + i, 0, 2);
+      sums_by_column<Scaled<F32>>(Coefficients<float>{E, k, 1}, n, k, columns.data(), kStripe,
                                   From{g0 + p, packed + p, P});
     }
-    const float* rows[DOT_MR];
-    for (; p < last; p += DOT_MR) {
-      const int64_t m = last - p < DOT_MR ? last - p : DOT_MR;
+    const float* rows[kDotRows];
+    for (; p < last; p += kDotRows) {
+      const int64_t m = last - p < kDotRows ? last - p : kDotRows;
       for (int64_t r = 0; r < m; ++r) rows[r] = G + (p + r) * k;
       dot<Widened<F32>>(rows, m, embeddings.data(), n, k, packed + p, P);
       for (int64_t i = 0; i < n; ++i)

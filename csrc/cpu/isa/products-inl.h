@@ -1,17 +1,18 @@
 // The two products that a forward and a backward consist of, register-blocked for few columns (b of 1 to some
 // hundreds). Included once per instruction set, after simd.h and paired.h.
 
-// Registers: DOT_MR x DOT_NR accumulators, DOT_NR weights, one row vector; 32 registers with AVX-512, 16 otherwise.
-constexpr int DOT_NR = 3;
-constexpr int SUM_MR = HF_WIDTH == 16 ? 8 : 4;
-constexpr int SUM_NV = 3;
+// Sizes of register tiles. AVX-512 has 32 vector registers, other sets have 16. A dot product holds kDotRows x 3
+// accumulators, three weights and one row vector; a weighted sum holds kSumResults x kSumVectors accumulators and
+// kSumVectors sources.
+constexpr int kSumResults = HF_LANES == 16 ? 8 : 4;
+constexpr int kSumVectors = 3;
 
-// One step along a dot product: W numbers of a row in storage, widened, by W float32 numbers of a weight.
+// One step along a dot product: kLanes numbers of a row in storage, widened, by kLanes float32 numbers of a weight.
 template <class S>
 struct Widened {
   using X = typename S::T;
   using Y = float;
-  static constexpr int STEP = W;
+  static constexpr int kStep = kLanes;
   struct Operand {
     vf v;
   };
@@ -32,7 +33,7 @@ HF_INLINE void dot_tile(const typename P::X* const* x, const typename P::Y* cons
 #pragma GCC unroll 8
     for (int i = 0; i < MR; ++i) acc[j][i] = vf{};
   int64_t c = 0;
-  for (; c + P::STEP <= d; c += P::STEP) {
+  for (; c + P::kStep <= d; c += P::kStep) {
     typename P::Operand yv[NR];
 #pragma GCC unroll 8
     for (int j = 0; j < NR; ++j) yv[j] = P::y(y[j] + c);
@@ -54,7 +55,7 @@ HF_INLINE void dot_tile(const typename P::X* const* x, const typename P::Y* cons
   }
 #pragma GCC unroll 8
   for (int j = 0; j < NR; ++j) {
-    if constexpr (MR == DOT_MR) {
+    if constexpr (MR == kDotRows) {
       sums_of(acc[j], out + j * ldo);
     } else {
 #pragma GCC unroll 8
@@ -78,7 +79,7 @@ template <class P>
 void dot(const typename P::X* const* x, int64_t rows, const typename P::Y* const* y, int64_t n, int64_t d, float* out,
          int64_t ldo) {
   int64_t i = 0;
-  for (; i + DOT_MR <= rows; i += DOT_MR) dot_rows<P, DOT_MR>(x + i, y, n, d, out + i, ldo);
+  for (; i + kDotRows <= rows; i += kDotRows) dot_rows<P, kDotRows>(x + i, y, n, d, out + i, ldo);
   for (; i < rows; ++i) dot_rows<P, 1>(x + i, y, n, d, out + i, ldo);
 }
 
@@ -112,13 +113,13 @@ HF_INLINE void sum_tile(Coefficients<typename P::Coefficient> a, int64_t K, cons
   for (int i = 0; i < MR; ++i) {
     const auto row = io.row(result + i);
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) acc[i][v] = row.first(c + v * W);
+    for (int v = 0; v < NV; ++v) acc[i][v] = row.first(c + v * kLanes);
     row.template prefetch<NV>(c);
   }
   for (int64_t k = 0; k < K; ++k) {
     typename P::Vector s[NV];
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) s[v] = P::load(source[k] + c + v * W);
+    for (int v = 0; v < NV; ++v) s[v] = P::load(source[k] + c + v * kLanes);
 #pragma GCC unroll 8
     for (int i = 0; i < MR; ++i) {
       const auto coefficient = a.at(i, k);
@@ -130,11 +131,11 @@ HF_INLINE void sum_tile(Coefficients<typename P::Coefficient> a, int64_t K, cons
   for (int i = 0; i < MR; ++i) {
     const auto row = io.row(result + i);
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) row.store(c + v * W, acc[i][v]);
+    for (int v = 0; v < NV; ++v) row.store(c + v * kLanes, acc[i][v]);
   }
 }
 
-// The columns beyond the last whole vector, n < W of them, of one result.
+// The columns beyond the last whole vector, n < kLanes of them, of one result.
 template <class P, class Io>
 HF_INLINE void sum_part(Coefficients<typename P::Coefficient> a, int64_t K, const typename P::Source* const* source,
                         int64_t c, int n, int64_t result, const Io& io) {
@@ -148,7 +149,7 @@ template <class P, int NV, class Io>
 HF_INLINE void sum_column(Coefficients<typename P::Coefficient> a, int64_t count, int64_t K,
                           const typename P::Source* const* source, int64_t c, const Io& io) {
   int64_t i = 0;
-  for (; i + SUM_MR <= count; i += SUM_MR) sum_tile<P, SUM_MR, NV>(a.from(i), K, source, c, i, io);
+  for (; i + kSumResults <= count; i += kSumResults) sum_tile<P, kSumResults, NV>(a.from(i), K, source, c, i, io);
   for (; i + 2 <= count; i += 2) sum_tile<P, 2, NV>(a.from(i), K, source, c, i, io);
   for (; i < count; ++i) sum_tile<P, 1, NV>(a.from(i), K, source, c, i, io);
 }
@@ -159,8 +160,9 @@ template <class P, class Io>
 void sums_by_column(Coefficients<typename P::Coefficient> a, int64_t count, int64_t K,
                     const typename P::Source* const* source, int64_t d, const Io& io) {
   int64_t c = 0;
-  for (; c + SUM_NV * W <= d; c += SUM_NV * W) sum_column<P, SUM_NV>(a, count, K, source, c, io);
-  for (; c + W <= d; c += W) sum_column<P, 1>(a, count, K, source, c, io);
+  for (; c + kSumVectors * kLanes <= d; c += kSumVectors * kLanes)
+    sum_column<P, kSumVectors>(a, count, K, source, c, io);
+  for (; c + kLanes <= d; c += kLanes) sum_column<P, 1>(a, count, K, source, c, io);
   if (c == d) return;
   for (int64_t i = 0; i < count; ++i) sum_part<P>(a.from(i), K, source, c, int(d - c), i, io);
 }
@@ -169,8 +171,9 @@ template <class P, int MR, class Io>
 HF_INLINE void sum_row(Coefficients<typename P::Coefficient> a, int64_t K, const typename P::Source* const* source,
                        int64_t d, int64_t i, const Io& io) {
   int64_t c = 0;
-  for (; c + SUM_NV * W <= d; c += SUM_NV * W) sum_tile<P, MR, SUM_NV>(a.from(i), K, source, c, i, io);
-  for (; c + W <= d; c += W) sum_tile<P, MR, 1>(a.from(i), K, source, c, i, io);
+  for (; c + kSumVectors * kLanes <= d; c += kSumVectors * kLanes)
+    sum_tile<P, MR, kSumVectors>(a.from(i), K, source, c, i, io);
+  for (; c + kLanes <= d; c += kLanes) sum_tile<P, MR, 1>(a.from(i), K, source, c, i, io);
   for (int m = 0; c < d && m < MR; ++m) sum_part<P>(a.from(i + m), K, source, c, int(d - c), i + m, io);
 }
 
@@ -180,6 +183,6 @@ template <class P, class Io>
 void sums_by_row(Coefficients<typename P::Coefficient> a, int64_t count, int64_t K,
                  const typename P::Source* const* source, int64_t d, const Io& io) {
   int64_t i = 0;
-  for (; i + SUM_MR <= count; i += SUM_MR) sum_row<P, SUM_MR>(a, K, source, d, i, io);
+  for (; i + kSumResults <= count; i += kSumResults) sum_row<P, kSumResults>(a, K, source, d, i, io);
   for (; i < count; ++i) sum_row<P, 1>(a, K, source, d, i, io);
 }

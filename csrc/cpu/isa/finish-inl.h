@@ -16,7 +16,7 @@ struct Partial {
 };
 
 // Columns of d that one thread finishes at a time; fixed, so that sums over d have one order.
-constexpr int64_t SLICE = 256;
+constexpr int64_t kSliceColumns = 256;
 
 // What finishing one task needs.
 struct Finish {
@@ -76,20 +76,20 @@ struct Finish {
     std::memcpy(gradient + l.post_beta() + from, sums.up + c * d + from, n * sizeof(float));
     const float *wu = packed + l.up_weight() + from * b, *bu = packed + l.up_bias() + from;
     const float* gamma = packed + l.post_gamma() + from;
-    Buffer wa(c * SLICE);  // [W_u | b_u]^T less its means
+    Buffer wa(c * kSliceColumns);  // [W_u | b_u]^T less its means
     for (int64_t i = 0; i < n; ++i)
-      for (int64_t j = 0; j < b; ++j) wa[j * SLICE + i] = wu[i * b + j] - mean[j];
-    for (int64_t i = 0; i < n; ++i) wa[b * SLICE + i] = bu[i] - mean[b];
+      for (int64_t j = 0; j < b; ++j) wa[j * kSliceColumns + i] = wu[i * b + j] - mean[j];
+    for (int64_t i = 0; i < n; ++i) wa[b * kSliceColumns + i] = bu[i] - mean[b];
     float* dgamma = gradient + l.post_gamma() + from;
     std::memset(dgamma, 0, n * sizeof(float));
     for (int64_t j = 0; j < c; ++j) {
       float* up = sums.up + j * d + from;
       for (int64_t i = 0; i < n; ++i) {
-        dgamma[i] += wa[j * SLICE + i] * up[i];
+        dgamma[i] += wa[j * kSliceColumns + i] * up[i];
         up[i] *= gamma[i];
       }
     }
-    const auto rows = rows_of<float>(wa.data(), c, SLICE);
+    const auto rows = rows_of<float>(wa.data(), c, kSliceColumns);
     sums_by_column<Scaled<F32>>(Coefficients<float>{sums.inner, c, 1}, c, c, rows.data(), n,
                                 Subtract{sums.up + from, d});
     for (int64_t j = 0; j < c; ++j) column[j] = total(sums.up + j * d + from, n);
@@ -112,7 +112,7 @@ struct Finish {
 inline void finish(const Problem& p, const std::vector<Unit>& units, float* sums, int64_t size, const float* packed,
                    const float* mean, float* dpacked, const Parallel& parallel) {
   const AdapterLayout& l = p.layout;
-  const int64_t P = l.numel(), c = l.b + 1, slices = (l.d + SLICE - 1) / SLICE;
+  const int64_t P = l.numel(), c = l.b + 1, slices = (l.d + kSliceColumns - 1) / kSliceColumns;
   std::vector<int64_t> first(p.T + 1, 0);
   for (const Unit& unit : units) ++first[unit.task + 1];
   for (int64_t t = 0; t < p.T; ++t) first[t + 1] += first[t];
@@ -127,7 +127,7 @@ inline void finish(const Problem& p, const std::vector<Unit>& units, float* sums
   const auto each_slice = [&](const std::function<void(Finish&, int64_t, int64_t, int64_t)>& body) {
     parallel(int64_t(tasks.size()) * slices, [&](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; ++k) {
-        const int64_t from = k % slices * SLICE, n = from + SLICE < l.d ? SLICE : l.d - from;
+        const int64_t from = k % slices * kSliceColumns, n = from + kSliceColumns < l.d ? kSliceColumns : l.d - from;
         body(tasks[k / slices], k, from, n);
       }
     });

@@ -1,9 +1,10 @@
 // One task's folded weights as the micro-kernels read them. Included once per instruction
 // set.
 
-constexpr int64_t BLOCK = 64;  // rows at a time: with d = 768 in float32, 192 KiB, which a second-level cache holds
+constexpr int64_t kBlockRows =
+    64;  // rows at a time: with d = 768 in float32, 192 KiB, which a second-level cache holds
 
-inline int64_t padded(int64_t n) { return (n + W - 1) / W * W; }
+inline int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
 template <class T>
 std::vector<const T*> rows_of(const T* m, int64_t n, int64_t ld) {
@@ -33,10 +34,11 @@ struct FoldedVectors {
   float scale_of(int64_t j) const { return scale == nullptr ? 1.0f : scale[j]; }
 };
 
-// Rows a multiple of 2 KiB apart share a few sets of the first cache, which then holds only some of them.
-inline int64_t spread(int64_t d) { return padded(d) * sizeof(float) % 2048 == 0 ? padded(d) + W : padded(d); }
+// The distance between rows of a copy. Strides that are multiples of 2 KiB map to few sets of the first-level cache
+// (conflict misses), so they are padded by one vector.
+inline int64_t spread(int64_t d) { return padded(d) * sizeof(float) % 2048 == 0 ? padded(d) + kLanes : padded(d); }
 // Copying the weights to spread their rows pays from here on.
-constexpr int64_t SPREAD_ROWS = 512;
+constexpr int64_t kSpreadRows = 512;
 
 // In float32: the folded tensors themselves where they are, else widened once.
 template <class S>
@@ -54,7 +56,7 @@ struct Weights : FoldedVectors {
     const auto* wd = static_cast<const typename S::T*>(f.wd) + task * b * d;
     const auto* wg = static_cast<const typename S::T*>(f.wg) + task * b * d;
     constexpr bool in_place = sizeof(typename S::T) == sizeof(float);
-    if (in_place && (rows < SPREAD_ROWS || spread(d) == padded(d))) {
+    if (in_place && (rows < kSpreadRows || spread(d) == padded(d))) {
       down_dot = rows_of(reinterpret_cast<const float*>(wd), b, d);
       up_dot = rows_of(reinterpret_cast<const float*>(wg), b, d);
     } else {
@@ -72,7 +74,7 @@ struct Weights : FoldedVectors {
 
   static void widen(const typename S::T* from, int64_t n, float* to) {
     int64_t i = 0;
-    for (; i + W <= n; i += W) F32::store(to + i, S::load(from + i));
+    for (; i + kLanes <= n; i += kLanes) F32::store(to + i, S::load(from + i));
     for (; i < n; ++i) to[i] = S::one(from[i]);
   }
 

@@ -1,20 +1,21 @@
-// Vectors of W floats for one instruction set, over the compiler's vector extension. No include guard: each instruction
-// set's translation unit includes it once, inside that set's target region and namespace (see instruction_sets.h).
+// Vectors of kLanes floats for one instruction set, over the compiler's vector extension. No include guard: each
+// instruction set's translation unit includes it once, inside that set's target region and namespace (see
+// instruction_sets.h).
 
-constexpr int W = HF_WIDTH;
+constexpr int kLanes = HF_LANES;
 
-typedef float vf __attribute__((vector_size(W * 4)));
-typedef int32_t vi __attribute__((vector_size(W * 4)));
-typedef uint32_t vu __attribute__((vector_size(W * 4)));
-typedef uint16_t vh __attribute__((vector_size(W * 2)));
+typedef float vf __attribute__((vector_size(kLanes * 4)));
+typedef int32_t vi __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t vu __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t vh __attribute__((vector_size(kLanes * 2)));
 typedef float v4 __attribute__((vector_size(16)));
-typedef float vf_any __attribute__((vector_size(W * 4), aligned(4), may_alias));
-typedef uint16_t vh_any __attribute__((vector_size(W * 2), aligned(2), may_alias));
+typedef float vf_any __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+typedef uint16_t vh_any __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
 
 // Written out: `vf{} + x` must add, since x may be -0, and would cost an addition per broadcast.
-#if HF_WIDTH == 16
+#if HF_LANES == 16
 HF_INLINE vf splat(float x) { return vf{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
-#elif HF_WIDTH == 8
+#elif HF_LANES == 8
 HF_INLINE vf splat(float x) { return vf{x, x, x, x, x, x, x, x}; }
 #else
 HF_INLINE vf splat(float x) { return vf{x, x, x, x}; }
@@ -36,6 +37,13 @@ struct F32 {
   static HF_INLINE T narrow(float x) { return x; }
 };
 
+// The nearest bfloat16 of each number, in the lower half of its lane.
+HF_INLINE vu bf16_halves(vf v) {
+  vu bits = reinterpret_cast<vu>(v);
+  round_to_bf16<vu>(bits, reinterpret_cast<vu>(v != v));
+  return bits;
+}
+
 struct BF16 {
   using T = bf16_t;
   static HF_INLINE vf load(const T* p) {
@@ -49,19 +57,16 @@ struct BF16 {
   }
 #else
   static HF_INLINE void store(T* p, vf v) {
-    const vu u = reinterpret_cast<vu>(v);
-    const vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-    const vu nan = reinterpret_cast<vu>(v != v);
-    *reinterpret_cast<vh_any*>(p) = __builtin_convertvector((nan & 0x7fc0) | (~nan & rounded), vh);
+    *reinterpret_cast<vh_any*>(p) = __builtin_convertvector(bf16_halves(v), vh);
   }
 #endif
-  static HF_INLINE float one(T x) { return float_of(uint32_t(x.bits) << 16); }
+  static HF_INLINE float one(T x) { return from_bf16(x.bits); }
   static HF_INLINE T narrow(float x) { return T{to_bf16(x)}; }
 };
 
 struct F16 {
   using T = f16_t;
-#if HF_HAS_F16C && HF_WIDTH == 16
+#if HF_HAS_F16C && HF_LANES == 16
   static HF_INLINE vf load(const T* p) {
     return reinterpret_cast<vf>(_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)));
   }
@@ -69,7 +74,7 @@ struct F16 {
     _mm256_storeu_si256((__m256i*)p,
                         _mm512_cvtps_ph(reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
-#elif HF_HAS_F16C && HF_WIDTH == 8
+#elif HF_HAS_F16C && HF_LANES == 8
   static HF_INLINE vf load(const T* p) {
     return reinterpret_cast<vf>(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)));
   }
@@ -80,18 +85,18 @@ struct F16 {
 #else
   static HF_INLINE vf load(const T* p) {
     vf v;
-    for (int i = 0; i < W; ++i) v[i] = one(p[i]);
+    for (int i = 0; i < kLanes; ++i) v[i] = one(p[i]);
     return v;
   }
   static HF_INLINE void store(T* p, vf v) {
-    for (int i = 0; i < W; ++i) p[i] = narrow(v[i]);
+    for (int i = 0; i < kLanes; ++i) p[i] = narrow(v[i]);
   }
 #endif
   static HF_INLINE float one(T x) { return from_f16(x.bits); }
   static HF_INLINE T narrow(float x) { return T{to_f16(x)}; }
 };
 
-// n <= W numbers; the rest of the vector is zero. Never reads or writes beyond them.
+// n <= kLanes numbers; the rest of the vector is zero. Never reads or writes beyond them.
 template <class S>
 HF_INLINE vf load_part(const typename S::T* p, int n) {
   vf v = {};
@@ -110,12 +115,12 @@ HF_INLINE vf select(vi mask, vf a, vf b) {
 
 // The four quarters of a vector added up.
 HF_INLINE v4 quarter_sum(vf v) {
-#if HF_WIDTH == 16
+#if HF_LANES == 16
   typedef float v8 __attribute__((vector_size(32)));
   const v8 h = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
                __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
   return __builtin_shufflevector(h, h, 0, 1, 2, 3) + __builtin_shufflevector(h, h, 4, 5, 6, 7);
-#elif HF_WIDTH == 8
+#elif HF_LANES == 8
   return __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
 #else
   return v;
@@ -127,9 +132,9 @@ HF_INLINE float sum(vf v) {
   return (q[0] + q[1]) + (q[2] + q[3]);
 }
 
-// The sums of DOT_MR vectors, side by side: a transposition that adds on the way.
-#if HF_WIDTH == 16
-constexpr int DOT_MR = 8;
+// The sums of kDotRows vectors, side by side: a transposition that adds on the way.
+#if HF_LANES == 16
+constexpr int kDotRows = 8;
 
 HF_INLINE void sums_of(const vf* a, float* out) {
   typedef float v8 __attribute__((vector_size(32)));
@@ -150,7 +155,7 @@ HF_INLINE void sums_of(const vf* a, float* out) {
   *reinterpret_cast<v8_any*>(out) = s;
 }
 #else
-constexpr int DOT_MR = 4;
+constexpr int kDotRows = 4;
 
 HF_INLINE void sums_of(const vf* a, float* out) {
   typedef float v4_any __attribute__((vector_size(16), aligned(4), may_alias));

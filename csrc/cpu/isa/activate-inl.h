@@ -56,12 +56,12 @@ struct Activated {
 };
 
 // act(z), and act'(z) where D.
-template <int code, bool D>
+template <Activation code, bool D>
 HF_INLINE Activated activate(vf z) {
   // Written so that NaN passes through relu, and has the derivative 1 that torch gives it.
-  if constexpr (code == RELU)
+  if constexpr (code == kRelu)
     return {select(z <= splat(0.0f), splat(0.0f), z), select(z <= splat(0.0f), splat(0.0f), splat(1.0f))};
-  if constexpr (code == GELU) {
+  if constexpr (code == kGelu) {
     const vf p = phi(z);
     return {z * p, D ? p + z * splat(0.398942280f) * exp_negative(splat(-0.5f) * z * z) : vf{}};
   }
@@ -72,18 +72,18 @@ HF_INLINE Activated activate(vf z) {
   // NaN.
   constexpr float kLargestSquare = 200.0f;
   const vf square = z * z, z2 = select(square > splat(kLargestSquare), splat(kLargestSquare), square);
-  const vf u = code == GELU_NEW ? splat(c) * z * (splat(1.0f) + splat(cubic) * z2) : z;
+  const vf u = code == kGeluNew ? splat(c) * z * (splat(1.0f) + splat(cubic) * z2) : z;
   const vf e = exp_negative(-absolute(u)), q = splat(1.0f) / (splat(1.0f) + e);
   const vf sigmoid = select(u < splat(0.0f), e, splat(1.0f)) * q;
-  const vf slope = code == GELU_NEW ? splat(c) * (splat(1.0f) + splat(3 * cubic) * z2) : splat(1.0f);
+  const vf slope = code == kGeluNew ? splat(c) * (splat(1.0f) + splat(3 * cubic) * z2) : splat(1.0f);
   return {z * sigmoid, D ? sigmoid + z * (e * q * q) * slope : vf{}};
 }
 
-// h = act(z) and act'(z) (may be null) of `rows` rows of n numbers, BLOCK apart; n a multiple of W.
-template <int code>
+// h = act(z) and act'(z) (may be null) of `rows` rows of n numbers, kBlockRows apart; n a multiple of kLanes.
+template <Activation code>
 void activate_all(int64_t rows, int64_t n, const float* z, float* h, float* derivative) {
-  for (int64_t at = 0; at < rows * BLOCK; at += BLOCK) {
-    for (int64_t i = at; i < at + n; i += W) {
+  for (int64_t at = 0; at < rows * kBlockRows; at += kBlockRows) {
+    for (int64_t i = at; i < at + n; i += kLanes) {
       const vf v = F32::load(z + i);
       if (derivative == nullptr) {
         F32::store(h + i, activate<code, false>(v).value);
@@ -96,15 +96,15 @@ void activate_all(int64_t rows, int64_t n, const float* z, float* h, float* deri
   }
 }
 
-inline void activate_rows(int code, int64_t rows, int64_t n, const float* z, float* h, float* derivative) {
+inline void activate_rows(Activation code, int64_t rows, int64_t n, const float* z, float* h, float* derivative) {
   switch (code) {
-    case GELU_NEW:
-      return activate_all<GELU_NEW>(rows, n, z, h, derivative);
-    case GELU:
-      return activate_all<GELU>(rows, n, z, h, derivative);
-    case RELU:
-      return activate_all<RELU>(rows, n, z, h, derivative);
+    case kGeluNew:
+      return activate_all<kGeluNew>(rows, n, z, h, derivative);
+    case kGelu:
+      return activate_all<kGelu>(rows, n, z, h, derivative);
+    case kRelu:
+      return activate_all<kRelu>(rows, n, z, h, derivative);
     default:
-      return activate_all<SILU>(rows, n, z, h, derivative);
+      return activate_all<kSilu>(rows, n, z, h, derivative);
   }
 }

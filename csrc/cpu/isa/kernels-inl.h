@@ -1,0 +1,74 @@
+// All kernels of one instruction set. Its translation unit includes prelude.h, defines the macros below, and includes
+// this file once:
+//   HF_NAMESPACE   the name of the instruction set, and of its namespace
+//   HF_TARGET      what the compiler calls it; undefined where every CPU has it
+//   HF_LANES       floats in a vector: 4, 8 or 16
+//   HF_HAS_F16C    whether there are instructions that convert float16
+//   HF_HAS_DPBF16  whether there is vdpbf16ps, which multiplies pairs of bfloat16
+// Files called *-inl.h have no include guard and belong to this one alone: what they define is compiled once per
+// instruction set, inside its target region and namespace.
+
+#ifdef HF_TARGET
+HF_OPEN_TARGET(HF_TARGET)
+#endif
+
+namespace hyperformer_fast {
+namespace HF_NAMESPACE {
+
+// clang-format off: each needs those before it
+#include "../../bf16-inl.h"
+#include "simd-inl.h"
+#include "paired-inl.h"
+#include "products-inl.h"
+#include "results-inl.h"
+#include "weights-inl.h"
+#include "activate-inl.h"
+#include "rows-inl.h"
+#include "pre_norm-inl.h"
+#include "tasks-inl.h"
+#include "forward-inl.h"
+#include "finish-inl.h"
+#include "backward-inl.h"
+#include "generate-inl.h"
+#include "fold-inl.h"
+// clang-format on
+
+// Calls body(S{}) with the storage type of `dtype`.
+template <class Body>
+HF_INLINE void with_storage(Dtype dtype, const Body& body) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      return body(F32{});
+    case Dtype::kBFloat16:
+      return body(BF16{});
+    case Dtype::kFloat16:
+      return body(F16{});
+  }
+}
+
+void fold_any(const float* packed, int64_t T, const AdapterLayout& layout, Dtype dtype, const FoldedResults& folded,
+              const Parallel& parallel) {
+  with_storage(dtype, [&]<class S>(S) { fold<S>(packed, T, layout, folded, parallel); });
+}
+
+void forward_any(const Problem& p, const Rows& x, const FoldedWeights& folded, void* out, const SavedRows& saved,
+                 const Parallel& parallel) {
+  with_storage(p.dtype, [&]<class S>(S) { forward<S>(p, x, folded, out, saved, parallel); });
+}
+
+void backward_any(const Problem& p, const Rows& g, const Rows& x, const SavedRows& saved, const float* packed,
+                  const FoldedWeights& folded, void* dx, float* dpacked, const Parallel& parallel) {
+  with_storage(p.dtype, [&]<class S>(S) { backward<S>(p, g, x, saved, packed, folded, dx, dpacked, parallel); });
+}
+
+#define HF_STRING_OF(token) #token
+#define HF_STRING(macro) HF_STRING_OF(macro)
+extern const Kernels kKernels;
+const Kernels kKernels = {HF_STRING(HF_NAMESPACE), fold_any, forward_any, backward_any, generate};
+
+}  // namespace HF_NAMESPACE
+}  // namespace hyperformer_fast
+
+#ifdef HF_TARGET
+HF_CLOSE_TARGET
+#endif

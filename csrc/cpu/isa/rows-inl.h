@@ -1,0 +1,132 @@
+// One block of rows of one task, its working memory, and its products. Included once per instruction set.
+//
+// What is small (z, h, q, ...: b numbers a row) lies transposed, [b, kBlockRows], so that a vector holds as many rows:
+// no padding of b, and a sum over b is a sum of vectors.
+
+// Up to kBlockRows rows, and where they are in the whole.
+template <class S>
+struct Block {
+  int64_t n;                  // rows
+  int64_t index[kBlockRows];  // of each row in z, r, out, dx
+  const typename S::T* x[kBlockRows];
+  const typename S::T* g[kBlockRows];
+  typename S::T* out[kBlockRows];  // rows of out, or of dx
+  const typename S::T*
+      next_x[kBlockRows];  // rows of the block to come, to be fetched meanwhile; null where there are none
+  const typename S::T* next_g[kBlockRows];
+
+  int64_t vectors() const { return padded(n); }
+};
+
+// Working memory of one thread.
+template <class S>
+struct Scratch {
+  Buffer z, h, slope, q, t, hr, dz, inner;  // [b + 2, kBlockRows] each, but the last
+  Buffer r, m2;                             // [kBlockRows]
+  std::vector<typename S::T> stored;        // [b, kBlockRows]: z as it is saved
+  Buffer source, out;                       // [kBlockRows, d]: with a pre-norm
+  std::vector<const float*> h_rows, q_rows, hr_rows, t_rows, source_rows;
+#if HF_HAS_DPBF16
+  std::vector<uint32_t, LineAligned<uint32_t>> row_pairs;     // coefficients: pairs of neighbours in a row
+  std::vector<bf16_t, LineAligned<bf16_t>> along;             // coefficients: pairs of rows
+  std::vector<uint32_t, LineAligned<uint32_t>> source_pairs;  // [kBlockRows / 2, d]
+  std::vector<const uint32_t*> source_pair_rows;
+#endif
+
+  Scratch(const AdapterLayout& l, bool backward) : r(kBlockRows), m2(kBlockRows) {
+    const int64_t rows = l.b + 2, c = l.b + 1;
+    for (Buffer* buffer : {&z, &h, &q, &hr}) buffer->resize(rows * kBlockRows);
+    stored.resize(l.b * kBlockRows);
+    h_rows = rows_of<float>(h.data(), rows, kBlockRows);
+    if (backward) {
+      for (Buffer* buffer : {&slope, &t, &dz}) buffer->resize(rows * kBlockRows);
+      inner.resize(c * (c + kDotRows));
+      q_rows = rows_of<float>(q.data(), rows, kBlockRows);
+      hr_rows = rows_of<float>(hr.data(), rows, kBlockRows);
+      t_rows = rows_of<float>(t.data(), rows, kBlockRows);
+    }
+    if (l.pre_norm) {
+      source.resize(kBlockRows * l.d);
+      source_rows = rows_of<float>(source.data(), kBlockRows, l.d);
+      if (backward) out.resize(kBlockRows * l.d);
+    }
+#if HF_HAS_DPBF16
+    if constexpr (Weights<S>::paired) {
+      row_pairs.resize((rows + 1) / 2 * kBlockRows);
+      if (backward) {
+        along.resize(rows * kBlockRows);
+        source_pairs.resize(kBlockRows / 2 * l.d);
+        source_pair_rows = rows_of<uint32_t>(source_pairs.data(), kBlockRows / 2, l.d);
+      }
+    }
+#endif
+  }
+};
+
+// q = R [h ; 1], R upper-triangular: result i begins at term i.
+inline void times_root(const float* root, int64_t c, const float* const* h, int64_t n, float* q) {
+  for (int64_t i = 0; i < c; i += kSumResults) {
+    const int64_t count = i + kSumResults <= c ? kSumResults : c - i;
+    sums_by_column<Scaled<F32>>(Coefficients<float>{root + i * c + i, c, 1}, count, c - i, h + i, n,
+                                ToFloat{q + i * kBlockRows, kBlockRows, false});
+  }
+}
+
+// u = R^T q: result i ends at term i.
+inline void times_root_transposed(const float* root, int64_t c, const float* const* q, int64_t n, float* u) {
+  for (int64_t i = 0; i < c; i += kSumResults) {
+    const int64_t count = i + kSumResults <= c ? kSumResults : c - i;
+    sums_by_column<Scaled<F32>>(Coefficients<float>{root + i, 1, c}, count, i + count, q, n,
+                                ToFloat{u + i * kBlockRows, kBlockRows, false});
+  }
+}
+
+// out_i = first_i + sum_j a[j][i] w_j: up- or down-projection's rows weighted by b numbers a row.
+template <class S, class Io>
+void project(const float* a, int64_t count, const Block<S>& block, int64_t d, const std::vector<const float*>& w,
+             const Io& io, Scratch<S>&) {
+  sums_by_row<Scaled<F32>>(Coefficients<float>{a, 1, kBlockRows}, block.n, count, w.data(), d, io);
+}
+
+#if HF_HAS_DPBF16
+template <class S, class Io>
+void project(const float* a, int64_t count, const Block<S>& block, int64_t d, const std::vector<const uint32_t*>& w,
+             const Io& io, Scratch<S>& s) {
+  for (int64_t j = 0; j < count; j += 2)
+    for (int64_t i = 0; i < block.n; i += kLanes) {
+      const vu low = bf16_halves(F32::load(a + j * kBlockRows + i));
+      const vu high = j + 1 < count ? bf16_halves(F32::load(a + (j + 1) * kBlockRows + i)) : vu{};
+      *reinterpret_cast<vu_any*>(s.row_pairs.data() + j / 2 * kBlockRows + i) = low | (high << 16);
+    }
+  sums_by_row<PairedSum>(Coefficients<uint32_t>{s.row_pairs.data(), 1, kBlockRows}, block.n, (count + 1) / 2, w.data(),
+                         d, io);
+}
+#endif
+
+// to [count, d] (+)= a source, source [rows, d] in storage: a weight's gradient from one block.
+template <class S>
+void accumulate(const float* a, int64_t count, int64_t n, int64_t d, const typename S::T* const* source,
+                const ToFloat& to, [[maybe_unused]] Scratch<S>& s) {
+#if HF_HAS_DPBF16
+  if constexpr (Weights<S>::paired) {
+    for (int64_t j = 0; j < count; ++j)
+      for (int64_t i = 0; i < padded(n); i += kLanes)
+        BF16::store(s.along.data() + j * kBlockRows + i, F32::load(a + j * kBlockRows + i));
+    for (int64_t i = 0; i < n; i += 2)
+      interleave(source[i], i + 1 < n ? source[i + 1] : nullptr, d, s.source_pairs.data() + i / 2 * d);
+    const auto* pairs = reinterpret_cast<const uint32_t*>(s.along.data());
+    sums_by_column<PairedSum>(Coefficients<uint32_t>{pairs, kBlockRows / 2, 1}, count, (n + 1) / 2,
+                              s.source_pair_rows.data(), d, to);
+    return;
+  }
+#endif
+  sums_by_column<Scaled<S>>(Coefficients<float>{a, kBlockRows, 1}, count, n, source, d, to);
+}
+
+// z as it is saved to z as it is computed with: [b, kBlockRows] in storage to float32.
+template <class S>
+void widen_stored(int64_t b, int64_t n, Scratch<S>& s) {
+  for (int64_t j = 0; j < b; ++j)
+    for (int64_t i = 0; i < n; i += kLanes)
+      F32::store(s.z.data() + j * kBlockRows + i, S::load(s.stored.data() + j * kBlockRows + i));
+}
