@@ -1,5 +1,6 @@
-// The adapter's backward, row by row: one block for 32 rows of one sample makes dx, and leaves dz, m2 and s of each row
-// for the weights' gradients (weight_gradients.cuh). The products are the forward's with Wg and Wd exchanged.
+// The first kernel of the adapter's backward. A block takes 32 rows of one sample, writes their dx, and keeps dz, m2
+// and s of each row for the weight gradients (weight_gradients.cuh). Its products are the forward's with Wg and Wd
+// exchanged.
 #pragma once
 
 #include "launch.cuh"
@@ -12,14 +13,14 @@ __global__ void __launch_bounds__(256, 1) backward_kernel(const BackwardParams p
   using Tile = RowTile<S, BB, KEPT, ALIGNED>;
   using Traits = typename Tile::Traits;
   using T = typename S::T;
-  constexpr int PIECE = Traits::PIECE, CHUNK = Traits::CHUNK, ROWS = Traits::ROWS;
+  constexpr int kPiece = Traits::kPiece, kChunk = Traits::kChunk, kRows = Traits::kRows;
   HF_SHARED(shared);
   float* const partial = reinterpret_cast<float*>(shared);
-  float* const Q = partial + ROWS * BB;  // behind the sums, which end in the first quarter
-  float* const H = reinterpret_cast<float*>(shared + Traits::AT_H);
-  unsigned char* const W = shared + Traits::AT_W;
-  float* const along_bias = reinterpret_cast<float*>(shared + Traits::AT_SUMS);
-  float* const along_gamma = along_bias + Traits::PARTS * ROWS;
+  float* const Q = partial + kRows * BB;  // behind the sums, which end up in the first quarter
+  float* const H = reinterpret_cast<float*>(shared + Traits::kAtH);
+  unsigned char* const W = shared + Traits::kAtW;
+  float* const along_bias = reinterpret_cast<float*>(shared + Traits::kAtSums);
+  float* const along_gamma = along_bias + Traits::kParts * kRows;
 
   const int d = p.d, b = p.b, thread = threadIdx.x;
   const Place place = place_of(p.tasks, blockIdx.x);
@@ -38,8 +39,8 @@ __global__ void __launch_bounds__(256, 1) backward_kernel(const BackwardParams p
   float by_bias[2] = {0, 0}, by_gamma[2] = {0, 0};
   tile.down(weights.wg, partial, [&](const Piece& piece, int chunk, int i, bool once) {
     if (p.post_norm && once) {
-      const int column = tile.mine + chunk * CHUNK;
-      for (int c = 0; c < PIECE; ++c) {
+      const int column = tile.mine + chunk * kChunk;
+      for (int c = 0; c < kPiece; ++c) {
         if (column + c >= d) break;
         by_bias[i] += number<S>(piece, c) * weights.up_bias[column + c];
         if (p.dz != nullptr) by_gamma[i] += number<S>(piece, c) * gamma[column + c];
@@ -53,21 +54,22 @@ __global__ void __launch_bounds__(256, 1) backward_kernel(const BackwardParams p
   }
   __syncthreads();
 
-  // Of the bottleneck's numbers eight neighbouring threads have a row; nobody else reads what they write until W.
+  // Eight neighbouring threads compute the bottleneck numbers of one row. Until W, no other thread reads what they
+  // write.
   const int line = thread / 8, first = thread % 8;
   const bool there = line < rows;
   const T* const z = static_cast<const T*>(p.z) + (flat + line) * b;
-  float* const h = H + line * Traits::H_ROW;
+  float* const h = H + line * Traits::kHRow;
   float* const t = partial + line * BB;
-  float* const q = Q + line * Traits::H_ROW;
+  float* const q = Q + line * Traits::kHRow;
   for (int j = first; j < b; j += 8) {
     const int i = line * BB + j;
-    const float sum = partial[i] + partial[ROWS * BB + i] + partial[2 * ROWS * BB + i] + partial[3 * ROWS * BB + i];
+    const float sum = partial[i] + partial[kRows * BB + i] + partial[2 * kRows * BB + i] + partial[3 * kRows * BB + i];
     t[j] = p.post_norm ? sum * weights.scale[j] : sum;
     h[j] = there ? activate(S::wide(z[j]), p.activation) : 0.0f;
   }
   float r = 1.0f, m2 = 0.0f;
-  __syncthreads();  // Q lies on the other quarters
+  __syncthreads();  // Q overlaps the other quarters of the sums
   if (p.post_norm) {
     r = there ? p.r[flat + line] : 0.0f;
     for (int i = first; i < b; i += 8) {
@@ -79,7 +81,7 @@ __global__ void __launch_bounds__(256, 1) backward_kernel(const BackwardParams p
       p.m2[flat + line] = m2;
       p.s[flat + line] = Tile::whole(along_gamma, line);
     }
-    __syncwarp();  // for q: a shuffle orders no memory
+    __syncwarp();  // makes q visible: a shuffle does not order memory accesses
   }
   for (int j = first; j < BB; j += 8) {
     T rounded = S::narrow(0.0f);
@@ -93,12 +95,12 @@ __global__ void __launch_bounds__(256, 1) backward_kernel(const BackwardParams p
       rounded = S::narrow(dh * activate_grad(S::wide(z[j]), p.activation));
       if (p.dz != nullptr) static_cast<T*>(p.dz)[(flat + line) * b + j] = rounded;
     }
-    reinterpret_cast<T*>(W + line * Traits::W_ROW)[j] = rounded;
+    reinterpret_cast<T*>(W + line * Traits::kWRow)[j] = rounded;
   }
   if (p.dx == nullptr) return;
   __syncthreads();
 
-  // Through a pre-norm in two passes: its backward needs two sums over the row first.
+  // A pre-norm takes two passes, because its backward first needs two sums over the row.
   const T* const x = start_of<T>(p.x, place);
   float mean[2] = {0, 0}, rstd[2] = {0, 0}, total[2] = {0, 0}, along[2] = {0, 0};
   if (p.pre_norm)
@@ -110,12 +112,12 @@ __global__ void __launch_bounds__(256, 1) backward_kernel(const BackwardParams p
 #pragma unroll 1
   for (int last = p.pre_norm ? 0 : 1; last < 2; ++last) {
     tile.up(weights.wd, shared, W, [&](int chunk, const Piece& above, const Piece& below, const auto& y) {
-      const int column = tile.mine + chunk * CHUNK;
+      const int column = tile.mine + chunk * kChunk;
       for (int i = 0; i < 2; ++i) {
         Piece xhat = {{0, 0, 0, 0}};
         if (p.pre_norm) xhat = normalised<S>(tile.piece_of(x, p.x.stride_row, chunk, i), column, d, mean[i], rstd[i]);
-        float value[PIECE];
-        for (int c = 0; c < PIECE; ++c) {
+        float value[kPiece];
+        for (int c = 0; c < kPiece; ++c) {
           float branch = y[c / 2][2 * i + c % 2];
           if (!last) total[i] += branch, along[i] += branch * number<S>(xhat, c);
           if (p.pre_norm) branch = rstd[i] * (branch - total[i] - number<S>(xhat, c) * along[i]);
@@ -139,14 +141,14 @@ struct LaunchBackward {
   template <int BB, int KEPT, bool ALIGNED>
   void at() const {
     launch(backward_kernel<S, BB, KEPT, ALIGNED>, "adapter_backward",
-           dim3{blocks_of(p.tasks, "adapter_backward"), 1, 1}, TileTraits<S, BB>::THREADS, TileTraits<S, BB>::BYTES,
+           dim3{blocks_of(p.tasks, "adapter_backward"), 1, 1}, TileTraits<S, BB>::kThreads, TileTraits<S, BB>::kBytes,
            stream, p);
   }
 };
 
 template <class S>
 void backward_of(const BackwardParams& p, void* stream) {
-  // g is read again from the L2 cache: with it in registers, too, the kernel spills
+  // g is read a second time, from the L2 cache. Keeping it in registers as well would make the kernel spill.
   choose_tile<S, false>(p.d, p.b, p.aligned, LaunchBackward<S>{p, stream});
 }
 

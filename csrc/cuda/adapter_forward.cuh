@@ -1,4 +1,5 @@
-// The adapter's forward: one block for 32 rows of one sample (docs/design.md); few_rows.cuh has it for a few of all.
+// The adapter's forward (docs/design.md). A block takes 32 rows of one sample; few_rows.cuh has the kernel for batches
+// of few rows.
 #pragma once
 
 #include "launch.cuh"
@@ -26,12 +27,12 @@ __device__ __forceinline__ void forward_rows(const ForwardParams& p, const Place
   using Tile = RowTile<S, BB, KEPT, ALIGNED>;
   using Traits = typename Tile::Traits;
   using T = typename S::T;
-  constexpr int PIECE = Traits::PIECE, CHUNK = Traits::CHUNK, ROWS = Traits::ROWS;
+  constexpr int kPiece = Traits::kPiece, kChunk = Traits::kChunk, kRows = Traits::kRows;
   float* const partial = reinterpret_cast<float*>(shared);
-  float* const H = reinterpret_cast<float*>(shared + Traits::AT_H);
-  unsigned char* const W = shared + Traits::AT_W;
-  float* const R = reinterpret_cast<float*>(shared + Traits::AT_R);
-  float* const sums = reinterpret_cast<float*>(shared + Traits::AT_SUMS);
+  float* const H = reinterpret_cast<float*>(shared + Traits::kAtH);
+  unsigned char* const W = shared + Traits::kAtW;
+  float* const R = reinterpret_cast<float*>(shared + Traits::kAtR);
+  float* const sums = reinterpret_cast<float*>(shared + Traits::kAtSums);
 
   const int d = p.d, b = p.b, thread = threadIdx.x;
   const int64_t flat = place.flat, task = task_of(p.tasks, place.sample);
@@ -44,13 +45,13 @@ __device__ __forceinline__ void forward_rows(const ForwardParams& p, const Place
   float mean[2] = {0, 0}, rstd[2] = {0, 0};
   if (p.pre_norm) {
     tile.each_chunk([&](int, const Piece& above, const Piece& below) {
-      for (int i = 0; i < PIECE; ++i) mean[0] += number<S>(above, i), mean[1] += number<S>(below, i);
+      for (int i = 0; i < kPiece; ++i) mean[0] += number<S>(above, i), mean[1] += number<S>(below, i);
     });
     tile.sum_rows(mean, sums);
     for (float& m : mean) m /= float(d);
     tile.each_chunk([&](int chunk, const Piece& above, const Piece& below) {
-      for (int i = 0; i < PIECE; ++i) {
-        if (tile.mine + chunk * CHUNK + i >= d) continue;
+      for (int i = 0; i < kPiece; ++i) {
+        if (tile.mine + chunk * kChunk + i >= d) continue;
         const float u = number<S>(above, i) - mean[0], v = number<S>(below, i) - mean[1];
         rstd[0] += u * u, rstd[1] += v * v;
       }
@@ -64,21 +65,22 @@ __device__ __forceinline__ void forward_rows(const ForwardParams& p, const Place
     }
   }
   tile.down(weights.wd, partial, [&](const Piece& piece, int chunk, int i, bool) {
-    return p.pre_norm ? normalised<S>(piece, tile.mine + chunk * CHUNK, d, mean[i], rstd[i]) : piece;
+    return p.pre_norm ? normalised<S>(piece, tile.mine + chunk * kChunk, d, mean[i], rstd[i]) : piece;
   });
   __syncthreads();
 
-  for (int i = thread; i < ROWS * BB; i += Traits::THREADS) {
+  for (int i = thread; i < kRows * BB; i += Traits::kThreads) {
     const int line = i / BB, j = i % BB;
     float h = 0.0f;
     if (j < b) {
-      const float sum = partial[i] + partial[ROWS * BB + i] + partial[2 * ROWS * BB + i] + partial[3 * ROWS * BB + i];
-      // the backward sees the rounded z: both must have one h
+      const float sum =
+          partial[i] + partial[kRows * BB + i] + partial[2 * kRows * BB + i] + partial[3 * kRows * BB + i];
+      // The backward only has the rounded z, and both must compute the same h.
       const T rounded = S::narrow(sum + weights.down_bias[j]);
       h = activate(S::wide(rounded), p.activation);
       if (p.z != nullptr && line < rows) static_cast<T*>(p.z)[(flat + line) * b + j] = rounded;
     }
-    H[line * Traits::H_ROW + j] = h;
+    H[line * Traits::kHRow + j] = h;
   }
   __syncthreads();
 
@@ -86,7 +88,7 @@ __device__ __forceinline__ void forward_rows(const ForwardParams& p, const Place
     const int line = thread / 8;
     float squares = 0.0f;
     for (int i = thread % 8; i < b; i += 8) {
-      const float q = root_row(weights.root, b, i, H + line * Traits::H_ROW);
+      const float q = root_row(weights.root, b, i, H + line * Traits::kHRow);
       squares += q * q;
     }
     squares = lane_sum<8>(squares);
@@ -97,21 +99,21 @@ __device__ __forceinline__ void forward_rows(const ForwardParams& p, const Place
     }
     __syncthreads();
   }
-  for (int i = thread; i < ROWS * BB; i += Traits::THREADS) {
+  for (int i = thread; i < kRows * BB; i += Traits::kThreads) {
     const int line = i / BB, j = i % BB;
-    float w = H[line * Traits::H_ROW + j];
-    // scaled in float32 before it is rounded: r h may pass float16's range, the scaled row does not
+    float w = H[line * Traits::kHRow + j];
+    // Scaled in float32 before it is rounded: r h may leave float16's range, but the scaled row does not.
     if (p.post_norm && j < b) w *= weights.scale[j] * R[line];
-    reinterpret_cast<T*>(W + line * Traits::W_ROW)[j] = S::narrow(w);
+    reinterpret_cast<T*>(W + line * Traits::kWRow)[j] = S::narrow(w);
   }
 
   tile.up(weights.wg, shared, W, [&](int chunk, const Piece& above, const Piece& below, const auto& y) {
-    const int column = tile.mine + chunk * CHUNK;
+    const int column = tile.mine + chunk * kChunk;
     for (int i = 0; i < 2; ++i) {
       const Piece& from = i ? below : above;
       const float r = p.post_norm ? R[tile.row[i]] : 1.0f;
-      float value[PIECE];
-      for (int c = 0; c < PIECE; ++c) {
+      float value[kPiece];
+      for (int c = 0; c < kPiece; ++c) {
         float branch = y[c / 2][2 * i + c % 2];
         if (column + c < d) {
           branch += r * weights.up_bias[column + c];
@@ -129,11 +131,11 @@ template <class S, int BB, int KEPT, bool ALIGNED>
 __global__ void __launch_bounds__(256, 1) forward_kernel(const ForwardParams p) {
   HF_SHARED(shared);
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-  constexpr bool SPILLS = sizeof(typename S::T) == 4;  // ptxas, for Blackwell, where pieces are kept
+  constexpr bool kSpills = sizeof(typename S::T) == 4;  // ptxas spills for Blackwell where pieces are kept
 #else
-  constexpr bool SPILLS = false;
+  constexpr bool kSpills = false;
 #endif
-  forward_rows<S, BB, SPILLS ? 0 : KEPT, ALIGNED>(p, place_of(p.tasks, blockIdx.x), shared);
+  forward_rows<S, BB, kSpills ? 0 : KEPT, ALIGNED>(p, place_of(p.tasks, blockIdx.x), shared);
 }
 
 template <class S>
@@ -144,7 +146,7 @@ struct LaunchForward {
   template <int BB, int KEPT, bool ALIGNED>
   void at() const {
     launch(forward_kernel<S, BB, KEPT, ALIGNED>, "adapter_forward", dim3{blocks_of(p.tasks, "adapter_forward"), 1, 1},
-           TileTraits<S, BB>::THREADS, TileTraits<S, BB>::BYTES, stream, p);
+           TileTraits<S, BB>::kThreads, TileTraits<S, BB>::kBytes, stream, p);
   }
 };
 
@@ -153,7 +155,7 @@ void forward_of(const ForwardParams& p, void* stream) {
   choose_tile<S, true>(p.d, p.b, p.aligned, LaunchForward<S>{p, stream});
 }
 
-// One number type a translation unit, so that they compile side by side.
+// Each number type has a translation unit of its own, so that they compile in parallel.
 extern template void forward_of<F32>(const ForwardParams&, void*);
 extern template void forward_of<BF16>(const ForwardParams&, void*);
 extern template void forward_of<F16>(const ForwardParams&, void*);

@@ -1,7 +1,8 @@
-// The raw ops of the CUDA library, through LibTorch's stable ABI. It links to no CUDA library of torch's, so that it
-// loads beside a CPU-only torch too. No autograd and no fakes here; hyperformer_fast/ops.py has those.
+// The raw ops of the CUDA library, through LibTorch's stable ABI. The library links to no CUDA library of torch, so
+// that it also loads beside a CPU-only torch. There is no autograd here and there are no fakes: hyperformer_fast/ops.py
+// has those.
 //
-// With HF_EMULATED the same ops run the same kernels on CPU tensors, for tests.
+// Compiled with HF_EMULATED, the same ops run the same kernels on CPU tensors, for tests.
 #include "../tensors.h"
 #include "params.h"
 
@@ -25,7 +26,7 @@ struct OnDeviceOf {
   void* stream = nullptr;
 };
 #else
-// Makes t's device the current one, and finds torch's current stream there: never the default stream instead.
+// Makes t's device the current one and finds torch's current stream there; never falls back to the default stream.
 struct OnDeviceOf {
   torch::stable::accelerator::DeviceGuard guard;
   void* stream = nullptr;
@@ -58,7 +59,7 @@ void expect_device(const Tensor& x, std::initializer_list<const Tensor*> others)
 
 bool starts_aligned(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0; }
 
-// packed [Q, n, P] of E [Q, n, k], G [Q, P, k] and g0 [Q, P].
+// The arguments of generation: packed [Q, n, P] from E [Q, n, k], G [Q, P, k] and g0 [Q, P].
 GenerateParams generate_params(const Tensor& E, const Tensor& G, const Tensor& g0, Tensor& packed, int64_t Q, int64_t n,
                                int64_t P, int64_t k) {
   return {floats(E),
@@ -263,7 +264,7 @@ std::tuple<Tensor, Tensor> adapter_backward_op(const Tensor& g, const Tensor& x,
   return {dx, dpacked};
 }
 
-// Generation, folding and application of one site in one launch: what the three ops give.
+// Generation, folding and application of one site in one launch; returns what the three ops return.
 HyperAdapterTensors hyper_adapter_op(const Tensor& x, const Tensor& E, const Tensor& G, const Tensor& g0,
                                      std::optional<Tensor> task_index, int64_t d, int64_t b, bool pre_norm,
                                      bool post_norm, int64_t activation, bool save) {
@@ -285,7 +286,7 @@ HyperAdapterTensors hyper_adapter_op(const Tensor& x, const Tensor& E, const Ten
   return hyper_adapter_tensors(made, packed, folded);
 }
 
-// How many devices the driver gives; below zero the CUDA error, as where there is no driver.
+// The number of devices, or minus the CUDA error where the driver reports one or is absent.
 int64_t device_count_op() {
 #ifdef HF_EMULATED
   return 1;
@@ -297,7 +298,7 @@ int64_t device_count_op() {
 #endif
 }
 
-// Sets up to how many rows the kernel for few rows serves; returns what it was.
+// Sets the number of rows up to which the kernel for few rows serves, and returns the former one.
 int64_t use_few_rows_op(int64_t rows) {
   STD_TORCH_CHECK(rows >= 0 && rows <= INT32_MAX, "rows must be from 0 to 2147483647, got ", rows);
   return few_rows.exchange(rows);

@@ -1,4 +1,4 @@
-// What the kernels share: number types, 16-byte pieces of rows, activations.
+// What all kernels share: number types, 16-byte pieces of rows, activations, tasks and their weights.
 #pragma once
 
 #include "params.h"
@@ -6,11 +6,11 @@
 
 namespace hyperformer_fast {
 
-// A number type of x: how it is stored, and the product of tensor cores that takes it. A piece of a row is 16 bytes in
-// four 32-bit words; four lanes hold 64 bytes of a row, in any order that both operands of a product share.
+// The number types of x: how each is stored, and the tensor-core product that takes it. A piece of a row is 16 bytes in
+// four 32-bit words. Four lanes hold 64 bytes of a row, in any order as long as both operands of a product share it.
 struct BF16 {
   using T = uint16_t;
-  static constexpr bool SHORT_RANGE = false;
+  static constexpr bool kShortRange = false;
   static __device__ __forceinline__ float wide(T x) { return wide_bf16(x); }
   static __device__ __forceinline__ T narrow(float x) { return narrow_bf16(x); }
   static __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -20,7 +20,7 @@ struct BF16 {
 
 struct F16 {
   using T = uint16_t;
-  static constexpr bool SHORT_RANGE = true;  // of exponents
+  static constexpr bool kShortRange = true;  // has few exponent bits: r h may overflow or underflow
   static __device__ __forceinline__ float wide(T x) { return wide_f16(x); }
   static __device__ __forceinline__ T narrow(float x) { return narrow_f16(x); }
   static __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -36,22 +36,22 @@ __device__ __forceinline__ To bits(From x) {
   return y;
 }
 
-// A float32 is the sum of two tf32, of 11 bits each, both rounded to nearest: a product loses 2^-23 of itself. What the
-// tensor core cuts off need not be cleared; the product of the two small parts, below 2^-22, is dropped. Tensor cores
-// round their sums toward zero (Fasi et al., PeerJ CS 7:e330), so over a long row the errors would add up: each sum of
-// eight is added to the others outside, rounded to nearest (Ootomo and Yokota, arXiv 2203.03341). Infinity times a
-// number whose small part is zero is NaN.
+// A float32 is split into two tf32 of 11 bits each, large and small, both rounded to nearest, so that a product loses
+// 2^-23 of itself. Bits that the tensor core ignores need not be cleared. The product of the two small parts is below
+// 2^-22 and is dropped. Tensor cores round their sums toward zero (Fasi et al., PeerJ CS 7:e330), which would add up
+// over a long row; so each sum of eight products is added to the others outside the tensor core, rounded to nearest
+// (Ootomo and Yokota, arXiv 2203.03341). Infinity times a number whose small part is zero is NaN.
 struct F32 {
   using T = float;
-  static constexpr bool SHORT_RANGE = false;
+  static constexpr bool kShortRange = false;
   static __device__ __forceinline__ float wide(T x) { return x; }
   static __device__ __forceinline__ T narrow(float x) { return x; }
   static __device__ __forceinline__ uint32_t large(uint32_t x) {
-    const bool may_round = fabsf(bits<float>(x)) < 0x1.ffep127f;  // beyond, nearest is infinity
+    const bool may_round = fabsf(bits<float>(x)) < 0x1.ffep127f;  // beyond, the nearest tf32 is infinity
     return (may_round ? x + 0x1000u : x) & 0xFFFFE000u;
   }
   static __device__ __forceinline__ uint32_t small(uint32_t x) {
-    if (!(fabsf(bits<float>(x)) <= 0x1.fffffep127f)) return 0;  // inf - inf would make it NaN
+    if (!(fabsf(bits<float>(x)) <= 0x1.fffffep127f)) return 0;  // for infinity, x - large(x) would be NaN
     return bits<uint32_t>(bits<float>(x) - bits<float>(large(x))) + 0x1000u;
   }
   static __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -65,7 +65,7 @@ struct F32 {
   }
 };
 
-// Keeps the compiler for an architecture from FROM on from moving loads across.
+// On architectures from FROM on (as in __CUDA_ARCH__), keeps the compiler from moving loads across this point.
 template <int FROM>
 __device__ __forceinline__ void keep_order() {
 #ifdef __CUDA_ARCH__
@@ -86,7 +86,7 @@ struct alignas(16) Piece {
 };
 
 template <class S>
-constexpr int kPiece = 16 / sizeof(typename S::T);
+constexpr int kPieceNumbers = 16 / sizeof(typename S::T);
 
 template <class S>
 __device__ __forceinline__ float number(const Piece& piece, int i) {
@@ -97,7 +97,7 @@ __device__ __forceinline__ float number(const Piece& piece, int i) {
 }
 
 template <class S>
-__device__ __forceinline__ Piece pack(const float (&value)[kPiece<S>]) {
+__device__ __forceinline__ Piece pack(const float (&value)[kPieceNumbers<S>]) {
   Piece piece;
   for (int i = 0; i < 4; ++i) {
     if constexpr (sizeof(typename S::T) == 4)
@@ -108,7 +108,7 @@ __device__ __forceinline__ Piece pack(const float (&value)[kPiece<S>]) {
   return piece;
 }
 
-// Numbers column .. of a row of d; zeros beyond it, or where the row is not there.
+// The piece of a row [d] that starts at `column`. It is zero beyond d, and everywhere if the row does not exist.
 template <class S, bool ALIGNED>
 __device__ __forceinline__ Piece load_piece(const typename S::T* row, int column, int d, bool there) {
   Piece piece = {{0, 0, 0, 0}};
@@ -117,8 +117,8 @@ __device__ __forceinline__ Piece load_piece(const typename S::T* row, int column
     const uint4 all = *reinterpret_cast<const uint4*>(row + column);
     piece = {{all.x, all.y, all.z, all.w}};
   } else {
-    typename S::T part[kPiece<S>] = {};
-    for (int i = 0; i < kPiece<S>; ++i)
+    typename S::T part[kPieceNumbers<S>] = {};
+    for (int i = 0; i < kPieceNumbers<S>; ++i)
       if (column + i < d) part[i] = row[column + i];
     memcpy(&piece, part, 16);
   }
@@ -131,14 +131,14 @@ __device__ __forceinline__ void store_piece(typename S::T* row, int column, int 
   if constexpr (ALIGNED) {
     *reinterpret_cast<uint4*>(row + column) = uint4{piece.word[0], piece.word[1], piece.word[2], piece.word[3]};
   } else {
-    typename S::T part[kPiece<S>];
+    typename S::T part[kPieceNumbers<S>];
     memcpy(part, &piece, 16);
-    for (int i = 0; i < kPiece<S>; ++i)
+    for (int i = 0; i < kPieceNumbers<S>; ++i)
       if (column + i < d) row[column + i] = part[i];
   }
 }
 
-// Sum over groups of LANES neighbouring lanes, in every one of them.
+// The sum over each group of LANES neighbouring lanes, returned in all of them.
 template <int LANES, class F>
 __device__ __forceinline__ F lane_sum(F value) {
   for (int lanes = LANES / 2; lanes > 0; lanes /= 2) value += __shfl_xor_sync(~0u, value, lanes);
@@ -171,7 +171,7 @@ __device__ __forceinline__ float activate(float z, Activation activation) {
   return z * Sigmoid(z).value;
 }
 
-// d act(z) / dz.
+// d act(z) / dz
 __device__ __forceinline__ float activate_grad(float z, Activation activation) {
   if (activation == kGelu)
     return 0.5f * (1.0f + erff(z * 0.7071067811865476f)) + z * expf(-0.5f * z * z) * 0.3989422804014327f;
@@ -181,7 +181,7 @@ __device__ __forceinline__ float activate_grad(float z, Activation activation) {
   return sigmoid.value + z * sigmoid.derivative * slope;
 }
 
-// The task of a sample; -1 and what lies outside 0 .. T-1 as they are.
+// The task of a sample as given: it may be -1, or out of range.
 __device__ __forceinline__ int64_t task_of(const Tasks& tasks, int64_t sample) {
   if (tasks.index == nullptr) return 0;
   return tasks.wide ? static_cast<const int64_t*>(tasks.index)[sample]
@@ -206,22 +206,23 @@ struct TaskWeights {
   }
 };
 
-// xhat of a piece from `column` on, zero beyond d, where -mean / std could be infinite in float16.
+// (x - mean) * rstd for a piece that starts at `column`. It is zero beyond d, where -mean * rstd could be infinite in
+// float16.
 template <class S>
 __device__ __forceinline__ Piece normalised(const Piece& piece, int column, int d, float mean, float rstd) {
-  float value[kPiece<S>];
-  for (int c = 0; c < kPiece<S>; ++c) value[c] = column + c < d ? (number<S>(piece, c) - mean) * rstd : 0.0f;
+  float value[kPieceNumbers<S>];
+  for (int c = 0; c < kPieceNumbers<S>; ++c) value[c] = column + c < d ? (number<S>(piece, c) - mean) * rstd : 0.0f;
   return pack<S>(value);
 }
 
-// Row i < b of R [h ; 1], R upper triangular [b+1, b+1].
+// Entry i < b of R [h ; 1], where R [b+1, b+1] is upper triangular.
 __device__ __forceinline__ float root_row(const float* root, int b, int i, const float* h) {
   float q = root[i * (b + 1) + b];
   for (int j = i; j < b; ++j) q += root[i * (b + 1) + j] * h[j];
   return q;
 }
 
-// Some rows of one sample: `rows` of them from its row `first` on, which is row `flat` of all.
+// A run of `rows` rows of one sample. It starts at the sample's row `first`, which is row `flat` over all samples.
 struct Place {
   int64_t sample, first, flat;
   int rows;

@@ -1,4 +1,4 @@
-// The number type of a call, and what is settled on the host for every kernel.
+// Host-side choices: the number type of a call, the kernel for few rows, the number of stretches, shared memory.
 #include <algorithm>
 
 #include "adapter_backward.cuh"
@@ -8,10 +8,10 @@
 
 namespace hyperformer_fast {
 
-// What a decoding step has of rows; where a GPU has as many multiprocessors, each has one.
+// A decoding step has about so many rows, and a GPU with as many multiprocessors gives each row one.
 std::atomic<int64_t> few_rows{64};
 
-// Of samples of one row each, a block has but one in either kernel.
+// Samples of one row each count as few however many there are: in either kernel, a block would have only one row.
 static bool are_few(const Tasks& tasks) {
   return tasks.B * tasks.M <= few_rows || (tasks.index != nullptr && tasks.M == 1 && few_rows > 0);
 }
@@ -34,7 +34,7 @@ void weight_gradients(const WeightGradientParams& p, Dtype dtype, void* stream) 
 }
 
 int stretches(const Adapter& adapter, int64_t units, int64_t T, Dtype dtype) {
-  // Two blocks for each of 132 multiprocessors; more stretches only make more partial sums.
+  // Two blocks for each of 132 multiprocessors; more stretches would only make more partial sums.
   constexpr int64_t kBlocks = 264;
   const int64_t columns = dtype == Dtype::kFloat32 ? 64 : 128, chunks = (adapter.d + columns - 1) / columns;
   const int64_t of_a_split = chunks + (adapter.post_norm && adapter.b > 32 ? adapter.b > 64 ? 4 : 2 : 1);
@@ -45,7 +45,7 @@ int forward_shared_bytes(int b, Dtype dtype) {
   return dtype == Dtype::kFloat32 ? tile_shared_bytes<F32>(b) : tile_shared_bytes<BF16>(b);
 }
 
-// As the widest form of its b has it, aligned.
+// The shared memory of the aligned kernel with the widest bottleneck tile.
 int few_rows_shared_bytes(int d, int b, Dtype dtype) {
   return dtype == Dtype::kFloat32 ? FewRowsTraits<F32, kLargestBottleneck, true>::bytes(d, b)
                                   : FewRowsTraits<BF16, kLargestBottleneck, true>::bytes(d, b);

@@ -1,4 +1,4 @@
-// Folding of many adapters: one block each.
+// Folding of many adapters in one launch, one block per adapter.
 #include "fold.cuh"
 #include "launch.cuh"
 
@@ -6,7 +6,7 @@ namespace hyperformer_fast {
 namespace {
 
 template <class S>
-__global__ void __launch_bounds__(FoldTraits::THREADS, 1) fold_kernel(const FoldParams p) {
+__global__ void __launch_bounds__(FoldTraits::kThreads, 1) fold_kernel(const FoldParams p) {
   HF_SHARED(shared);
   fold_adapter<S>(p, blockIdx.x, shared);
 }
@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(FoldTraits::THREADS, 1) fold_kernel(const Fold
 void fold(const FoldParams& p, Dtype dtype, void* stream) {
   if (p.M > INT32_MAX) throw std::runtime_error("fold: too many adapters for one launch");
   by_dtype(dtype, [&]<class S>(S) {
-    launch(fold_kernel<S>, "fold", dim3{unsigned(p.M), 1, 1}, FoldTraits::THREADS, FoldTraits::bytes(p.b), stream, p);
+    launch(fold_kernel<S>, "fold", dim3{unsigned(p.M), 1, 1}, FoldTraits::kThreads, FoldTraits::bytes(p.b), stream, p);
   });
 }
 

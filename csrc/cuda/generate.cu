@@ -1,11 +1,11 @@
-// Generation for a whole stack.
+// Generation for a whole stack in one launch.
 #include "generate.cuh"
 #include "launch.cuh"
 
 namespace hyperformer_fast {
 namespace {
 
-__global__ void __launch_bounds__(GenerateTraits::THREADS) generate_kernel(const GenerateParams p) {
+__global__ void __launch_bounds__(GenerateTraits::kThreads) generate_kernel(const GenerateParams p) {
   HF_SHARED(shared);
   generate_tile(p, blockIdx.x, blockIdx.y, shared);
 }
@@ -16,10 +16,10 @@ void generate(const GenerateParams& p, void* stream) {
   const int64_t stripes = stripes_of(p), groups = p.Q * groups_of(p);
   if (stripes > INT32_MAX || groups > 65535)
     throw std::runtime_error("generate_weights: too many embeddings for one launch");
-  launch(generate_kernel, "generate_weights", dim3{unsigned(stripes), unsigned(groups), 1}, GenerateTraits::THREADS,
-         GenerateTraits::BYTES, stream, p);
+  launch(generate_kernel, "generate_weights", dim3{unsigned(stripes), unsigned(groups), 1}, GenerateTraits::kThreads,
+         GenerateTraits::kBytes, stream, p);
 }
 
-int generate_shared_bytes() { return GenerateTraits::BYTES; }
+int generate_shared_bytes() { return GenerateTraits::kBytes; }
 
 }  // namespace hyperformer_fast

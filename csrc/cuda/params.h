@@ -1,4 +1,4 @@
-// What the CUDA kernels are given, and who launches them. Raw pointers, no torch.
+// The arguments of the CUDA kernels, and the functions that launch them. Raw pointers, no torch.
 #pragma once
 
 #include <atomic>
@@ -24,7 +24,7 @@ struct GenerateParams {
   bool aligned;  // rows of E and G start at multiples of 16 bytes
 };
 
-// Where the parts of an adapter lie in its P packed numbers (csrc/layout.h); 0 for those that it lacks.
+// Where the parts of an adapter lie in its P packed numbers (csrc/layout.h). Norms that are off have no parts.
 struct PackedParts {
   int64_t P, down_bias, up, up_bias, gamma, pre_gamma;
 };
@@ -43,15 +43,15 @@ struct FoldParams {
   bool pre_norm, post_norm;
 };
 
-// Row m of sample s at data + s * stride_sample + m * stride_row; strides in numbers.
+// Row m of sample s starts at data + s * stride_sample + m * stride_row; strides count numbers, not bytes.
 struct Rows {
   const void* data;
   int64_t stride_sample, stride_row;
 };
 
 struct Tasks {
-  const void* index;  // [B] of int32 or int64; null: all rows are task 0's
-  bool wide;          // int64
+  const void* index;  // [B] of int32 or int64; null where all rows are task 0's
+  bool wide;          // whether index is int64
   int64_t B, M, T;    // N = B M rows
 };
 
@@ -70,10 +70,10 @@ struct ForwardParams : Adapter {
   Rows x;
   Tasks tasks;
   Folded folded;
-  void* out;                       // [N, d], as all that follows contiguous
-  void* z;                         // [N, b], or null: nothing is saved
-  float *r, *pre_mean, *pre_rstd;  // [N], where their norm is on
-  bool aligned;                    // every row of x starts at a multiple of 16 bytes, and d fills such pieces
+  void* out;                       // [N, d]; this and all that follows is contiguous
+  void* z;                         // [N, b]; null where nothing is saved
+  float *r, *pre_mean, *pre_rstd;  // [N]; only where their norm is on
+  bool aligned;                    // every row starts at a multiple of 16 bytes, and has whole pieces of 16 bytes
 };
 
 struct SiteParams {
@@ -90,10 +90,10 @@ struct BackwardParams : Adapter {
   const void* z;                         // [N, b]
   const float *r, *pre_mean, *pre_rstd;  // [N]
   const float* packed;                   // [T, P]
-  int64_t P, gamma;                      // gamma: where it lies in packed
+  int64_t P, gamma;                      // gamma is its offset in packed
   void* dx;                              // [N, d], or null
-  void* dz;                              // [N, b], or null; with it
-  float *m2, *s;                         // [N], with a post-norm: m2 of docs/design.md, and s = g . gamma
+  void* dz;                              // [N, b], or null; then m2 and s are not written either
+  float *m2, *s;                         // [N], with a post-norm: m2 of docs/design.md, s = g . gamma
   bool aligned;
 };
 
@@ -104,7 +104,7 @@ struct WeightGradientParams : Adapter {
   const float *r, *pre_mean, *pre_rstd, *m2, *s;
   float* part;  // [splits, T, partial_sums(d, b)]
   int splits;
-  int64_t units_per_split;  // units: 32 rows of one sample
+  int64_t units_per_split;
   bool aligned;
 };
 
@@ -116,20 +116,21 @@ struct FinishParams : Adapter {
   int splits;
 };
 
-constexpr int kUnit = 32;  // rows of one sample that a block takes at a time
+// A unit is a run of up to 32 rows of one sample, which a block takes at a time.
+constexpr int kUnit = 32;
 
-// A stretch's sums: dz^T x [b, d], (r h)^T g [b, d], r^T g [d], sum g [d], M [b, b], its border [b], (r h)^T s [b],
-// sum dz [b], M's corner, r . s; and up to a multiple of four.
+// How many floats the sums of one stretch take, rounded up to a multiple of four: dz^T x [b, d], (r h)^T g [b, d],
+// r^T g [d], sum g [d], M [b, b], its border [b], (r h)^T s [b], sum dz [b], the corner of M, and r . s.
 constexpr int64_t partial_sums(int64_t d, int64_t b) { return ((2 * b + 2) * d + b * b + 3 * b + 2 + 3) / 4 * 4; }
 
-// Into how many stretches of rows the weight gradients' sums are cut: a function of sizes alone, so that the order of
-// summation is the same on every GPU.
+// The number of stretches into which the rows are cut for the weight gradients. It depends on sizes alone, so that the
+// order of summation is the same on every GPU.
 int stretches(const Adapter&, int64_t units, int64_t T, Dtype);
 
-// Up to how many rows a forward takes the kernel that has a block for each; a process may set it (0: never).
+// Up to this number of rows, a forward uses the kernel with one block per row. A process may set it; 0 means never.
 extern std::atomic<int64_t> few_rows;
 
-// Each throws std::runtime_error that names what the driver refused.
+// Launchers. Each throws a std::runtime_error that names what the driver refused.
 void generate(const GenerateParams&, void* stream);
 void fold(const FoldParams&, Dtype, void* stream);
 void forward(const ForwardParams&, Dtype, void* stream);
@@ -138,7 +139,7 @@ void backward(const BackwardParams&, Dtype, void* stream);
 void weight_gradients(const WeightGradientParams&, Dtype, void* stream);
 void finish(const FinishParams&, void* stream);
 
-// Shared memory of a block, in bytes.
+// The shared memory of one block, in bytes.
 int generate_shared_bytes();
 int fold_shared_bytes(int b);
 int forward_shared_bytes(int b, Dtype);

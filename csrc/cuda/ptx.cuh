@@ -19,13 +19,13 @@ __device__ __forceinline__ uint16_t narrow_bf16(float x) { return __bfloat16_as_
 __device__ __forceinline__ float wide_f16(uint16_t x) { return __half2float(__ushort_as_half(x)); }
 __device__ __forceinline__ uint16_t narrow_f16(float x) { return __half_as_ushort(__float2half_rn(x)); }
 
-// Starts to copy BYTES (4 or 16) from global to shared memory, or as many zeros where `there` is false.
-template <int BYTES>
+// Starts to copy kBytes (4 or 16) from global to shared memory, or as many zeros where `there` is false.
+template <int kBytes>
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool there) {
-  static_assert(BYTES == 4 || BYTES == 16);
+  static_assert(kBytes == 4 || kBytes == 16);
   const uint32_t address = uint32_t(__cvta_generic_to_shared(to));
-  const int bytes = there ? BYTES : 0;
-  if constexpr (BYTES == 16)
+  const int bytes = there ? kBytes : 0;
+  if constexpr (kBytes == 16)
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
   else
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");

@@ -1,6 +1,6 @@
-// One site in one launch: generation, then folding, then application. Each needs all of what stood before it, from
-// whichever block made it, so the grid is cooperative: its blocks are all on the device at once, take their share of
-// each part in strides of the grid, and wait for one another in between.
+// One site in one launch: generation, then folding, then application. Each part needs everything that the part before
+// it made, whichever block made it. So the grid is cooperative: all blocks are on the device at once, take their share
+// of each part in strides of the grid, and wait for one another between parts.
 #pragma once
 
 #include "few_rows.cuh"
@@ -11,7 +11,7 @@ namespace hyperformer_fast {
 
 template <class S, int BB, bool ALIGNED>
 __global__ void __launch_bounds__(256, 1) site_kernel(const SiteParams p) {
-  static_assert(GenerateTraits::THREADS == 256 && FoldTraits::THREADS == 256 && kFewThreads == 256);
+  static_assert(GenerateTraits::kThreads == 256 && FoldTraits::kThreads == 256 && kFewThreads == 256);
   HF_SHARED(shared);
   const int64_t block = blockIdx.x, blocks = gridDim.x, stripes = stripes_of(p.generate);
   for (int64_t i = block; i < stripes * groups_of(p.generate); i += blocks)
@@ -28,14 +28,15 @@ __global__ void __launch_bounds__(256, 1) site_kernel(const SiteParams p) {
       __syncthreads();
     }
   } else {
-    for (int64_t unit = block; unit < units_of(p.forward.tasks); unit += blocks)  // it ends with a barrier of its own
+    for (int64_t unit = block; unit < units_of(p.forward.tasks);
+         unit += blocks)  // forward_rows ends with a barrier of its own
       forward_rows<S, BB, 0, ALIGNED>(p.forward, place_of(p.forward.tasks, unit), shared);
   }
 }
 
 template <class S, int BB, bool ALIGNED>
 int site_bytes(int d, int b) {
-  return std::max({GenerateTraits::BYTES, FoldTraits::bytes(b), TileTraits<S, BB>::BYTES,
+  return std::max({GenerateTraits::kBytes, FoldTraits::bytes(b), TileTraits<S, BB>::kBytes,
                    FewRowsTraits<S, BB, ALIGNED>::bytes(d, b)});
 }
 
@@ -56,14 +57,14 @@ struct LaunchSite {
 
 template <class S>
 void site_of(const SiteParams& p, void* stream) {
-  // three forms, for the sake of the build: the projections of so few rows are the least of it
+  // Only three forms, to keep the build short: the projections of so few rows take a small part of the time.
   const LaunchSite<S> run{p, stream};
   if (!p.forward.aligned) return run.template at<kLargestBottleneck, false>();
   if (p.forward.b <= 32) return run.template at<32, true>();
   run.template at<kLargestBottleneck, true>();
 }
 
-// One number type a translation unit, with the forward for few rows, which it shares.
+// Each number type has a translation unit of its own, which also instantiates the forward for few rows.
 extern template void few_rows_of<F32>(const ForwardParams&, void*);
 extern template void few_rows_of<BF16>(const ForwardParams&, void*);
 extern template void few_rows_of<F16>(const ForwardParams&, void*);

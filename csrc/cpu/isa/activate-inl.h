@@ -1,4 +1,4 @@
-// The four activations and their derivatives on vectors. Included once per instruction set, after simd.h.
+// The four activations and their derivatives on vectors.
 
 // e^x for x <= 0, to 1 ulp: x = n ln 2 + r, a degree-7 polynomial in r, 2^n by its exponent. Below -87.3, where e^x
 // leaves float32's normal range, the result is exactly 0; NaN stays NaN.
@@ -25,8 +25,8 @@ HF_INLINE vf exp_negative(vf x) {
 
 HF_INLINE vf absolute(vf x) { return reinterpret_cast<vf>(reinterpret_cast<vi>(x) & 0x7fffffff); }
 
-// The normal distribution function, Phi(z) = (1 + erf(z / sqrt 2)) / 2: below 1e-7 off. In the lower tail it is the
-// exponential of a float32 polynomial, and its relative error grows with z^2: 4e-5 at z = -4.
+// The normal distribution function, Phi(z) = (1 + erf(z / sqrt 2)) / 2, with an error below 1e-7. In the lower tail it
+// is the exponential of a float32 polynomial, whose relative error grows with z^2: 4e-5 at z = -4.
 HF_INLINE vf phi(vf z) {
   const vf a = z * splat(0.707106781f);
   const vf t = absolute(a), s = a * a;
@@ -38,7 +38,7 @@ HF_INLINE vf phi(vf z) {
   q = q * s + splat(-3.76125336e-1f);
   q = q * s + splat(1.28379166e-1f);
   const vf near = q * a + a;
-  // 1 - erf(t) = e^(-poly(t)) beyond
+  // Beyond, 1 - erf(t) = e^(-poly(t)).
   vf p = splat(-1.72853470e-5f) * t + splat(3.83197126e-4f);
   const vf u = splat(-3.88396438e-3f) * t + splat(2.42546219e-2f);
   p = p * s + u;
@@ -55,7 +55,7 @@ struct Activated {
   vf value, derivative;
 };
 
-// act(z), and act'(z) where D.
+// act(z), and with D act'(z).
 template <Activation code, bool D>
 HF_INLINE Activated activate(vf z) {
   // Written so that NaN passes through relu, and has the derivative 1 that torch gives it.
@@ -79,7 +79,8 @@ HF_INLINE Activated activate(vf z) {
   return {z * sigmoid, D ? sigmoid + z * (e * q * q) * slope : vf{}};
 }
 
-// h = act(z) and act'(z) (may be null) of `rows` rows of n numbers, kBlockRows apart; n a multiple of kLanes.
+// h = act(z) and derivative = act'(z), which may be null, for `rows` rows of n numbers. Rows are kBlockRows apart, and
+// n is a multiple of kLanes.
 template <Activation code>
 void activate_all(int64_t rows, int64_t n, const float* z, float* h, float* derivative) {
   for (int64_t at = 0; at < rows * kBlockRows; at += kBlockRows) {

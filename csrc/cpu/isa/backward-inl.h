@@ -1,5 +1,4 @@
-// The backward: of one block of rows, of all of them, and the gradients from their sums. Included once per instruction
-// set.
+// The backward: one block of rows, then all rows, then the weight gradients from the sums over rows.
 
 template <class S>
 void backward_block(const Problem& p, const Weights<S>& w, const Block<S>& block, bool need_dx, const SavedRows& saved,
@@ -18,7 +17,7 @@ void backward_block(const Problem& p, const Weights<S>& w, const Block<S>& block
     s.h[b * kBlockRows + i] = 1.0f;
     s.r[i] = i >= block.n ? 0.0f : post ? saved.r[block.index[i]] : 1.0f;
   }
-  // Beyond the last row t is what an earlier block left there.
+  // Beyond the last row, t still holds what an earlier block left there.
   for (int64_t j = 0; block.n < n && j <= b; ++j)
     for (int64_t i = block.n; i < n; ++i) s.t[j * kBlockRows + i] = 0.0f;
   if (post && Weights<S>::paired)
@@ -44,7 +43,7 @@ void backward_block(const Problem& p, const Weights<S>& w, const Block<S>& block
       F32::store(s.dz.data() + j * kBlockRows + i, dh * slope);
     }
   }
-  // The row whose sum over g is beta's gradient; without a post-norm r is 1, and row b is that already.
+  // A row of ones, whose product with g is beta's gradient. Without a post-norm r is 1, and row b is that already.
   for (int64_t i = 0; i < n; ++i) s.hr[c * kBlockRows + i] = i < block.n ? 1.0f : 0.0f;
   if (p.layout.pre_norm) normalise<S>(block, d, saved, true, s);
   if (need_dx && !p.layout.pre_norm) {
@@ -75,9 +74,10 @@ void backward_block(const Problem& p, const Weights<S>& w, const Block<S>& block
   for (int64_t i = 0; i < c * c; ++i) partial->inner[i] = s.inner[i] + (first ? 0.0f : partial->inner[i]);
 }
 
-// Rows whose sums, `size` floats, one part holds: a function of the shape alone, so that any number of threads adds in
-// the same order. One block where there are few, or a thread would have them all. Beyond 16 MiB of sums malloc maps and
-// pages them in anew at every call; but eight parts there may be.
+// How many rows add up in one part, whose sums take `size` floats. It depends on the shape alone, so that any number of
+// threads adds in the same order. Few rows are cut into parts of one block, since otherwise one thread would have them
+// all. The parts together stay within 16 MiB where that leaves at least eight of them: beyond 16 MiB malloc maps fresh
+// pages at every call.
 inline int64_t part_length(int64_t n, int64_t all_rows, int64_t size) {
   const int64_t most = std::max<int64_t>(8, (int64_t(1) << 22) / size);
   const int64_t least = n <= 4 * kBlockRows ? kBlockRows : 2 * kBlockRows;

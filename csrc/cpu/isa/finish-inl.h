@@ -1,6 +1,6 @@
-// Partial sums to the gradients of the packed weights (docs/design.md). Included once per instruction set.
+// The gradients of the packed weights from partial sums over rows (docs/design.md has the formulas).
 
-// Sums over rows that make the gradient of one task's weights, float32: one part of the rows each.
+// The float32 sums over one part of a task's rows, from which the gradient of its weights is made.
 struct Partial {
   float* down;   // [b, d]       dz^T source
   float* up;     // [b + 2, d]   [r h ; r ; 1]^T g: A transposed, then the sum of g
@@ -15,19 +15,20 @@ struct Partial {
       : down(base), up(down + l.b * l.d), inner(up + (l.b + 2) * l.d), dbias(inner + (l.b + 1) * (l.b + 1)) {}
 };
 
-// Columns of d that one thread finishes at a time; fixed, so that sums over d have one order.
+// Columns of d that one thread finishes at a time. The number is fixed, so that sums over d have one order.
 constexpr int64_t kSliceColumns = 256;
+static_assert(kSliceColumns % kLanes == 0);
 
-// What finishing one task needs.
+// The last step for one task.
 struct Finish {
   const AdapterLayout& l;
-  Partial sums;         // of the first part, to which the others are added
-  int64_t parts, size;  // of the task, and the distance between them
+  Partial sums;         // those of the first part, to which the others are added
+  int64_t parts, size;  // parts of the task, and the distance between them in floats
   const float* packed;  // [P]
   const float* mean;    // [b + 1]
   float* gradient;      // [P]
 
-  // to[0 .. n) of the first part: the sum over all parts, in their order.
+  // Adds all other parts to to[0 .. n), which lies in the first part, in their order.
   void reduce(float* to, int64_t n) const {
     for (int64_t part = 1; part < parts; ++part) {
       const float* from = to + part * size;
@@ -35,7 +36,7 @@ struct Finish {
     }
   }
 
-  // Eight sums side by side: one alone waits for each addition before the next.
+  // The sum of n numbers. Eight running sums, because a single one would wait for each addition before the next.
   static double total(const float* v, int64_t n) {
     double lane[8] = {};
     int64_t i = 0;
@@ -45,6 +46,7 @@ struct Finish {
     return ((lane[0] + lane[1]) + (lane[2] + lane[3])) + ((lane[4] + lane[5]) + (lane[6] + lane[7]));
   }
 
+  // The gradients of the down-projection and of the pre-norm, for n columns.
   void down_columns(int64_t from, int64_t n) const {
     const int64_t d = l.d, b = l.b;
     const float* wd = packed + l.down_weight();
@@ -68,7 +70,7 @@ struct Finish {
     }
   }
 
-  // d[W_u | b_u]^T but for the mean over its columns, in place of A^T; the sums for that mean go to `column`.
+  // Replaces A^T by d[W_u | b_u]^T before its column means are subtracted. The sums for those means go to `column`.
   void up_columns(int64_t from, int64_t n, double* column) const {
     const int64_t d = l.d, b = l.b, c = b + 1;
     for (int64_t j = 0; j < (l.post_norm ? c + 1 : c); ++j) reduce(sums.up + j * d + from, n);
@@ -76,7 +78,7 @@ struct Finish {
     std::memcpy(gradient + l.post_beta() + from, sums.up + c * d + from, n * sizeof(float));
     const float *wu = packed + l.up_weight() + from * b, *bu = packed + l.up_bias() + from;
     const float* gamma = packed + l.post_gamma() + from;
-    Buffer wa(c * kSliceColumns);  // [W_u | b_u]^T less its means
+    Buffer wa(c * kSliceColumns);  // [W_u | b_u]^T minus its means
     for (int64_t i = 0; i < n; ++i)
       for (int64_t j = 0; j < b; ++j) wa[j * kSliceColumns + i] = wu[i * b + j] - mean[j];
     for (int64_t i = 0; i < n; ++i) wa[b * kSliceColumns + i] = bu[i] - mean[b];
@@ -95,7 +97,7 @@ struct Finish {
     for (int64_t j = 0; j < c; ++j) column[j] = total(sums.up + j * d + from, n);
   }
 
-  // The same less its mean, transposed to where it belongs.
+  // Subtracts the means and writes the result, transposed, to the gradient.
   void store_up(int64_t from, int64_t n, const double* column) const {
     const int64_t d = l.d, b = l.b;
     float *dup = gradient + l.up_weight() + from * b, *dbias = gradient + l.up_bias() + from;

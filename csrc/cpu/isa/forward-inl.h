@@ -1,4 +1,4 @@
-// The forward of one block of rows, and of all of them. Included once per instruction set.
+// The forward: one block of rows, then all rows.
 
 template <class S>
 void forward_block(const Problem& p, const Weights<S>& w, const Block<S>& block, const SavedRows& saved,

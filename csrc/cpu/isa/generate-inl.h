@@ -1,6 +1,6 @@
-// Weights from embeddings: packed = E G^T + g0. Included once per instruction set.
+// Generation of weights from embeddings: packed = E G^T + g0.
 
-// to [k, kStripe] = (from [n, k])^T, n a multiple of 4.
+// Transposes from [n, k] into to [k, n], whose rows are ld apart. n is a multiple of 4.
 inline void transpose(const float* from, int64_t n, int64_t k, float* to, int64_t ld) {
   typedef float v4_any __attribute__((vector_size(16), aligned(4), may_alias));
   const auto row = [&](int64_t i, int64_t j) { return *reinterpret_cast<const v4_any*>(from + i * k + j); };
@@ -19,12 +19,13 @@ inline void transpose(const float* from, int64_t n, int64_t k, float* to, int64_
   }
 }
 
-// packed [n, P] = E [n, k] G^T + g0. G is read once for all n: a stripe of its rows, transposed, serves every embedding
-// from the first cache.
+// packed [n, P] = E [n, k] G^T + g0. G is read from memory only once: a stripe of its rows is transposed, and serves
+// all n embeddings from the first-level cache.
 inline void generate(const float* E, const float* G, const float* g0, int64_t n, int64_t P, int64_t k, float* packed,
                      const Parallel& parallel) {
   constexpr int64_t kStripe = kSumVectors * kLanes, kStretch = 1024 / kStripe * kStripe;
-  // Fewer embeddings than this do not repay the transposition.
+  static_assert(kStripe % 4 == 0, "the transposition takes four rows at a time");
+  // With fewer embeddings, the transposition would cost more than it saves.
   constexpr int64_t kFew = 4;
   const auto embeddings = rows_of(E, n, k);
   parallel((P + kStretch - 1) / kStretch, [&](int64_t begin, int64_t end) {

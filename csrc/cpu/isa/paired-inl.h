@@ -1,6 +1,6 @@
-// Products of bfloat16 pairs (AVX-512-BF16's vdpbf16ps): two multiply-adds per lane, float32 sums, no widening.
-// Included once per instruction set, after simd.h; empty where there is none. In both kinds of product a lane holds
-// two neighbours along the sum: of one row in a dot product, of two source rows in a weighted sum.
+// Products of bfloat16 pairs (AVX-512-BF16's vdpbf16ps): two multiply-adds per lane, float32 sums, no widening. This
+// file is empty for instruction sets without that instruction. A lane holds two neighbours along the sum: two columns
+// of one row in a dot product, two source rows of one column in a weighted sum.
 
 #if HF_HAS_DPBF16
 typedef uint32_t vu_any __attribute__((vector_size(kLanes * 4), aligned(2), may_alias));
@@ -10,7 +10,7 @@ HF_INLINE vf add_pairs(vf sum, vu a, vu b) {
       _mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b)));
 }
 
-// A dot product of rows in bfloat16: 2 kLanes numbers a step.
+// A dot product of bfloat16 rows, 2 * kLanes numbers per step.
 struct PairedDot {
   using X = bf16_t;
   using Y = bf16_t;
@@ -27,7 +27,7 @@ struct PairedDot {
   static HF_INLINE vf add(vf sum, Operand a, Operand b) { return add_pairs(sum, a.v, b.v); }
 };
 
-// A weighted sum of pairs of source rows, interleaved number by number; a coefficient is a pair as well.
+// A weighted sum of pairs of source rows, interleaved number by number. A coefficient is a pair as well.
 struct PairedSum {
   using Source = uint32_t;
   using Coefficient = uint32_t;
@@ -39,7 +39,7 @@ struct PairedSum {
   static HF_INLINE vf add(vf sum, uint32_t a, vu v) { return add_pairs(sum, vu{} + a, v); }
 };
 
-// to[c] = (a[c], b[c]) for d numbers; b may be null, for zeros.
+// to[c] = (a[c], b[c]) for d numbers; a null b stands for zeros.
 inline void interleave(const bf16_t* a, const bf16_t* b, int64_t d, uint32_t* to) {
   int64_t c = 0;
   for (; c + kLanes <= d; c += kLanes) {

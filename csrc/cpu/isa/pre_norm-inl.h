@@ -1,4 +1,4 @@
-// The norm before the down-projection, whose gamma and beta are folded into it. Included once per instruction set.
+// The norm before the down-projection. Its gamma and beta are folded into the projection; what remains is here.
 
 template <class S>
 HF_INLINE void row_statistics(const typename S::T* x, int64_t d, float& mean, float& rstd) {
@@ -19,7 +19,8 @@ HF_INLINE void row_statistics(const typename S::T* x, int64_t d, float& mean, fl
   rstd = 1.0f / __builtin_sqrtf(float(square / d) + kEps);
 }
 
-// source = (x - mean) rstd, in float32.
+// s.source = (x - mean) rstd in float32. Mean and rstd are read from `saved` if they are `known`, else computed and,
+// where wanted, saved.
 template <class S>
 void normalise(const Block<S>& block, int64_t d, const SavedRows& saved, bool known, Scratch<S>& s) {
   for (int64_t i = 0; i < block.n; ++i) {
@@ -41,7 +42,7 @@ void normalise(const Block<S>& block, int64_t d, const SavedRows& saved, bool kn
   }
 }
 
-// z = source W_d^T for a normalised source, which is float32 whatever the storage.
+// z = source W_d^T for a normalised source, which is float32 whatever the storage dtype.
 template <class S>
 void down_normalised(const Weights<S>& w, int64_t n, int64_t b, int64_t d, Scratch<S>& s) {
   if constexpr (Weights<S>::paired)
@@ -50,7 +51,7 @@ void down_normalised(const Weights<S>& w, int64_t n, int64_t b, int64_t d, Scrat
     dot<Widened<F32>>(s.source_rows.data(), n, w.down_dot.data(), b, d, s.z.data(), kBlockRows);
 }
 
-// dx = g + the gradient in s.out, through the normalisation.
+// dx = g + the gradient in s.out taken through the normalisation.
 template <class S>
 void through_normalise(const Block<S>& block, int64_t d, const SavedRows& saved, const Scratch<S>& s) {
   for (int64_t i = 0; i < block.n; ++i) {

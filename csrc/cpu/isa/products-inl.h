@@ -1,5 +1,5 @@
-// The two products that a forward and a backward consist of, register-blocked for few columns (b of 1 to some
-// hundreds). Included once per instruction set, after simd.h and paired.h.
+// The two products that a forward and a backward consist of, register-blocked for few columns (b from 1 to some
+// hundreds).
 
 // Sizes of register tiles. AVX-512 has 32 vector registers, other sets have 16. A dot product holds kDotRows x 3
 // accumulators, three weights and one row vector; a weighted sum holds kSumResults x kSumVectors accumulators and
@@ -7,7 +7,7 @@
 constexpr int kSumResults = HF_LANES == 16 ? 8 : 4;
 constexpr int kSumVectors = 3;
 
-// One step along a dot product: kLanes numbers of a row in storage, widened, by kLanes float32 numbers of a weight.
+// One step along a dot product: kLanes numbers of a row, widened from storage, times kLanes float32 weights.
 template <class S>
 struct Widened {
   using X = typename S::T;
@@ -68,13 +68,14 @@ template <class P, int MR>
 HF_INLINE void dot_rows(const typename P::X* const* x, const typename P::Y* const* y, int64_t n, int64_t d, float* out,
                         int64_t ldo) {
   int64_t j = 0;
-  // Four left are two and two: a tile of one column loads almost as often as it multiplies.
+  // The last four columns are taken as two and two, because a tile of one column loads almost as often as it
+  // multiplies.
   for (; n - j == 3 || n - j > 4; j += 3) dot_tile<P, MR, 3>(x, y + j, d, out + j * ldo, ldo);
   for (; n - j >= 2; j += 2) dot_tile<P, MR, 2>(x, y + j, d, out + j * ldo, ldo);
   for (; j < n; ++j) dot_tile<P, MR, 1>(x, y + j, d, out + j * ldo, ldo);
 }
 
-// out^T [n, rows] = (x [rows, d] y^T)^T, y [n, d].
+// out [n, rows] = (x [rows, d] y^T)^T with y [n, d]; rows of `out` are ldo apart.
 template <class P>
 void dot(const typename P::X* const* x, int64_t rows, const typename P::Y* const* y, int64_t n, int64_t d, float* out,
          int64_t ldo) {
@@ -93,7 +94,7 @@ struct Coefficients {
   HF_INLINE Coefficients from(int64_t i) const { return {p + i * row, row, step}; }
 };
 
-// One term of a weighted sum: a float32 coefficient times a vector in storage, widened.
+// One term of a weighted sum: a float32 coefficient times a vector that is widened from storage.
 template <class S>
 struct Scaled {
   using Source = typename S::T;
@@ -104,7 +105,7 @@ struct Scaled {
   static HF_INLINE vf add(vf sum, float a, vf v) { return sum + splat(a) * v; }
 };
 
-// One tile of a weighted sum: first(i, c) + sum_k a(i, k) source_k[c], for MR results and NV vectors from column c.
+// One tile of a weighted sum, first(i, c) + sum_k a(i, k) source_k[c], for MR results and NV vectors from column c on.
 template <class P, int MR, int NV, class Io>
 HF_INLINE void sum_tile(Coefficients<typename P::Coefficient> a, int64_t K, const typename P::Source* const* source,
                         int64_t c, int64_t result, const Io& io) {
@@ -135,7 +136,7 @@ HF_INLINE void sum_tile(Coefficients<typename P::Coefficient> a, int64_t K, cons
   }
 }
 
-// The columns beyond the last whole vector, n < kLanes of them, of one result.
+// The n < kLanes columns of one result beyond its last whole vector.
 template <class P, class Io>
 HF_INLINE void sum_part(Coefficients<typename P::Coefficient> a, int64_t K, const typename P::Source* const* source,
                         int64_t c, int n, int64_t result, const Io& io) {
@@ -154,8 +155,8 @@ HF_INLINE void sum_column(Coefficients<typename P::Coefficient> a, int64_t count
   for (; i < count; ++i) sum_tile<P, 1, NV>(a.from(i), K, source, c, i, io);
 }
 
-// results[i][:] = first_i + sum_k a(i, k) source_k[:], for `count` results of width d. Column by column, for few
-// results of many sources: a source's piece is used by all of them while it is in the first cache.
+// results[i][:] = first_i + sum_k a(i, k) source_k[:] for `count` results of width d, column by column. For few results
+// of many sources: all results use a piece of a source while it is in the first-level cache.
 template <class P, class Io>
 void sums_by_column(Coefficients<typename P::Coefficient> a, int64_t count, int64_t K,
                     const typename P::Source* const* source, int64_t d, const Io& io) {
@@ -177,8 +178,8 @@ HF_INLINE void sum_row(Coefficients<typename P::Coefficient> a, int64_t K, const
   for (int m = 0; c < d && m < MR; ++m) sum_part<P>(a.from(i + m), K, source, c, int(d - c), i + m, io);
 }
 
-// The same, row by row, for many results of few sources: each result is written from its beginning to its end, so
-// that few pages are open at a time.
+// The same, row by row. For many results of few sources: each result is written from its beginning to its end, so that
+// few pages are open at a time.
 template <class P, class Io>
 void sums_by_row(Coefficients<typename P::Coefficient> a, int64_t count, int64_t K,
                  const typename P::Source* const* source, int64_t d, const Io& io) {

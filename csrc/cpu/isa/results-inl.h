@@ -1,6 +1,7 @@
-// Where the results of weighted sums start and go, a row at a time. Included once per instruction set.
+// Where weighted sums start from and where their results go, row by row. The products in products-inl.h take one of
+// these types as Io.
 
-// Into a float32 matrix, starting from zero or from what is there.
+// Results go into a float32 matrix. Sums start from zero, or with `add` from what is there.
 struct ToFloat {
   float* out;
   int64_t ld;
@@ -21,7 +22,7 @@ struct ToFloat {
   HF_INLINE Row row(int64_t i) const { return {out + i * ld, add}; }
 };
 
-// Taken away from a float32 matrix: -(-first + sum).
+// Results are subtracted from a float32 matrix, as -(-first + sum).
 struct Subtract {
   float* out;
   int64_t ld;
@@ -40,7 +41,7 @@ struct Subtract {
   HF_INLINE Row row(int64_t i) const { return {out + i * ld}; }
 };
 
-// Into the rows of a float32 matrix, each starting from the same vector.
+// Results go into the rows of a float32 matrix. All sums start from the same vector.
 struct From {
   const float* start;
   float* out;
@@ -61,16 +62,15 @@ struct From {
   HF_INLINE Row row(int64_t i) const { return {start, out + i * ld}; }
 };
 
-// In storage dtype, starting from a row of the input, plus a vector over d and a multiple of another where there are
-// such.
+// Results are rounded to storage. Each sum starts from a row of the input, plus `plus`, plus a multiple of `times`.
 template <class S>
 struct ToRows {
   const typename S::T* const* from;
   typename S::T* const* to;
   const float* plus;                 // [d], or null
   const float* times;                // [d], or null
-  const float* coefficient;          // of it, one a row
-  const typename S::T* const* next;  // rows that are read after these, or null
+  const float* coefficient;          // of `times`, one per row
+  const typename S::T* const* next;  // rows that are read after these, to be prefetched, or null
 
   struct Row {
     const typename S::T *from, *next;

@@ -1,18 +1,17 @@
-// One block of rows of one task, its working memory, and its products. Included once per instruction set.
+// One block of rows of one task, its working memory, and its products.
 //
-// What is small (z, h, q, ...: b numbers a row) lies transposed, [b, kBlockRows], so that a vector holds as many rows:
-// no padding of b, and a sum over b is a sum of vectors.
+// Arrays of b numbers per row (z, h, q, ...) lie transposed, [b, kBlockRows], so that a vector holds the same number
+// for several rows. b then needs no padding, and a sum over b is a sum of vectors.
 
-// Up to kBlockRows rows, and where they are in the whole.
+// Up to kBlockRows rows, and where they lie in the tensors.
 template <class S>
 struct Block {
   int64_t n;                  // rows
-  int64_t index[kBlockRows];  // of each row in z, r, out, dx
+  int64_t index[kBlockRows];  // the index of each row in z, r, out and dx
   const typename S::T* x[kBlockRows];
   const typename S::T* g[kBlockRows];
-  typename S::T* out[kBlockRows];  // rows of out, or of dx
-  const typename S::T*
-      next_x[kBlockRows];  // rows of the block to come, to be fetched meanwhile; null where there are none
+  typename S::T* out[kBlockRows];           // rows of out, or of dx
+  const typename S::T* next_x[kBlockRows];  // rows of the next block, to be prefetched; null where there are none
   const typename S::T* next_g[kBlockRows];
 
   int64_t vectors() const { return padded(n); }
@@ -21,10 +20,10 @@ struct Block {
 // Working memory of one thread.
 template <class S>
 struct Scratch {
-  Buffer z, h, slope, q, t, hr, dz, inner;  // [b + 2, kBlockRows] each, but the last
+  Buffer z, h, slope, q, t, hr, dz, inner;  // [b + 2, kBlockRows] each, except the last
   Buffer r, m2;                             // [kBlockRows]
   std::vector<typename S::T> stored;        // [b, kBlockRows]: z as it is saved
-  Buffer source, out;                       // [kBlockRows, d]: with a pre-norm
+  Buffer source, out;                       // [kBlockRows, d], with a pre-norm
   std::vector<const float*> h_rows, q_rows, hr_rows, t_rows, source_rows;
 #if HF_HAS_DPBF16
   std::vector<uint32_t, LineAligned<uint32_t>> row_pairs;     // coefficients: pairs of neighbours in a row
@@ -63,7 +62,7 @@ struct Scratch {
   }
 };
 
-// q = R [h ; 1], R upper-triangular: result i begins at term i.
+// q = R [h ; 1]. R is upper triangular, so the sum for result i begins at term i.
 inline void times_root(const float* root, int64_t c, const float* const* h, int64_t n, float* q) {
   for (int64_t i = 0; i < c; i += kSumResults) {
     const int64_t count = i + kSumResults <= c ? kSumResults : c - i;
@@ -72,7 +71,7 @@ inline void times_root(const float* root, int64_t c, const float* const* h, int6
   }
 }
 
-// u = R^T q: result i ends at term i.
+// u = R^T q. The sum for result i ends at term i.
 inline void times_root_transposed(const float* root, int64_t c, const float* const* q, int64_t n, float* u) {
   for (int64_t i = 0; i < c; i += kSumResults) {
     const int64_t count = i + kSumResults <= c ? kSumResults : c - i;
@@ -81,7 +80,7 @@ inline void times_root_transposed(const float* root, int64_t c, const float* con
   }
 }
 
-// out_i = first_i + sum_j a[j][i] w_j: up- or down-projection's rows weighted by b numbers a row.
+// out_i = first_i + sum_j a[j][i] w_j: rows of a projection, weighted by the `count` numbers of row i.
 template <class S, class Io>
 void project(const float* a, int64_t count, const Block<S>& block, int64_t d, const std::vector<const float*>& w,
              const Io& io, Scratch<S>&) {
@@ -103,7 +102,7 @@ void project(const float* a, int64_t count, const Block<S>& block, int64_t d, co
 }
 #endif
 
-// to [count, d] (+)= a source, source [rows, d] in storage: a weight's gradient from one block.
+// to [count, d] = or += a [count, n] times source [n, d], which is in storage: one block's part of a weight's gradient.
 template <class S>
 void accumulate(const float* a, int64_t count, int64_t n, int64_t d, const typename S::T* const* source,
                 const ToFloat& to, [[maybe_unused]] Scratch<S>& s) {
@@ -123,7 +122,7 @@ void accumulate(const float* a, int64_t count, int64_t n, int64_t d, const typen
   sums_by_column<Scaled<S>>(Coefficients<float>{a, kBlockRows, 1}, count, n, source, d, to);
 }
 
-// z as it is saved to z as it is computed with: [b, kBlockRows] in storage to float32.
+// Widens z as it is saved (s.stored) to the float32 z that is computed with, so that forward and backward use the same.
 template <class S>
 void widen_stored(int64_t b, int64_t n, Scratch<S>& s) {
   for (int64_t j = 0; j < b; ++j)

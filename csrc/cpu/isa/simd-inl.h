@@ -1,8 +1,7 @@
-// Vectors of kLanes floats for one instruction set, over the compiler's vector extension. No include guard: each
-// instruction set's translation unit includes it once, inside that set's target region and namespace (see
-// instruction_sets.h).
+// Vectors of kLanes floats for one instruction set, by the compiler's vector extension.
 
 constexpr int kLanes = HF_LANES;
+static_assert(kLanes == 4 || kLanes == 8 || kLanes == 16);
 
 typedef float vf __attribute__((vector_size(kLanes * 4)));
 typedef int32_t vi __attribute__((vector_size(kLanes * 4)));
@@ -12,7 +11,7 @@ typedef float v4 __attribute__((vector_size(16)));
 typedef float vf_any __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 typedef uint16_t vh_any __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
 
-// Written out: `vf{} + x` must add, since x may be -0, and would cost an addition per broadcast.
+// All lanes are written out: for `vf{} + x` the compiler would emit an addition, since x may be -0.
 #if HF_LANES == 16
 HF_INLINE vf splat(float x) { return vf{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 #elif HF_LANES == 8
@@ -21,14 +20,15 @@ HF_INLINE vf splat(float x) { return vf{x, x, x, x, x, x, x, x}; }
 HF_INLINE vf splat(float x) { return vf{x, x, x, x}; }
 #endif
 
-// Keeps a value in a register: compilers fold a load into each instruction that uses it, and the load ports are busy.
+// Keeps a value in a register. Otherwise compilers repeat its load in every instruction that uses it, and the load
+// ports are the bottleneck.
 #if defined(__x86_64__)
 #define HF_IN_REGISTER(v) asm("" : "+v"(v))
 #else
 #define HF_IN_REGISTER(v) (void)0
 #endif
 
-// Storage types: arithmetic is float32 throughout, 16-bit numbers are widened in registers.
+// Storage types. Arithmetic is float32 throughout; 16-bit numbers are widened in registers.
 struct F32 {
   using T = float;
   static HF_INLINE vf load(const T* p) { return *reinterpret_cast<const vf_any*>(p); }
@@ -51,7 +51,7 @@ struct BF16 {
     return reinterpret_cast<vf>(__builtin_convertvector(h, vu) << 16);
   }
 #if HF_HAS_DPBF16
-  // The instruction takes subnormal numbers for zero, as the products do.
+  // Like the products of this instruction set, this instruction takes subnormal numbers for zero.
   static HF_INLINE void store(T* p, vf v) {
     _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(reinterpret_cast<__m512>(v)));
   }
@@ -96,7 +96,8 @@ struct F16 {
   static HF_INLINE T narrow(float x) { return T{to_f16(x)}; }
 };
 
-// n <= kLanes numbers; the rest of the vector is zero. Never reads or writes beyond them.
+// Loads n <= kLanes numbers; the rest of the vector is zero. Never reads beyond them, and store_part never writes
+// beyond.
 template <class S>
 HF_INLINE vf load_part(const typename S::T* p, int n) {
   vf v = {};
@@ -113,7 +114,7 @@ HF_INLINE vf select(vi mask, vf a, vf b) {
   return reinterpret_cast<vf>((mask & reinterpret_cast<vi>(a)) | (~mask & reinterpret_cast<vi>(b)));
 }
 
-// The four quarters of a vector added up.
+// The sum of the four-lane pieces of a vector.
 HF_INLINE v4 quarter_sum(vf v) {
 #if HF_LANES == 16
   typedef float v8 __attribute__((vector_size(32)));
@@ -132,7 +133,7 @@ HF_INLINE float sum(vf v) {
   return (q[0] + q[1]) + (q[2] + q[3]);
 }
 
-// The sums of kDotRows vectors, side by side: a transposition that adds on the way.
+// Writes the sums of kDotRows vectors side by side. This is a transposition that adds on the way.
 #if HF_LANES == 16
 constexpr int kDotRows = 8;
 
@@ -147,7 +148,7 @@ HF_INLINE void sums_of(const vf* a, float* out) {
   for (int i = 0; i < 2; ++i)
     u[i] = __builtin_shufflevector(t[2 * i], t[2 * i + 1], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
            __builtin_shufflevector(t[2 * i], t[2 * i + 1], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
-  // lanes of 128 bits: two parts each of sums i and i + 4
+  // Each 128-bit lane now holds two parts each of sums i and i + 4.
   const vf v = __builtin_shufflevector(u[0], u[1], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
                __builtin_shufflevector(u[0], u[1], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
   const v8 s = __builtin_shufflevector(v, v, 0, 4, 8, 12, 2, 6, 10, 14) +

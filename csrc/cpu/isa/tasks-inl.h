@@ -1,9 +1,9 @@
-// Rows to tasks, tasks to blocks and their weights. Included once per instruction set.
+// Which rows belong to which task, how a task's rows are cut into units, and its unpacked weights.
 
-// The samples of each task, in order; and those without one.
+// The samples of each task, in order, and the samples without one.
 struct TaskRows {
   std::vector<int64_t> samples;  // sorted by task
-  std::vector<int64_t> begin;    // [T + 1] of each task in samples
+  std::vector<int64_t> begin;    // [T + 1]: where each task begins in `samples`
   std::vector<int64_t> passed;   // samples of task -1
 
   explicit TaskRows(const Problem& p) : begin(p.T + 1, 0) {
@@ -26,7 +26,7 @@ struct TaskRows {
   int64_t rows(int64_t task, int64_t M) const { return (begin[task + 1] - begin[task]) * M; }
 };
 
-// A stretch of one task's rows.
+// Rows first .. last - 1 of one task.
 struct Unit {
   int64_t task, first, last;
 };
@@ -71,7 +71,7 @@ std::vector<std::unique_ptr<Weights<S>>> unpack(const Problem& p, const TaskRows
   return weights;
 }
 
-// Samples without a task: `from` goes to `to` bit for bit, what was saved is zero.
+// Samples without a task: copies `from` to `to` bit for bit, and saves zeros.
 template <class S>
 void pass(const Problem& p, const TaskRows& tasks, const Rows& from, void* to, const SavedRows* saved) {
   using T = typename S::T;

@@ -1,8 +1,8 @@
-// One task's folded weights as the micro-kernels read them. Included once per instruction
-// set.
+// One task's folded weights, as the products read them.
 
-constexpr int64_t kBlockRows =
-    64;  // rows at a time: with d = 768 in float32, 192 KiB, which a second-level cache holds
+// Rows at a time. With d = 768 in float32 they take 192 KiB, which a second-level cache holds.
+constexpr int64_t kBlockRows = 64;
+static_assert(kBlockRows % kLanes == 0 && kBlockRows % 2 == 0, "whole vectors, and pairs, of rows");
 
 inline int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
@@ -13,7 +13,7 @@ std::vector<const T*> rows_of(const T* m, int64_t n, int64_t ld) {
   return rows;
 }
 
-// What every storage type's weights have.
+// The float32 vectors, which weights of every storage type have.
 struct FoldedVectors {
   const float* bias;     // [b] of the down-projection
   const float* up_bias;  // [d]
@@ -37,17 +37,17 @@ struct FoldedVectors {
 // The distance between rows of a copy. Strides that are multiples of 2 KiB map to few sets of the first-level cache
 // (conflict misses), so they are padded by one vector.
 inline int64_t spread(int64_t d) { return padded(d) * sizeof(float) % 2048 == 0 ? padded(d) + kLanes : padded(d); }
-// Copying the weights to spread their rows pays from here on.
+// From this number of rows on, copying the weights to pad their rows pays.
 constexpr int64_t kSpreadRows = 512;
 
-// In float32: the folded tensors themselves where they are, else widened once.
+// Projections in float32: the folded tensors themselves if they are float32, else copies that are widened once.
 template <class S>
 struct Weights : FoldedVectors {
   using Dot = Widened<S>;
   using Sum = Scaled<F32>;
   static constexpr bool paired = false;
   Buffer widened;
-  std::vector<const float*> down_dot, up_dot;         // [b], and [b + 1] with the bias
+  std::vector<const float*> down_dot, up_dot;         // [b], and [b + 1] because the bias follows
   const std::vector<const float*>&down_sum, &up_sum;  // the same
 
   Weights(const Problem& p, const FoldedWeights& f, int64_t task, int64_t rows)
@@ -82,8 +82,8 @@ struct Weights : FoldedVectors {
 };
 
 #if HF_HAS_DPBF16
-// In bfloat16: as they are for dot products, interleaved by pairs of rows for weighted sums. The bias is float32; in a
-// dot product it goes as the sum of two bfloat16 rows.
+// Projections in bfloat16: as they are for dot products, interleaved by pairs of rows for weighted sums. The bias is
+// float32; in a dot product, two bfloat16 rows stand for it, whose sum it is.
 template <>
 struct Weights<BF16> : FoldedVectors {
   using Dot = PairedDot;
@@ -91,7 +91,7 @@ struct Weights<BF16> : FoldedVectors {
   static constexpr bool paired = true;
   std::vector<bf16_t> halves;
   std::vector<uint32_t, LineAligned<uint32_t>> pairs;
-  Buffer wide;                                    // the down-projection, for a normalised source
+  Buffer wide;                                    // the down-projection in float32, for a normalised source
   std::vector<const bf16_t*> down_dot, up_dot;    // [b], [b + 2]
   std::vector<const float*> down_wide;            // [b], with a pre-norm
   std::vector<const uint32_t*> down_sum, up_sum;  // [ceil(b / 2)]
