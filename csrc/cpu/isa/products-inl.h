@@ -6,6 +6,9 @@
 // kSumVectors sources.
 constexpr int kSumResults = HF_LANES == 16 ? 8 : 4;
 constexpr int kSumVectors = 3;
+constexpr int kVectorRegisters = HF_LANES == 16 ? 32 : 16;
+static_assert(kDotRows * 3 + 3 + 1 <= kVectorRegisters, "a dot product's tile must stay in registers");
+static_assert(kSumResults * kSumVectors + kSumVectors + 1 <= kVectorRegisters, "and so must a weighted sum's");
 
 // One step along a dot product: kLanes numbers of a row, widened from storage, times kLanes float32 weights.
 template <class S>
