@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from . import official_fields
 from .activations import canonical_activation
 from .checkpoint import CONFIG_NAME
@@ -337,9 +335,5 @@ def variant_of_flags(unique_hyper_net: bool, efficient_unique_hyper_net: bool) -
 def _check_name(field: str, name: Any) -> None:
     if not isinstance(name, str) or not name:
         raise TypeError(f"{field}: a name must be a non-empty string, got {name!r}")
-    if "." in name:
-        raise ValueError(f"{field}: {name!r} holds a dot, which parameter names cannot")
-    if hasattr(nn.ParameterDict, name):
-        raise ValueError(
-            f"{field}: {name!r} is the name of a method of ParameterDict, where embeddings are kept; choose another"
-        )
+    if any("\ud800" <= character <= "\udfff" for character in name):
+        raise ValueError(f"{field}: {name!r} holds half of a surrogate pair, which no file can")

@@ -8,6 +8,7 @@ from torch import nn
 from . import ops
 from .config import HyperFormerConfig
 from .layout import AdapterLayout
+from .names import NamedParameters
 
 #: Positions of an adapter in a block; the index is the authors' type id.
 POSITIONS = ("feed_forward", "self_attention")
@@ -35,7 +36,7 @@ class TaskEmbeddings(nn.Module):
         self.config = config
         # Pairs, because a ParameterDict sorts a plain dict: a task that add_task appended would move on a reload, and
         # an optimizer's state, kept by index, would land on other tasks.
-        self.task_to_embeddings = nn.ParameterDict(
+        self.task_to_embeddings = NamedParameters(
             [(name, nn.Parameter(torch.randn(config.task_embedding_dim))) for name in config.embedding_names]
         )
         self.projector = (

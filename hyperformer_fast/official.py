@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from . import ops
 from .config import HyperFormerConfig
 from .hypernetwork import POSITIONS, HyperNetwork, TaskEmbeddings
+from .names import attribute_of
 
 if TYPE_CHECKING:
     from .model import HyperFormerModel
@@ -45,7 +46,7 @@ class _Entry(NamedTuple):
 
 def _task_entries(embeddings: TaskEmbeddings) -> Iterator[_Entry]:
     for name in embeddings.task_to_embeddings:
-        yield _Entry(f"{_TASKS}task_to_embeddings.{name}", f"task_to_embeddings.{name}")
+        yield _Entry(f"{_TASKS}task_to_embeddings.{name}", f"task_to_embeddings.{attribute_of(name)}")
     if embeddings.projector is not None:
         yield from _projector_entries(f"{_TASKS}task_hyper_net.")
 
