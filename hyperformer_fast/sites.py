@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .layout import AdapterLayout
 
 STACKS = ("encoder", "decoder")
+_FLOAT16_MAX = torch.finfo(torch.float16).max
 
 # Per thread: one process may serve several requests at once, and CUDA's autograd recomputes checkpoints on threads of
 # its own.
@@ -114,6 +115,10 @@ class StackWeights:
 
     def adapt(self, x: Tensor, site: int, task_index: Tensor | None) -> Tensor:
         """The adapter of ``site`` applied to x [B, ..., d]."""
+        if x.dtype == torch.float16:
+            # T5's blocks clamp what overflowed, but only behind the adapter, which would make NaN of an infinity.
+            # Numbers that are finite stay what they are.
+            x = x.clamp(-_FLOAT16_MAX, _FLOAT16_MAX)
         # Folded at the first site that runs, for only x tells the compute dtype: autocast or a half-precision T5, whose
         # output projections may be kept in float32, so that one stack can see two.
         folded = self._folded.get(x.dtype)
