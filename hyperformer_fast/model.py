@@ -12,12 +12,18 @@ from torch import Tensor, nn
 
 from . import pretrained
 from .checkpoint import CheckpointError
+from .choice import choose_outside_the_graph, select
 from .config import HyperFormerConfig
+from .gradients import expect_gradients
 from .hypernetwork import HyperNetwork, TaskEmbeddings
 from .ops.checks import check_task_range
 from .parameters import ParameterCount
 from .sites import ForwardContext, Owner, StackWeights, active, find_sites
 from .surface import T5Surface, is_checkpointing
+from .t5 import Snapshot, place, trained_names, untied_head_kept
+
+#: What ``generate`` of transformers calls its first positional arguments.
+_GENERATE_ARGUMENTS = ("inputs", "generation_config", "logits_processor", "stopping_criteria")
 
 
 def get_hyperformer_model(t5: nn.Module, config: HyperFormerConfig) -> HyperFormerModel:
@@ -34,12 +40,15 @@ class HyperFormerModel(T5Surface):
     v1.0, the two stay one tensor and train as one, as in the authors' code.
 
     Args:
-        t5: ``T5ForConditionalGeneration`` or another T5 with ``encoder`` (and ``decoder``) of T5 blocks.
+        t5: ``T5ForConditionalGeneration`` or another T5 with ``encoder`` (and ``decoder``) of T5 blocks. A head that no
+            T5 is pretrained with (sequence or token classification, question answering) is trained, and shared by all
+            tasks.
         config: copied; the model and its caller share no state.
 
     Raises:
         TypeError: ``t5`` is not a T5.
-        ValueError: it has adapters already, has gradient checkpointing on, or is too narrow for ``reduction_factor``.
+        ValueError: it has adapters already, has gradient checkpointing on, is too narrow for ``reduction_factor``, or
+            its weights are on the meta device.
     """
 
     def __init__(self, t5: nn.Module, config: HyperFormerConfig):
@@ -54,23 +63,23 @@ class HyperFormerModel(T5Surface):
             )
         config = config.replace()
         layers = {site.stack: site.layer + 1 for site in sites}
-        first = next(t5.parameters())
+        trained = trained_names(t5, config)
+        device, dtype = place(t5, trained)
         # Generated weights keep float32 precision under a half-precision T5.
-        place = {"device": first.device, "dtype": torch.promote_types(first.dtype, torch.float32)}
+        ours = {"device": device, "dtype": torch.promote_types(dtype, torch.float32)}
         self.hyperformer_config = config
-        self.task_embeddings = TaskEmbeddings(config).to(**place)
+        self.task_embeddings = TaskEmbeddings(config).to(**ours)
         self.hypernetworks = nn.ModuleDict(
             {name: HyperNetwork(config, t5.config.d_model, n) for name, n in layers.items()}
-        ).to(**place)
+        ).to(**ours)
         self.t5 = t5
-        self._modes = {module: module.training for module in t5.modules()}
-        self._required_grad = {name: parameter.requires_grad for name, parameter in t5.named_parameters()}
-        trained = _trained_names(t5, config)
-        self._originals = {name: p.detach().clone() for name, p in t5.named_parameters() if name in trained}
+        self._snapshot = Snapshot(t5, trained)
         for name, parameter in t5.named_parameters():
             parameter.requires_grad_(name in trained)
+        self._gradients_flow = False  # whether the last forward trained, so that they are known to
         self._owner = Owner()
         self._owner.install(sites, self.hypernetworks)
+        self.register_forward_pre_hook(choose_outside_the_graph, with_kwargs=True)
         self.train(t5.training)
 
     def forward(
@@ -97,7 +106,8 @@ class HyperFormerModel(T5Surface):
 
         Raises:
             ValueError: an unknown task, both or neither of ``task`` and ``task_index``, or not as many as samples.
-            RuntimeError: the model was unloaded.
+            RuntimeError: the model was unloaded, an adapter did not run because its hook or its block is gone, or no
+                gradient flows through the T5 in a forward that is to train.
         """
         given = {
             "input_ids": input_ids,
@@ -112,8 +122,21 @@ class HyperFormerModel(T5Surface):
         }
         given = {name: value for name, value in given.items() if value is not None}
         t5 = self._base
-        with active(self._context(task, task_index, "encoder_outputs" in given)):
-            return t5(**given)
+        if torch.jit.is_tracing():
+            raise RuntimeError(
+                "torch.jit.trace would take this forward's task and weights for constants: use torch.compile or "
+                "torch.export"
+            )
+        context = self._context(task, task_index, "encoder_outputs" in given)
+        with active(context):
+            out = t5(**given)
+        context.expect_all_ran()
+        if not torch.compiler.is_compiling():
+            if context.trains and not self._gradients_flow:
+                expect_gradients(out)
+            # looked at once in a training, but again after any inference, for which some quantisers change weights
+            self._gradients_flow = context.trains
+        return out
 
     @torch.no_grad()
     def generate(
@@ -122,50 +145,68 @@ class HyperFormerModel(T5Surface):
         """The T5's ``generate``, with adapters, whose weights are generated once for the whole call.
 
         ``task`` and ``task_index`` as in :meth:`forward`, one per prompt: beams and return sequences follow their
-        prompt's.
+        prompt's. An ``assistant_model`` may be another :class:`HyperFormerModel` of the same tasks.
         """
+        if len(args) > len(_GENERATE_ARGUMENTS):
+            raise TypeError(f"generate takes {', '.join(_GENERATE_ARGUMENTS)} by position, and the rest by name")
         t5 = self._base
-        encoder_outputs = kwargs.get("encoder_outputs")
-        context = self._context(task, task_index, encoder_outputs is not None, generating=True)
-        if encoder_outputs is not None:
-            context.index_for("encoder", encoder_outputs[0].shape[0])
-        with active(context):
-            return t5.generate(*args, **kwargs)
+        # by name, because PEFT's wrapper of a T5 takes nothing by position
+        positional = dict(zip(_GENERATE_ARGUMENTS, args, strict=False))
+        twice = sorted(positional.keys() & kwargs.keys())
+        if twice:
+            raise TypeError(f"{twice[0]} is given twice, by position and by name")
+        kwargs |= positional
+        context = self._context(task, task_index, kwargs.get("encoder_outputs") is not None, generating=True)
+        contexts = [context]
+        assistant = kwargs.get("assistant_model")
+        if isinstance(assistant, HyperFormerModel):
+            if assistant.hyperformer_config.tasks != self.hyperformer_config.tasks:
+                theirs, ours = assistant.hyperformer_config.tasks, self.hyperformer_config.tasks
+                raise ValueError(f"the assistant must have this model's tasks, {ours}, in this order, got {theirs}")
+            kwargs["assistant_model"] = assistant._base
+            if assistant is not self:
+                contexts.append(assistant._context(task, task_index, False, generating=True))
+        if kwargs.get("encoder_outputs") is not None:
+            context.index_for("encoder", kwargs["encoder_outputs"][0].shape[0])
+        with active(*contexts):
+            out = t5.generate(**kwargs)
+        for context in contexts:
+            context.expect_all_ran()
+        self._gradients_flow = False
+        return out
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """``torch.nn.Module.compile``, but for hooks, which stay outside of the graph: among them is the choice of
+        tasks, so that another task needs no other graph."""
+        compiled = torch.compile(type(self).forward.__get__(self), *args, **kwargs)
+        self.__dict__["forward"] = self.__dict__["_compiled_forward"] = compiled
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What is compiled belongs to this very instance, as in torch.nn.Module. Another forward may be accelerate's.
+        state = super().__getstate__()
+        compiled = state.pop("_compiled_forward", None)
+        if compiled is not None and state.get("forward") is compiled:
+            del state["forward"]
+        return state
 
     def _context(self, task, task_index: Tensor | None, encoded: bool, generating: bool = False) -> ForwardContext:
         embeddings = self.task_embeddings()
-        rows, task_index = self._choose(task, task_index, embeddings.device)
+        if embeddings.is_meta and hasattr(self, "_hf_hook"):
+            raise RuntimeError(
+                "the hypernetworks are offloaded, but nothing fetches them, because they run once for all blocks: "
+                "offload the T5 (accelerate's cpu_offload or dispatch_model) before it gets adapters, and only the T5"
+            )
+        rows, index, samples = select(self.hyperformer_config, task, task_index, embeddings.device)
         if rows is not None:
-            # All embeddings take part, chosen or not, so that each has a gradient, zero if need be.
-            each = embeddings.unbind(0)
-            embeddings = torch.stack([each[row] for row in rows])
+            # From all embeddings, so that each has a gradient, zero if need be.
+            embeddings = embeddings.index_select(0, rows)
         activation = self.hyperformer_config.non_linearity
         stacks = {
             name: StackWeights(net, net(embeddings), activation)
             for name, net in self.hypernetworks.items()
             if not (encoded and name == "encoder")
         }
-        return ForwardContext(self._owner, stacks, task_index, generating)
-
-    def _choose(self, task, task_index: Tensor | None, device: torch.device) -> tuple[list[int] | None, Tensor | None]:
-        """Which tasks to generate weights for (None: all), and each sample's index [B] among them (None: the first)."""
-        config = self.hyperformer_config
-        if task is not None and task_index is not None:
-            raise ValueError("give task or task_index, not both")
-        if task_index is not None:
-            _check_task_index(task_index, len(config.tasks))
-            return None, task_index.to(device)
-        if task is None:
-            if len(config.tasks) > 1:
-                raise ValueError(f"say which task: task= or task_index=; this model has {', '.join(config.tasks)}")
-            return [0], None
-        if isinstance(task, str):
-            return [config.task_id(task)], None
-        if not isinstance(task, Sequence) or not all(isinstance(name, str) for name in task) or not task:
-            raise ValueError(f"task must be a name or a list of names, one per sample, got {task!r}")
-        names = list(dict.fromkeys(task))
-        rows = [config.task_id(name) for name in names]
-        return rows, torch.tensor([names.index(name) for name in task], device=device)
+        return ForwardContext(self._owner, stacks, index, samples, generating)
 
     def add_task(self, name: str, init_from: str | list[str] | None = None) -> None:
         """Add a task, with an embedding of its own.
@@ -212,15 +253,14 @@ class HyperFormerModel(T5Surface):
             ValueError: a T5 parameter is trained that the configuration does not train: the checkpoint would lack it;
                 or a value is not finite.
         """
-        extra = self._trained_beyond_config()
+        extra = self._snapshot.trained_beyond(self._base)
         if extra:
             raise ValueError(
                 f"{extra[0]} (and {len(extra) - 1} more) of the T5 has requires_grad, but the configuration trains no "
                 "such parameter, so the checkpoint would lack it: freeze it, or see unfreeze_layer_norms and "
                 "unfreeze_lm_head"
             )
-        frozen = self._base, self._originals.keys()
-        pretrained.save(directory, self._trained_tensors(), self.hyperformer_config, *frozen)
+        pretrained.save(directory, self._trained_tensors(), self.hyperformer_config, self._base, self._snapshot.trained)
 
     @classmethod
     def from_pretrained(cls, t5: nn.Module, directory: str | Path) -> HyperFormerModel:
@@ -234,7 +274,7 @@ class HyperFormerModel(T5Surface):
         find_sites(t5)
         checkpoint = pretrained.read(directory, t5)
         try:
-            trained = _trained_names(t5, checkpoint.config)
+            trained = trained_names(t5, checkpoint.config)
             shapes = pretrained.shapes_of(checkpoint.config, t5, trained)
         except ValueError as error:
             raise CheckpointError(f"{directory}: config: {error}") from error
@@ -257,7 +297,7 @@ class HyperFormerModel(T5Surface):
         checkpoint = pretrained.read(directory, self._base)
         checkpoint.expect_config(self.hyperformer_config)
         shapes = {name: target.shape for name, target in self._trained_tensors().items()}
-        checkpoint.expect(shapes, self._base, self._originals.keys())
+        checkpoint.expect(shapes, self._base, self._snapshot.trained)
         checkpoint.warn_of_old_order()
         self._load(checkpoint)
 
@@ -270,61 +310,52 @@ class HyperFormerModel(T5Surface):
 
     def _trained_tensors(self) -> dict[str, Tensor]:
         """All that a checkpoint holds, under its names there; the parameters' own memory."""
-        t5 = dict(self._base.named_parameters())
         parts = {"task_embeddings": self.task_embeddings, "hypernetworks": self.hypernetworks}
         ours = {f"{part}.{name}": p.detach() for part, module in parts.items() for name, p in module.named_parameters()}
-        return ours | {f"t5.{name}": t5[name].detach() for name in self._originals}
+        t5 = self._snapshot.trained_parameters(self._base)
+        return ours | {f"t5.{name}": p.detach() for name, p in t5.items()}
 
-    def _trained_beyond_config(self) -> list[str]:
-        return [name for name, p in self._base.named_parameters() if p.requires_grad and name not in self._originals]
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Module:
+        """The T5's, for :meth:`unload` to know. New rows are trained only where the embeddings are
+        (``unfreeze_lm_head`` with a tied head); an optimizer made before does not know what was resized."""
+        t5 = self._base
+        before = len(t5.get_input_embeddings().weight)
+        with untied_head_kept(t5):
+            embeddings = t5.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        self._snapshot.resized(t5)
+        added = len(embeddings.weight) - before
+        if added > 0 and not embeddings.weight.requires_grad:
+            warnings.warn(
+                f"the {added} new rows of the embeddings stay as they were drawn, and no checkpoint holds them, "
+                "because this configuration trains no embeddings",
+                stacklevel=2,
+            )
+        return embeddings
 
-    @torch.no_grad()
     def unload(self) -> nn.Module:
         """Take the adapters out and give the T5 back as it came in: every bit of its parameters, their
-        ``requires_grad``, the modes of its modules. This model is of no use afterwards.
+        ``requires_grad``, the modes of its modules. This model is of no use afterwards. What others have added to the
+        T5 (LoRA, say) stays in it as it is.
 
         Bits that a cast (``model.to(torch.bfloat16)``) took from frozen parameters are gone, and a parameter that the
         caller unfroze and trained past the configuration cannot be restored (a warning).
+
+        Raises:
+            RuntimeError: a block was replaced, or a parameter that was trained is gone or of another shape. Nothing
+                has changed then, and the model works on.
         """
         t5 = self._base
-        for name in self._trained_beyond_config():
-            warnings.warn(f"the T5's {name} was unfrozen by hand: its values cannot be restored", stacklevel=2)
+        site = self._owner.missing(t5)
+        if site is not None:
+            raise RuntimeError(
+                f"the {site.position} of {site.stack} block {site.layer} was taken out or replaced since the adapters "
+                "were put in, so this T5 cannot be given back as it came: put the block back first"
+            )
+        self._snapshot.restore_values(t5)
         self.gradient_checkpointing_disable()
         self._owner.remove()
-        for name, parameter in t5.named_parameters():
-            if name in self._originals:
-                parameter.copy_(self._originals[name])
-                parameter.grad = None
-            parameter.requires_grad_(self._required_grad[name])
-        for module, mode in self._modes.items():
-            module.training = mode
+        self._snapshot.restore_flags(t5)
         self.t5 = None
         return t5
-
-
-def _check_task_index(task_index: Any, T: int) -> None:
-    if not isinstance(task_index, Tensor):
-        raise ValueError(f"task_index must be a tensor, got {task_index!r}")
-    if task_index.dim() != 1 or task_index.dtype not in (torch.int32, torch.int64):
-        got = f"{task_index.dtype} {list(task_index.shape)}"
-        raise ValueError(f"task_index must be [B] in int32 or int64, got {got}")
-    if not torch.compiler.is_compiling():
-        check_task_range(task_index, T)
-
-
-def _trained_names(t5: nn.Module, config: HyperFormerConfig) -> set[str]:
-    """Names (as ``named_parameters`` gives them: tied ones once) of the T5's parameters that the configuration
-    trains."""
-    chosen: list[nn.Parameter] = []
-    if config.unfreeze_layer_norms:
-        # by name: the class is T5LayerNorm, or apex's FusedRMSNorm where that is installed
-        chosen += [
-            p for name, m in t5.named_modules() if name.endswith("layer_norm") for p in m.parameters(recurse=False)
-        ]
-    if config.unfreeze_lm_head:
-        head = getattr(t5, "lm_head", None)
-        if head is None:
-            raise ValueError(f"unfreeze_lm_head is True, but {type(t5).__name__} has no lm_head")
-        chosen += head.parameters()
-    identities = {id(parameter) for parameter in chosen}
-    return {name for name, parameter in t5.named_parameters() if id(parameter) in identities}

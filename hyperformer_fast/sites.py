@@ -4,7 +4,8 @@ Forward hooks on ``SelfAttention`` and ``DenseReluDense`` of every block of a st
 T5's own dropout and residual add (paper section 2); the decoder's cross-attention has none. The T5's modules, and so
 its ``state_dict`` keys, stay what they are. All weights of one forward lie in one :class:`ForwardContext`, active in
 the calling thread while that forward runs, and again while gradient checkpointing recomputes a block of that very
-forward.
+forward. The context counts the sites that ran, so that a forward whose hooks are gone cannot pass for one with
+adapters.
 
 Letters: B samples, S sites of a stack, T tasks, P packed numbers per adapter.
 """
@@ -20,7 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .gradients import CANNOT_TRAIN
+from .hypernetwork import POSITIONS
 from .layout import Folded
+from .ops import functorch
 
 if TYPE_CHECKING:
     from .hypernetwork import HyperNetwork
@@ -29,9 +33,17 @@ if TYPE_CHECKING:
 STACKS = ("encoder", "decoder")
 _FLOAT16_MAX = torch.finfo(torch.float16).max
 
-# Per thread: one process may serve several requests at once, and CUDA's autograd recomputes checkpoints on threads of
-# its own.
-_local = threading.local()
+
+class _Local(threading.local):
+    """Per thread: one process may serve several requests at once, and CUDA's autograd recomputes checkpoints on threads
+    of its own."""
+
+    def __init__(self) -> None:
+        # there from the start, because a compiled forward guards on whether it is
+        self.contexts: tuple[ForwardContext, ...] = ()
+
+
+_local = _Local()
 
 
 class Site(NamedTuple):
@@ -48,11 +60,13 @@ def find_sites(t5: nn.Module) -> list[Site]:
 
     Raises:
         TypeError: naming the class, where it is not built like a T5.
-        ValueError: it holds adapters of a :class:`HyperFormerModel` already.
+        ValueError: it holds adapters of a :class:`HyperFormerModel` already, or one block stands in two places.
     """
     sites = []
     for stack in STACKS:
         module = getattr(t5, stack, None)
+        if module is None:  # T5ForSequenceClassification and T5ForTokenClassification keep theirs one level down
+            module = getattr(getattr(t5, "transformer", None), stack, None)
         if module is None:
             continue
         for layer, block in enumerate(getattr(module, "block", ())):
@@ -69,6 +83,11 @@ def find_sites(t5: nn.Module) -> list[Site]:
             "HyperFormer adapters go into a T5 (T5ForConditionalGeneration, MT5ForConditionalGeneration, T5Model, "
             f"T5EncoderModel), whose encoder and decoder have T5 blocks; {type(t5).__name__} has none"
         )
+    if len({id(site.module) for site in sites}) < len(sites):
+        raise ValueError(
+            f"a block of this {type(t5).__name__} stands in two places, but each place has an adapter of its own: "
+            "give every layer a block of its own"
+        )
     for site in sites:
         if any(isinstance(hook, _Hook) for hook in site.module._forward_hooks.values()):
             raise ValueError(
@@ -81,13 +100,20 @@ class Owner:
     """Identity of one set of installed adapters; a context serves the hooks of its own owner only."""
 
     def __init__(self) -> None:
+        self.sites: list[Site] = []
         self.handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def install(self, sites: list[Site], hypernetworks: nn.ModuleDict) -> None:
         """Hook every site; the hypernetworks number them."""
+        self.sites = sites
         for site in sites:
             index = hypernetworks[site.stack].site(site.layer, site.position)
-            self.handles.append(site.module.register_forward_hook(_Hook(self, site.stack, index)))
+            self.handles.append(site.module.register_forward_hook(_Hook(self, site, index)))
+
+    def missing(self, t5: nn.Module) -> Site | None:
+        """The first site whose module is no longer part of ``t5``."""
+        modules = set(t5.modules())
+        return next((site for site in self.sites if site.module not in modules), None)
 
     def remove(self) -> None:
         """Take all hooks off again."""
@@ -107,14 +133,28 @@ class StackWeights:
 
     def __init__(self, net: HyperNetwork, packed: Tensor, activation: str):
         self.layout: AdapterLayout = net.layout
+        self.num_layers = net.num_layers
         self.activation = activation
+        self._ran = 0
         self._whole = packed.detach()
         # unbind's backward is one stack; indexing site by site would fill a [S, T, P] of zeros for each
         self._packed = packed.unbind(0)
         self._folded: dict[torch.dtype, list[Folded]] = {}
 
+    @property
+    def trains(self) -> bool:
+        """Whether a backward is to reach these weights. torch.func has gradients of its own."""
+        return torch.is_grad_enabled() and self._packed[0].requires_grad and not functorch.in_force()
+
+    def first_not_run(self) -> int | None:
+        """The first site that no ``adapt`` was called for."""
+        if self._ran == (1 << len(self._packed)) - 1:
+            return None
+        return next(site for site in range(len(self._packed)) if not self._ran >> site & 1)
+
     def adapt(self, x: Tensor, site: int, task_index: Tensor | None) -> Tensor:
         """The adapter of ``site`` applied to x [B, ..., d]."""
+        self._ran |= 1 << site
         if x.dtype == torch.float16:
             # T5's blocks clamp what overflowed, but only behind the adapter, which would make NaN of an infinity.
             # Numbers that are finite stay what they are.
@@ -137,41 +177,62 @@ class ForwardContext:
         owner: whose hooks it serves.
         stacks: weights by stack.
         task_index: [B] task of each sample among the generated ones, None: all samples are of the one task.
+        samples: B, None where the caller named one task for a batch of any size.
         generating: rows of the decoder may be a multiple of B, sample-major (beams, return sequences).
     """
 
     owner: Owner
     stacks: dict[str, StackWeights]
     task_index: Tensor | None = None
+    samples: int | None = None
     generating: bool = False
     _repeated: dict[int, Tensor] = dataclasses.field(default_factory=dict)
 
     def index_for(self, stack: str, rows: int) -> Tensor | None:
         """The task index of a batch of ``rows`` in ``stack``. ValueError where the two do not fit."""
-        index = self.task_index
-        if index is None or rows == index.shape[0]:
+        index, samples = self.task_index, self.samples
+        if samples is None or rows == samples:
             return index
-        if self.generating and stack == "decoder" and index.shape[0] and rows % index.shape[0] == 0:
+        if self.generating and stack == "decoder" and samples and rows % samples == 0:
+            if index is None:
+                return None
             if rows not in self._repeated:
-                self._repeated[rows] = index.repeat_interleave(rows // index.shape[0])
+                self._repeated[rows] = index.repeat_interleave(rows // samples)
             return self._repeated[rows]
-        raise ValueError(f"tasks were given for {index.shape[0]} samples, but the batch has {rows}")
+        raise ValueError(f"tasks were given for {samples} samples, but the batch has {rows}")
+
+    @property
+    def trains(self) -> bool:
+        """Whether a backward is to reach these weights."""
+        return any(weights.trains for weights in self.stacks.values())
+
+    def expect_all_ran(self) -> None:
+        """RuntimeError where a site did not run: what came out is not the adapted T5's answer."""
+        for stack, weights in self.stacks.items():
+            site = weights.first_not_run()
+            if site is not None:
+                position, layer = POSITIONS[site // weights.num_layers], site % weights.num_layers
+                raise RuntimeError(
+                    f"the adapter behind the {position} of {stack} block {layer} did not run, because its hook was "
+                    "removed or its block was taken out or replaced after the adapters were put in: the T5 must keep "
+                    "its blocks; load the checkpoint into a new HyperFormerModel"
+                )
 
 
-class active:
-    """Make ``context`` the one that this thread's hooks read, while a ``with`` block runs and however it ends.
-    Reusable: a backward with ``retain_graph`` recomputes a block once for every backward pass."""
+class active:  # noqa: N801
+    """Make ``contexts``, at most one of each owner, those that this thread's hooks read, while a ``with`` block runs
+    and however it ends. Reusable: a backward with ``retain_graph`` recomputes a block once for every backward pass."""
 
-    def __init__(self, context: ForwardContext):
-        self.context = context
-        self._before: list[ForwardContext | None] = []
+    def __init__(self, *contexts: ForwardContext):
+        self.contexts = contexts
+        self._before: list[tuple[ForwardContext, ...]] = []
 
     def __enter__(self) -> None:
-        self._before.append(getattr(_local, "context", None))
-        _local.context = self.context
+        self._before.append(_local.contexts)
+        _local.contexts = self.contexts
 
     def __exit__(self, *exception) -> None:
-        _local.context = self._before.pop()
+        _local.contexts = self._before.pop()
 
 
 def recompute_contexts():
@@ -181,19 +242,23 @@ def recompute_contexts():
     Called when a block runs forward; the second of the two contexts surrounds its recomputation, perhaps after other
     forwards, perhaps on another thread.
     """
-    context = getattr(_local, "context", None)
-    return contextlib.nullcontext(), contextlib.nullcontext() if context is None else active(context)
+    contexts = _local.contexts
+    return contextlib.nullcontext(), active(*contexts) if contexts else contextlib.nullcontext()
 
 
 class _Hook:
     """Forward hook of one site. An object, not a closure, so that a deep copy of the model gets hooks of its own."""
 
-    def __init__(self, owner: Owner, stack: str, site: int):
-        self.owner, self.stack, self.site = owner, stack, site
+    def __init__(self, owner: Owner, site: Site, index: int):
+        self.owner, self.stack, self.index = owner, site.stack, index
+        self.where = f"the {site.position} of {site.stack} block {site.layer}"
+        self.is_first = (site.layer, site.position) == (0, "self_attention")
 
     def __call__(self, module: nn.Module, args: tuple, output):
-        context = getattr(_local, "context", None)
-        if context is None or context.owner is not self.owner:
+        for context in _local.contexts:
+            if context.owner is self.owner:
+                break
+        else:
             raise RuntimeError(
                 "this T5 has HyperFormer adapters, but was called by itself, so they have no weights: call the "
                 "HyperFormerModel (its forward or generate, with a task), or unload() it first. In a backward pass it "
@@ -204,5 +269,8 @@ class _Hook:
         weights = context.stacks.get(self.stack)
         if weights is None:
             raise RuntimeError(f"the {self.stack} runs in a forward that was not to need it")
-        adapted = weights.adapt(x, self.site, context.index_for(self.stack, x.shape[0]))
+        # What enters a sublayer comes from an adapter before it, but for the first.
+        if not (self.is_first or x.requires_grad) and weights.trains:
+            raise RuntimeError(f"no gradient flows through {self.where} of this T5, {CANNOT_TRAIN}")
+        adapted = weights.adapt(x, self.index, context.index_for(self.stack, x.shape[0]))
         return (adapted, *output[1:]) if isinstance(output, tuple) else adapted

@@ -8,9 +8,8 @@ import threading
 import pytest
 import torch
 from support.t5s import TASKS, VARIANTS, bare_copy, batch, bits, stated_logits, tiny_config, tiny_model, tiny_t5, train
-from transformers import MT5Config, MT5ForConditionalGeneration, T5Config, T5EncoderModel, T5Model
 
-from hyperformer_fast import HyperFormerModel, get_hyperformer_model
+from hyperformer_fast import get_hyperformer_model
 
 MIXED = ["cola", "mnli", "mnli", "stsb"]
 
@@ -96,52 +95,6 @@ def test_what_is_unfrozen(tied, norms, head):
     # tied, the head and the embeddings are one tensor, and its first name is shared.weight
     assert trained == expected | ({"shared.weight" if tied else "lm_head.weight"} if head else set())
     assert all(p.requires_grad for p in model.hypernetworks.parameters())
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_unload_gives_the_same_t5_back(tied):
-    t5 = tiny_t5(tied=tied, dropout=0.1, dtype=torch.float32)
-    t5.encoder.train()
-    t5.shared.weight.requires_grad_(False)
-    before, keys = bits(t5), list(t5.state_dict())
-    flags = {name: p.requires_grad for name, p in t5.named_parameters()}
-    modes = [module.training for module in t5.modules()]
-    ids = batch()["input_ids"]
-    t5.eval()
-    text = t5.generate(ids, num_beams=2, max_new_tokens=6)
-    t5.encoder.train()
-
-    model = tiny_model(t5=t5, unfreeze_lm_head=True)
-    assert list(t5.state_dict()) == keys
-    model.train()
-    model.gradient_checkpointing_enable()
-    train(model)
-    assert not torch.equal(t5.encoder.final_layer_norm.weight, before["encoder.final_layer_norm.weight"])
-    assert model.unload() is t5
-
-    assert list(t5.state_dict()) == keys
-    assert {name: p.requires_grad for name, p in t5.named_parameters()} == flags
-    assert [module.training for module in t5.modules()] == modes
-    assert all(torch.equal(p, before[name]) for name, p in t5.named_parameters())
-    assert all(p.grad is None for p in t5.parameters())
-    assert not any(module._forward_hooks for module in t5.modules())
-    assert not any(getattr(module, "gradient_checkpointing", False) for module in t5.modules())
-    assert torch.equal(t5.eval().generate(ids, num_beams=2, max_new_tokens=6), text)
-    with pytest.raises(RuntimeError, match="unloaded"):
-        model(**batch(), task="mnli")
-    with pytest.raises(RuntimeError, match="unloaded"):
-        model.unload()
-    get_hyperformer_model(t5, tiny_config())
-
-
-@pytest.mark.filterwarnings("ignore:.*unfrozen by hand")
-def test_a_parameter_unfrozen_by_hand_is_named(tmp_path):
-    model = tiny_model()
-    model.t5.encoder.block[0].layer[0].SelfAttention.q.weight.requires_grad_(True)
-    with pytest.raises(ValueError, match=r"encoder.block.0.layer.0.SelfAttention.q.weight .* would lack it"):
-        model.save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match="unfrozen by hand"):
-        model.unload()
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}])
@@ -274,28 +227,6 @@ def test_a_second_set_of_adapters_and_other_models_are_refused():
     assert [p.requires_grad for p in t5.parameters()] == flags and not any(m._forward_hooks for m in t5.modules())
 
 
-@pytest.mark.parametrize("kind", ["t5", "encoder", "mt5"])
-def test_other_t5s(kind):
-    sizes = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "num_layers": 2}
-    inputs = {"input_ids": batch()["input_ids"]}
-    if kind == "mt5":
-        t5 = MT5ForConditionalGeneration(MT5Config(**sizes, decoder_start_token_id=0))
-        inputs["labels"] = batch()["labels"]
-    elif kind == "t5":
-        t5 = T5Model(T5Config(**sizes))
-        inputs["decoder_input_ids"] = batch()["labels"]
-    else:
-        t5 = T5EncoderModel(T5Config(**sizes))
-    t5.eval()
-    plain = t5(**inputs)
-    model = tiny_model(t5=t5)
-    assert list(model.hypernetworks) == (["encoder"] if kind == "encoder" else ["encoder", "decoder"])
-    hidden = "last_hidden_state" if kind != "mt5" else "logits"
-    a, b = model(**inputs, task="mnli")[hidden], model(**inputs, task="cola")[hidden]
-    assert not torch.allclose(a, b) and not torch.allclose(a, plain[hidden])
-    assert torch.equal(model.unload()(**inputs)[hidden], plain[hidden])
-
-
 def test_nan_in_the_input_comes_out_and_stays_in_its_sample():
     model, inputs = tiny_model(), batch()
     embeds = model.get_input_embeddings()(inputs.pop("input_ids")).detach()
@@ -360,7 +291,7 @@ def test_add_task():
     assert torch.equal(model(**inputs, task="mnli").logits, expected)
     model(**inputs, task_index=torch.tensor([5, 4, 3, 0])).loss.backward()
     assert e["fresh"].grad.abs().sum() > 0
-    for name, source, message in [("mnli", None, "there already"), ("x", "rte", "unknown task"), ("a.b", None, "dot")]:
+    for name, source, message in [("mnli", None, "there already"), ("x", "rte", "unknown task")]:
         with pytest.raises(ValueError, match=message):
             model.add_task(name, source)
     assert len(model.hyperformer_config.tasks) == len(e) == 6
@@ -376,35 +307,3 @@ def test_print_trainable_parameters(capsys):
         f"trainable params: {trained:,} || T5 params: {total:,} || trainable%: {100 * trained / total:.4f} || "
         f"per task: {100 * trained / total / 3:.4f} % (3 tasks)\n"
     )
-
-
-def test_what_trainer_asks_of_a_model():
-    import inspect
-
-    model = tiny_model()
-    names = list(inspect.signature(model.forward).parameters)
-    assert {"input_ids", "attention_mask", "decoder_input_ids", "labels", "task", "task_index"} <= set(names)
-    assert HyperFormerModel.accepts_loss_kwargs is False and HyperFormerModel.main_input_name == "input_ids"
-    assert model.config is model.t5.config and model.generation_config is model.t5.generation_config
-    assert model.device.type == "cpu" and model.dtype == torch.float64 and model.can_generate()
-    labels = batch()["labels"]
-    shifted = model.prepare_decoder_input_ids_from_labels(labels)
-    assert torch.equal(shifted[:, 1:], labels[:, :-1]) and not shifted[:, 0].any()
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_torch_compile_takes_it_in_one_graph():
-    model, inputs = tiny_model(t5=tiny_t5(num_layers=1, num_decoder_layers=1)), batch()
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    for task in ("mnli", MIXED):
-        expected = model(**inputs, task=task)
-        out = compiled(**inputs, task=task)
-        torch.testing.assert_close(out.logits, expected.logits, rtol=1e-9, atol=1e-9)
-        model.zero_grad()
-        expected.loss.backward()
-        want = {name: p.grad for name, p in model.named_parameters()}
-        model.zero_grad()
-        out.loss.backward()
-        for name, p in model.named_parameters():
-            if want[name] is not None:
-                torch.testing.assert_close(p.grad, want[name], rtol=1e-7, atol=1e-9)

@@ -1,0 +1,114 @@
+"""Which tasks one forward is for, as tensors, so that a compiled forward sees no names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._dynamo.eval_frame import skip_code
+
+from .checks import check_task_range
+from .config import HyperFormerConfig
+
+if TYPE_CHECKING:
+    from .model import HyperFormerModel
+
+
+class Selection(NamedTuple):
+    """What a forward needs of its tasks.
+
+    Args:
+        rows: [R] the tasks to generate weights for, None: all of them.
+        index: [B] each sample's row among these, None: every sample has the one row.
+        samples: B, None where one task is for a batch of any size.
+    """
+
+    rows: Tensor | None
+    index: Tensor | None
+    samples: int | None = None
+
+
+class TaskChoice:
+    """Task names turned into tensors.
+
+    ``HyperFormerModel`` makes one in a forward pre-hook, which torch.compile leaves outside of the graph: a compiled
+    forward guards on the attributes that it reads, which for every task are tensors of the same shape, and not on
+    names, so that another task needs no other graph.
+    """
+
+    def __init__(self, config: HyperFormerConfig, task: str | Sequence[str], device: torch.device):
+        if isinstance(task, str):
+            names, self.samples = [task], None
+        elif isinstance(task, Sequence) and task and all(isinstance(name, str) for name in task):
+            names, self.samples = list(dict.fromkeys(task)), len(task)
+        else:
+            raise ValueError(f"task must be a name or a list of names, one per sample, got {task!r}")
+        ids = [config.task_id(name) for name in names]
+        self.is_single = len(ids) == 1
+        if self.is_single:
+            # a fill, because a copy from the host would wait for the GPU
+            self.rows = torch.full((1,), ids[0], dtype=torch.long, device=device)
+            return
+        place = {name: i for i, name in enumerate(names)}
+        index = [place[name] for name in task]
+        # one copy to the device for all three
+        numbers = torch.tensor([*ids, *index, *(ids[i] for i in index)], device=device)
+        self.rows, self.index, self.every = numbers.split([len(ids), len(index), len(index)])
+
+    def selection(self) -> Selection:
+        """The rows to generate: only those of the chosen tasks, but all of them where a graph is compiled for several
+        tasks, because the number of chosen ones would become part of the graph."""
+        if self.is_single:
+            return Selection(self.rows, None, self.samples)
+        if torch.compiler.is_compiling():
+            return Selection(None, self.every, self.samples)
+        return Selection(self.rows, self.index, self.samples)
+
+
+def select(config: HyperFormerConfig, task: Any, task_index: Tensor | None, device: torch.device) -> Selection:
+    """What ``task`` (names, or a :class:`TaskChoice`) or ``task_index`` [B] stand for. ValueError where neither or both
+    are given, or a task is unknown."""
+    if task is not None and task_index is not None:
+        raise ValueError("give task or task_index, not both")
+    if task_index is not None:
+        _check_task_index(task_index, len(config.tasks))
+        return Selection(None, task_index.to(device), task_index.shape[0])
+    if task is None:
+        if len(config.tasks) > 1:
+            raise ValueError(f"say which task: task= or task_index=; this model has {', '.join(config.tasks)}")
+        task = config.tasks[0]
+    choice = task if isinstance(task, TaskChoice) else TaskChoice(config, task, device)
+    return choice.selection()
+
+
+@torch.compiler.disable
+def _choose(config: HyperFormerConfig, task: str | Sequence[str], device: torch.device) -> TaskChoice:
+    return TaskChoice(config, task, device)
+
+
+def choose_outside_the_graph(model: HyperFormerModel, args: tuple, kwargs: dict[str, Any]):
+    """Forward pre-hook of a model: names become a :class:`TaskChoice` before a compiled forward could see them."""
+    task = kwargs.get("task")
+    if task is None or isinstance(task, TaskChoice) or kwargs.get("task_index") is not None or model.t5 is None:
+        return None
+    # Within a module that is compiled as a whole this hook is a part of the graph.
+    choose = TaskChoice if torch.compiler.is_compiling() else _choose
+    device = next(model.task_embeddings.parameters()).device
+    return args, {**kwargs, "task": choose(model.hyperformer_config, task, device)}
+
+
+# torch.compile leaves the hooks of the module that it compiles outside of the graph, but makes a graph of its own of
+# each, unless its code is to be skipped. torch.compiler.disable would also break the graph of a module around this one.
+skip_code(choose_outside_the_graph.__code__)
+
+
+def _check_task_index(task_index: Any, T: int) -> None:
+    if not isinstance(task_index, Tensor):
+        raise ValueError(f"task_index must be a tensor, got {task_index!r}")
+    if task_index.dim() != 1 or task_index.dtype not in (torch.int32, torch.int64):
+        got = f"{task_index.dtype} {list(task_index.shape)}"
+        raise ValueError(f"task_index must be [B] in int32 or int64, got {got}")
+    if not torch.compiler.is_compiling():
+        check_task_range(task_index, T)

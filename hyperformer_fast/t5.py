@@ -1,0 +1,182 @@
+"""The T5 that a model borrows: what of it is trained, where it computes, and how it is given back as it came."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from .config import HyperFormerConfig
+
+#: Heads that no T5 is pretrained with: they are of no use unless they are trained.
+NEW_HEADS = ("classification_head", "classifier", "qa_outputs")
+
+
+def trained_names(t5: nn.Module, config: HyperFormerConfig) -> set[str]:
+    """Names (as ``named_parameters`` gives them: tied ones once) of the T5's parameters that are trained: those that
+    the configuration says, and a head that pretraining does not know (``NEW_HEADS``)."""
+    chosen: list[nn.Parameter] = []
+    if config.unfreeze_layer_norms:
+        # by name: the class is T5LayerNorm, or apex's FusedRMSNorm where that is installed
+        chosen += [
+            p for name, m in t5.named_modules() if name.endswith("layer_norm") for p in m.parameters(recurse=False)
+        ]
+    if config.unfreeze_lm_head:
+        head = getattr(t5, "lm_head", None)
+        if head is None:
+            raise ValueError(f"unfreeze_lm_head is True, but {type(t5).__name__} has no lm_head")
+        chosen += head.parameters()
+    for head in (getattr(t5, name, None) for name in NEW_HEADS):
+        chosen += head.parameters() if head is not None else ()
+    identities = {id(parameter) for parameter in chosen}
+    return {name for name, parameter in t5.named_parameters() if id(parameter) in identities}
+
+
+def place(t5: nn.Module, trained: set[str]) -> tuple[torch.device, torch.dtype]:
+    """Where the T5 computes, and the dtype of its floating point parameters.
+
+    Raises:
+        ValueError: its weights are not there (meta device), or are there only while they compute (accelerate's
+            offloading) though the configuration trains some of them.
+    """
+    floating = [p for p in t5.parameters() if p.is_floating_point()]
+    dtype = floating[0].dtype if floating else torch.float32
+    absent = next((name for name, p in t5.named_parameters() if p.is_meta), None)
+    if absent is None:
+        return next(t5.parameters()).device, dtype
+    device = _execution_device(t5)
+    if device is None:
+        raise ValueError(
+            f"the T5's {absent} is on the meta device, so there is nothing to put adapters around yet: load its "
+            "weights first (from_pretrained, or to_empty and load_state_dict)"
+        )
+    lost = next((name for name, p in t5.named_parameters() if p.is_meta and name in trained), None)
+    if lost is not None:
+        raise ValueError(
+            f"the T5's {lost} is offloaded, and would forget what it learns: train with unfreeze_layer_norms=False "
+            "(and unfreeze_lm_head=False, and without a new head), or on a T5 that is not offloaded"
+        )
+    return device, dtype
+
+
+def _execution_device(t5: nn.Module) -> torch.device | None:
+    """The device to which accelerate fetches offloaded weights; None where nothing fetches them."""
+    for module in t5.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for part in getattr(hook, "hooks", (hook,)):
+            if getattr(part, "offload", False):
+                return torch.device(part.execution_device)
+    return None
+
+
+class _State(NamedTuple):
+    training: bool
+    requires_grad: dict[str, bool]
+
+
+class Snapshot:
+    """What a T5 was like before it got adapters.
+
+    Modules are known by identity, because others may be put around them (PEFT does), and by name, because others may
+    take their place (resized embeddings).
+
+    Args:
+        t5: as it is now.
+        trained: names of the parameters whose values will change, and are kept.
+    """
+
+    def __init__(self, t5: nn.Module, trained: set[str]):
+        self._modules = {
+            module: _State(module.training, {name: p.requires_grad for name, p in module.named_parameters("", False)})
+            for module in t5.modules()
+        }
+        self._required_grad = {name: p.requires_grad for name, p in t5.named_parameters()}
+        self._originals = {name: p.detach().clone() for name, p in t5.named_parameters() if name in trained}
+
+    @property
+    def trained(self) -> list[str]:
+        """Names of the trained parameters."""
+        return list(self._originals)
+
+    def trained_parameters(self, t5: nn.Module) -> dict[str, nn.Parameter]:
+        """The trained parameters of ``t5``, by name. RuntimeError where one is no longer there."""
+        now = dict(t5.named_parameters(remove_duplicate=False))
+        for name in self._originals:
+            if name not in now:
+                raise RuntimeError(
+                    f"the T5 has no {name} any more, which this model trains: undo what was done to the T5 after the "
+                    "adapters were put in"
+                )
+        return {name: now[name] for name in self._originals}
+
+    def trained_beyond(self, t5: nn.Module) -> list[str]:
+        """Names of parameters that require a gradient, but are not among the trained."""
+        return [name for name, p in t5.named_parameters() if p.requires_grad and name not in self._originals]
+
+    def resized(self, t5: nn.Module) -> None:
+        """Take the rows that trained parameters have gained for their original values, and forget those that are
+        gone."""
+        for name, parameter in self.trained_parameters(t5).items():
+            old, new = self._originals[name], parameter.detach().clone()
+            if new.shape != old.shape:
+                rows = min(len(old), len(new))
+                new[:rows] = old[:rows]
+                self._originals[name] = new
+
+    @torch.no_grad()
+    def restore_values(self, t5: nn.Module) -> None:
+        """Give the trained parameters their original values: all of them or, on an error, none.
+
+        Raises:
+            RuntimeError: one of them is gone, or of another shape or kind.
+        """
+        now = self.trained_parameters(t5)
+        for name, parameter in now.items():
+            original = self._originals[name]
+            if parameter.shape != original.shape or not parameter.is_floating_point():
+                raise RuntimeError(
+                    f"the T5's {name}, which this model trained, is {list(parameter.shape)} in {parameter.dtype} now, "
+                    f"and was {list(original.shape)}, so its values cannot be given back: undo that first (embeddings "
+                    "are resized by HyperFormerModel.resize_token_embeddings)"
+                )
+        learned = {name: parameter.detach().clone() for name, parameter in now.items()}
+        try:
+            for name, parameter in now.items():
+                parameter.copy_(self._originals[name])
+        except BaseException:
+            for name, parameter in now.items():
+                parameter.copy_(learned[name])
+            raise
+        for name in self.trained_beyond(t5):
+            if name in self._required_grad:
+                warnings.warn(f"the T5's {name} was unfrozen by hand: its values cannot be restored", stacklevel=4)
+
+    def restore_flags(self, t5: nn.Module) -> None:
+        """Give modules their mode and parameters their ``requires_grad`` back. What was added since stays as it is."""
+        for parameter in self.trained_parameters(t5).values():
+            parameter.grad = None
+        for path, module in t5.named_modules():
+            state = self._modules.get(module)
+            if state is not None:
+                module.training = state.training
+            for name, parameter in module.named_parameters("", False):
+                flag = state.requires_grad.get(name) if state else self._required_grad.get(f"{path}.{name}")
+                if flag is not None and (parameter.is_floating_point() or not flag):
+                    parameter.requires_grad_(flag)
+
+
+@contextlib.contextmanager
+def untied_head_kept(t5: nn.Module) -> Iterator[None]:
+    """Within it a head of its own, as T5 v1.1 has, stays one: transformers 5 says of every T5 that its head is tied,
+    and would replace it by the embeddings when these are resized."""
+    head, said = t5.get_output_embeddings(), t5.config.tie_word_embeddings
+    if head is not None and head.weight is not t5.get_input_embeddings().weight:
+        t5.config.tie_word_embeddings = False
+    try:
+        yield
+    finally:
+        t5.config.tie_word_embeddings = said

@@ -1,0 +1,154 @@
+"""Quantised T5s: those that pass gradients on are trained through, those that cut them are refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.t5s import batch, tiny_model, tiny_t5
+from torch import nn
+
+SIZES = {"d_model": 64, "d_kv": 16, "d_ff": 128}
+REFUSED = "no gradient flows through .* of this T5, as in one under torch's dynamic int8 quantisation"
+
+
+def t5():
+    return tiny_t5(dtype=torch.float32, **SIZES)
+
+
+def replace_linears(t5, make, keep=("lm_head",)):
+    for name, module in list(t5.named_modules()):
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] not in keep:
+            t5.set_submodule(name, make(module))
+    return t5
+
+
+class Int8(nn.Module):
+    """Weights in int8 with a scale for each row, and a product in floating point."""
+
+    def __init__(self, linear):
+        super().__init__()
+        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.weight = nn.Parameter((linear.weight.detach() / scale).round().to(torch.int8), requires_grad=False)
+        self.register_buffer("scale", scale)
+
+    def forward(self, x):
+        return x @ (self.weight.to(x.dtype) * self.scale).T
+
+
+def gradient(model):
+    model.zero_grad()
+    model(**batch(), task="mnli").loss.backward()
+    return model.hypernetworks["encoder"].generator.weight.grad.clone()
+
+
+def assert_trains(quantised, tolerance=0.1):
+    quantised.train()
+    got, want = gradient(quantised), gradient(tiny_model(t5=t5()))
+    assert (got - want).norm() < tolerance * want.norm()
+    quantised.eval().generate(batch()["input_ids"], task="mnli", max_new_tokens=2)
+
+
+def test_weights_in_int8_are_trained_through():
+    model = tiny_model(t5=replace_linears(t5(), Int8))
+    assert_trains(model)
+    flags = [p.requires_grad for p in model.unload().parameters() if p.dtype == torch.int8]
+    assert flags and not any(flags)
+
+
+def test_torchao_is_trained_through():
+    torchao = pytest.importorskip("torchao.quantization")
+    quantised = t5()
+    torchao.quantize_(quantised, torchao.Int8WeightOnlyConfig())
+    assert_trains(tiny_model(t5=quantised))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_bitsandbytes_is_trained_through(bits):
+    bnb = pytest.importorskip("bitsandbytes")
+
+    def make(linear):
+        sizes = (linear.in_features, linear.out_features, False)
+        weight = linear.weight.detach().clone()
+        if bits == 8:
+            made = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False)
+            made.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+        else:
+            made = bnb.nn.Linear4bit(*sizes, compute_dtype=torch.float32, quant_type="nf4")
+            made.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
+        return made
+
+    # transformers leaves the head and T5's wo as they are, too
+    assert_trains(tiny_model(t5=replace_linears(t5(), make, ("lm_head", "wo")).to("cpu")), 0.05 if bits == 8 else 0.4)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("head", [True, False])
+def test_torchs_dynamic_quantisation_is_refused_in_training_only(head):
+    if "fbgemm" not in torch.backends.quantized.supported_engines and torch.backends.quantized.engine == "none":
+        pytest.skip("needs an engine for quantised linears, which this build of torch lacks")
+    linears = {nn.Linear} if head else {"encoder.block.1.layer.1.DenseReluDense.wi"}
+    model = tiny_model(t5=torch.ao.quantization.quantize_dynamic(t5(), linears, dtype=torch.qint8))
+    with torch.no_grad():
+        model(**batch(), task="mnli")
+    assert model.generate(batch()["input_ids"], task="mnli", max_new_tokens=2).shape[0] == 4
+    with pytest.raises(RuntimeError, match=REFUSED):
+        model(**batch(), task="mnli")
+    for parameter in (*model.hypernetworks.parameters(), *model.task_embeddings.parameters()):
+        parameter.requires_grad_(False)
+    model(**batch(), task="mnli").loss.backward()
+
+
+class Cut(nn.Module):
+    def __init__(self, linear):
+        super().__init__()
+        self.weight = linear.weight
+
+    def forward(self, x):
+        return (x @ self.weight.T).detach()
+
+
+@pytest.mark.parametrize(
+    ("place", "where"),
+    [
+        ("encoder.block.0.layer.1.DenseReluDense.wo", "the feed_forward of encoder block 0"),
+        ("decoder.block.1.layer.0.SelfAttention.o", "the self_attention of decoder block 1"),
+        ("lm_head", "the head"),
+    ],
+)
+def test_what_passes_nothing_on_is_named(place, where):
+    base = t5()
+    base.set_submodule(place, Cut(base.get_submodule(place)))
+    model = tiny_model(t5=base)
+    with torch.no_grad():
+        model(**batch(), task="mnli")
+    with pytest.raises(RuntimeError, match=f"no gradient flows through {where} of this T5"):
+        model(**batch(), task="mnli")
+
+
+def test_a_t5_quantised_between_two_trainings_is_seen():
+    """bitsandbytes packs 4-bit weights for inference on a CPU, and then cuts gradients."""
+    model = tiny_model(t5=t5())
+    model(**batch(), task="mnli").loss.backward()
+    name = "decoder.block.1.layer.2.DenseReluDense.wi"
+    model.generate(batch()["input_ids"], task="mnli", max_new_tokens=2)
+    model.t5.set_submodule(name, NoDerivative(model.t5.get_submodule(name)))
+    with pytest.raises(RuntimeError, match=REFUSED):
+        model(**batch(), task="mnli")
+
+
+class NoDerivative(nn.Module):
+    def __init__(self, linear):
+        super().__init__()
+        self.weight = linear.weight
+
+    def forward(self, x):
+        return torch.ops.hyperformer_fast_tests.no_derivative(x, self.weight)
+
+
+torch.library.define("hyperformer_fast_tests::no_derivative", "(Tensor x, Tensor w) -> Tensor")
+
+
+@torch.library.impl("hyperformer_fast_tests::no_derivative", "CPU")
+def _no_derivative(x, w):
+    with torch._C._AutoDispatchBelowAutograd():  # as a kernel in C++ runs
+        return x @ w.T
