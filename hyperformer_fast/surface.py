@@ -116,6 +116,41 @@ class T5Surface(nn.Module):
         """The T5's."""
         return self._base.get_input_embeddings()
 
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The T5's head."""
+        return self._base.get_output_embeddings()
+
+    def get_encoder(self) -> nn.Module:
+        """The T5's encoder, which cannot be called by itself, because its adapters then have no task: a forward
+        returns what it makes as ``encoder_last_hidden_state``."""
+        return self._base.get_encoder()
+
+    def get_decoder(self) -> nn.Module:
+        """The T5's decoder, which cannot be called by itself."""
+        return self._base.get_decoder()
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """How many parameters the T5, with transformers' exceptions, and the hypernetworks have."""
+        ours = (p for name, p in self.named_parameters() if not name.startswith("t5."))
+        t5 = self._base.num_parameters(only_trainable, exclude_embeddings)
+        return t5 + sum(p.numel() for p in ours if p.requires_grad or not only_trainable)
+
+    @property
+    def name_or_path(self) -> str:
+        """The T5's."""
+        return self._base.name_or_path
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The T5's; PEFT's wrappers ask for it."""
+        return self._base.prepare_inputs_for_generation(*args, **kwargs)
+
+    def _prepare_model_inputs(self, *args: Any, **kwargs: Any):
+        # what transformers calls first of an assistant_model
+        raise TypeError(
+            "a HyperFormerModel can assist the generation of another HyperFormerModel only, whose task it takes: pass "
+            "its unload()ed T5 to a model without tasks"
+        )
+
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
         """The T5's: labels shifted right."""
         return self._base.prepare_decoder_input_ids_from_labels(labels)
