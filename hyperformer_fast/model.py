@@ -12,15 +12,14 @@ from torch import Tensor, nn
 
 from . import pretrained
 from .checkpoint import CheckpointError
-from .choice import choose_outside_the_graph, select
 from .config import HyperFormerConfig
-from .gradients import expect_gradients
+from .gradient_flow import expect_gradients
 from .hypernetwork import HyperNetwork, TaskEmbeddings
-from .ops.checks import check_task_range
 from .parameters import ParameterCount
 from .sites import ForwardContext, Owner, StackWeights, active, find_sites
 from .surface import T5Surface, is_checkpointing
 from .t5 import Snapshot, place, trained_names, untied_head_kept
+from .task_choice import choose_outside_the_graph, select
 
 #: What ``generate`` of transformers calls its first positional arguments.
 _GENERATE_ARGUMENTS = ("inputs", "generation_config", "logits_processor", "stopping_criteria")

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .gradients import CANNOT_TRAIN
+from .gradient_flow import CANNOT_TRAIN
 from .hypernetwork import POSITIONS
 from .layout import Folded
 from .ops import functorch
@@ -219,7 +219,7 @@ class ForwardContext:
                 )
 
 
-class active:  # noqa: N801
+class active:
     """Make ``contexts``, at most one of each owner, those that this thread's hooks read, while a ``with`` block runs
     and however it ends. Reusable: a backward with ``retain_graph`` recomputes a block once for every backward pass."""
 
