@@ -178,9 +178,9 @@ class Explanation:
 
     request: Request
     choice: str  #: the name asked for
-    source: str  #: what asked: ``impl=``, ``use_backend``, an environment variable, or ``ranked order``
     chosen: str | None
     reasons: dict[str, str]
+    source: str = "ranked order"  #: what asked: ``impl=``, ``use_backend``, an environment variable, or this
 
     def __str__(self) -> str:
         request, chosen = self.request, self.chosen or "none"
@@ -221,4 +221,4 @@ def explain(
     chosen = (willing[0] if asked == AUTO else asked if asked in willing else None) if willing else None
     passed_over = f"{chosen} is preferred" if asked == AUTO else f"{asked} was asked for"
     reasons = {name: reason or passed_over for name, reason in refusals.items() if name != chosen}
-    return Explanation(request, asked, source, chosen, reasons)
+    return Explanation(request, asked, chosen, reasons, source)
