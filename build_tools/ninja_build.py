@@ -81,14 +81,14 @@ def build_library(
     folder = cache / f"{name}-{_digest(json.dumps([commands, link, list(facts), variables]).encode())}"
     folder.mkdir(parents=True, exist_ok=True)
     library = folder / f"{name}.so"
-    with _locked(folder):
+    with _locked(folder) as lock:
         changed = _note_contents(folder, inputs)
         if changed:
             library.unlink(missing_ok=True)  # whatever fails from here on leaves no library of older sources
         ninja = find_ninja()
         if ninja:
             _write_ninja_file(folder, units, link, library)
-            _run_ninja(ninja, folder, jobs)
+            _run_ninja(ninja, folder, jobs, lock)
         elif not library.exists():
             _say("no ninja found (pip install ninja), so every file is compiled anew")
             _build_directly(folder, units, link, library, jobs)
@@ -104,14 +104,14 @@ def _digest(content: bytes) -> str:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Two builds of one configuration take turns, where the file system has locks."""
+def _locked(folder: Path) -> Iterator[int]:
+    """Two builds of one configuration take turns, where the file system has locks. Yields the lock's descriptor."""
     import fcntl
 
     with (folder / "lock").open("w") as lock:
         with contextlib.suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        yield lock.fileno()
 
 
 def _note_contents(folder: Path, inputs: Iterable[Path]) -> bool:
@@ -172,11 +172,12 @@ def _without_preload() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
 
 
-def _run_ninja(ninja: str, folder: Path, jobs: int) -> None:
+def _run_ninja(ninja: str, folder: Path, jobs: int, lock: int) -> None:
     process = subprocess.Popen(
         [ninja, "-j", str(jobs)],
         cwd=folder,
         env=_without_preload(),
+        pass_fds=(lock,),  # a ninja that outlives this process still keeps others out
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

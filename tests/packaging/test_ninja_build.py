@@ -132,13 +132,16 @@ def test_ninja_takes_over_what_was_built_without_and_back(project, monkeypatch):
 
 
 @with_ninja
-def test_the_number_of_jobs_is_handed_on(project, monkeypatch, tmp_path):
+def test_the_number_of_jobs_and_the_lock_are_handed_on(project, monkeypatch, tmp_path):
+    """The lock, so that a ninja whose build was killed still keeps the next build out of its folder."""
     stand_in = tmp_path / "ninja"
-    stand_in.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/arguments\nexec {ninja_build.find_ninja()} "$@"\n')
+    record = f'echo "$@" > {tmp_path}/arguments; readlink /proc/$$/fd/* > {tmp_path}/open'
+    stand_in.write_text(f'#!/bin/sh\n{record}\nexec {ninja_build.find_ninja()} "$@"\n')
     stand_in.chmod(0o755)
     monkeypatch.setattr(ninja_build, "find_ninja", lambda: str(stand_in))
     project.build(jobs=7)
     assert (tmp_path / "arguments").read_text().split() == ["-j", "7"]
+    assert str(project.library.parent / "lock") in (tmp_path / "open").read_text().splitlines()
 
 
 def test_ninja_is_found_beside_the_interpreter_and_on_path(tmp_path, monkeypatch):
