@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch._dynamo.eval_frame import skip_code
 
-from .checks import check_task_range
 from .config import HyperFormerConfig
+from .ops.checks import check_task_range
 
 if TYPE_CHECKING:
     from .model import HyperFormerModel
