@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 
 #: The name to install, where it is not the name to import.
 _DISTRIBUTIONS = {"sklearn": "scikit-learn"}
@@ -19,7 +20,7 @@ def require(what: str, *modules: str) -> None:
         what: what needs them, as the subject of a sentence ("training").
         modules: names to import, all of them in the extra ``train``.
     """
-    missing = [_DISTRIBUTIONS.get(module, module) for module in modules if importlib.util.find_spec(module) is None]
+    missing = [_DISTRIBUTIONS.get(module, module) for module in modules if not _importable(module)]
     if missing:
         names = " and ".join([", ".join(missing[:-1]), missing[-1]] if len(missing) > 1 else missing)
         verb = "are" if len(missing) > 1 else "is"
@@ -27,3 +28,8 @@ def require(what: str, *modules: str) -> None:
             f"{what} needs {names}, which {verb} not installed: pip install 'hyperformer-fast[train]'",
             name=missing[0],
         )
+
+
+def _importable(module: str) -> bool:
+    # find_spec raises ValueError for a module that is loaded but has no spec, as one that a program put together itself.
+    return sys.modules.get(module) is not None or importlib.util.find_spec(module) is not None

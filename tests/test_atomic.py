@@ -20,7 +20,7 @@ from hyperformer_fast import HyperFormerModel, atomic, checkpoint
 from hyperformer_fast.atomic import write_directory, write_file
 from hyperformer_fast.training.folder import checkpoints, sweep
 
-ROOT = Path(checkpoint.__file__).parents[1]
+ROOT = Path(checkpoint.__file__).resolve().parents[1]
 LEFT = "partial-0123456789ab"
 
 

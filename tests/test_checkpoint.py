@@ -263,7 +263,7 @@ def test_a_directory_that_cannot_be_written(tmp_path):
 
 
 def _environment():
-    root = str(Path(checkpoint.__file__).parents[1])
+    root = str(Path(checkpoint.__file__).resolve().parents[1])
     return {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
 
 

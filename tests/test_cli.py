@@ -18,7 +18,7 @@ from hyperformer_fast.training import RunConfig
 from hyperformer_fast.training import trainer as trainer_module
 from hyperformer_fast.training.arguments import RunConfigError
 
-ROOT = Path(hyperformer_fast.__file__).parents[1]
+ROOT = Path(hyperformer_fast.__file__).resolve().parents[1]
 ADAPTERS = ["--hyperformer", "task_embedding_dim=4", "projected_task_embedding_dim=4", "task_hidden_dim=5"]
 QUICK = [
     "--steps",

@@ -13,7 +13,7 @@ import pytest
 import hyperformer_fast
 from hyperformer_fast import HyperFormerConfig
 
-ROOT = Path(hyperformer_fast.__file__).parents[1]
+ROOT = Path(hyperformer_fast.__file__).resolve().parents[1]
 FOLDERS = ("hyperformer_fast", "benchmarks", "scripts", "tools", "build_tools", "tests")
 SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 

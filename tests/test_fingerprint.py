@@ -177,7 +177,7 @@ def read(monkeypatch):
 def test_digests_are_computed_once_until_a_weight_changes(tmp_path, read):
     model = tiny_model(t5=base())
     model.save_pretrained(tmp_path)
-    count = len(fingerprint.frozen(model.t5, model._originals))
+    count = len(fingerprint.frozen(model.t5, model._snapshot.trained))
     assert sorted(map(str, read)) == sorted(
         ["torch.float32"] * count + ["torch.bfloat16"] * count + ["torch.float16"] * count
     )

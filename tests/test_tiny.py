@@ -24,7 +24,7 @@ from hyperformer_fast.data.builtin import load_builtin
 from hyperformer_fast.tiny import load_tiny
 
 ASSET = Path(hyperformer_fast.__file__).parent / "assets" / "tiny_t5"
-SCRIPT = Path(hyperformer_fast.__file__).parents[1] / "tools" / "pretrain_tiny.py"
+SCRIPT = Path(hyperformer_fast.__file__).resolve().parents[1] / "tools" / "pretrain_tiny.py"
 
 #: Of "sentence: the film was not dull", the logits of the first decoder position for the texts "0" to "7".
 LOGITS = (9.9488, 9.5348, 5.3724, 3.5509, 1.8363, 0.9489, -1.6250, -2.2581)

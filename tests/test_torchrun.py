@@ -18,7 +18,7 @@ import hyperformer_fast
 from hyperformer_fast.cli import main
 from hyperformer_fast.training.folder import checkpoints
 
-ROOT = Path(hyperformer_fast.__file__).parents[1]
+ROOT = Path(hyperformer_fast.__file__).resolve().parents[1]
 WEIGHTS = "hyperformer.safetensors"
 
 pytestmark = [

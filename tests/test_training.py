@@ -22,7 +22,7 @@ from hyperformer_fast.training import TrainingDiverged
 from hyperformer_fast.training import trainer as trainer_module
 from hyperformer_fast.training.folder import checkpoints
 
-ROOT = Path(hyperformer_fast.__file__).parents[1]
+ROOT = Path(hyperformer_fast.__file__).resolve().parents[1]
 
 
 def run_script(name, *arguments, **environment):

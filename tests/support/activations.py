@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hyperformer_fast import reference
 from hyperformer_fast.activations import ACTIVATIONS
-from hyperformer_fast.layout import AdapterLayout
+from hyperformer_fast.layout import AdapterLayout, AdapterSpec
 
 EAGER = {
     "gelu_new": lambda z: F.gelu(z, approximate="tanh"),
@@ -45,9 +45,9 @@ def kernel_activation(backend, z: Tensor, name: str) -> tuple[Tensor, Tensor]:
     folded = reference.fold(packed, layout, z.dtype)
     x = torch.zeros(count, 1, width, dtype=z.dtype)
     x[..., 0] = 1
-    index = torch.arange(count)
-    _, saved = backend.adapter_forward(x, folded, layout, name, index, True)
-    _, dpacked = backend.adapter_backward(x, x, saved, packed, folded, layout, name, index, False, True)
+    index, spec = torch.arange(count), AdapterSpec(layout, name)
+    _, saved = backend.adapter_forward(x, folded, spec, index, True)
+    _, dpacked = backend.adapter_backward(x, x, saved, packed, folded, spec, index, False, True)
     gradient = layout.unpack(dpacked)
     return gradient["up_weight"][:, 0].flatten()[: len(z)], gradient["down_bias"].flatten()[: len(z)]
 
