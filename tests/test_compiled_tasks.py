@@ -125,9 +125,8 @@ def test_misuse_is_named_under_a_compiler():
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with pytest.raises(ValueError, match="unknown task 'rte'"):
         compiled(**inputs(), task="rte")
-    for names in (["mnli"], ["mnli", "cola"]):
-        with pytest.raises(Exception, match="samples, but the batch has 4"):
-            compiled(**inputs(), task=names)
+    with pytest.raises(Exception, match="for 1 samples, but the batch has 4"):
+        compiled(**inputs(), task=["mnli"])
 
 
 def test_only_the_chosen_tasks_weights_are_generated_in_eager_mode(monkeypatch):
