@@ -31,5 +31,5 @@ def require(what: str, *modules: str) -> None:
 
 
 def _importable(module: str) -> bool:
-    # find_spec raises ValueError for a module that is loaded but has no spec, as one that a program put together itself.
+    # find_spec raises ValueError for a loaded module without a spec, such as one that a program made itself.
     return sys.modules.get(module) is not None or importlib.util.find_spec(module) is not None

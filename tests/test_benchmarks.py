@@ -56,10 +56,12 @@ def test_a_report_runs(command, tmp_path):
 
 
 def pytest_run(*options, **environment):
-    # one thread a process: nothing here is timed in earnest
+    # pytest-benchmark times nothing where it believes itself in a worker of pytest-xdist, as this very test may be.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    # One thread a process: nothing here is timed in earnest.
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(BENCHMARKS), *options], cwd=BENCHMARKS.parent,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, capture_output=True, text=True,
+        env={**inherited, "OMP_NUM_THREADS": "1", **environment}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout
