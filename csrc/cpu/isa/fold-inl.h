@@ -1,23 +1,27 @@
 // Folding of an adapter's weights (docs/design.md has the formulas). Sums and the Cholesky factor are float64.
 
-// Doubles in a vector: one AVX-512 register, two of AVX2, four of SSE2 or NEON. The number is the same for every
-// instruction set, so that all of them add in the same order.
-constexpr int64_t kDoubles = 8;
+// Doubles in one vector register. GCC takes vectors that are wider than a register apart through memory, at a hundred
+// times the cost.
+constexpr int64_t kDoubles = kLanes / 2;
 typedef double Doubles __attribute__((vector_size(kDoubles * sizeof(double)), aligned(sizeof(double)), may_alias));
-typedef float Octet __attribute__((vector_size(kDoubles * sizeof(float)), aligned(sizeof(float)), may_alias));
+
+// Numbers that are taken together: columns of Wa are padded to a multiple of this, and a sum over a row of W_d has as
+// many running sums. It is the same for every instruction set, so that all of them add in the same order.
+constexpr int64_t kFoldStep = 8;
+static_assert(kFoldStep % kDoubles == 0);
 
 // Rows of Wa whose products are summed before they go to memory. 64 rows of 136 doubles stay in a first- or
 // second-level cache, and a sum of such partial sums loses less to rounding than one long sum.
 constexpr int64_t kGramRows = 64;
-// Columns of the Gram matrix held in registers at once: 4 x 16 doubles are 8 AVX-512 registers, or all 16 of AVX2.
+// Columns of the Gram matrix in a tile, which is up to two vectors wide: eight accumulators.
 constexpr int64_t kGramTile = 4;
-static_assert(kDoubles % kGramTile == 0, "a tile of columns must not straddle two vectors");
+static_assert(kFoldStep % kGramTile == 0);
 
 // Multiply-adds below which a second thread costs more than it saves.
 constexpr int64_t kFoldThreadWork = 1 << 16;
 
 // The length of a row of Wa = [W_u | b_u] in doubles: zero columns fill up its last vector.
-inline int64_t fold_columns(const AdapterLayout& l) { return (l.b + 1 + kDoubles - 1) / kDoubles * kDoubles; }
+inline int64_t fold_columns(const AdapterLayout& l) { return (l.b + kFoldStep) / kFoldStep * kFoldStep; }
 
 // The working memory of one fold; with k = fold_columns(layout).
 struct FoldScratch {
@@ -52,13 +56,13 @@ void fold_down(const float* packed, const AdapterLayout& l, typename S::T* wd, f
       continue;
     }
     for (int64_t i = 0; i < l.d; ++i) wd[i] = S::narrow(w[i] * gamma[i]);
-    double lane[kDoubles] = {};
+    double lane[kFoldStep] = {};
     int64_t i = 0;
-    for (; i + kDoubles <= l.d; i += kDoubles)
-      for (int64_t v = 0; v < kDoubles; ++v) lane[v] += double(w[i + v]) * beta[i + v];
+    for (; i + kFoldStep <= l.d; i += kFoldStep)
+      for (int64_t v = 0; v < kFoldStep; ++v) lane[v] += double(w[i + v]) * beta[i + v];
     for (; i < l.d; ++i) lane[0] += double(w[i]) * beta[i];
     double sum = b_d[j];
-    for (int64_t v = 0; v < kDoubles; ++v) sum += lane[v];
+    for (int64_t v = 0; v < kFoldStep; ++v) sum += lane[v];
     bias[j] = float(sum);
   }
 }
@@ -158,9 +162,11 @@ inline void centre_and_scale(const float* gamma, int64_t d, int64_t k, const Fol
   for (int64_t j = 0; j < k; ++j) largest[j] += poison[j];
 }
 
+#if HF_LANES >= 8
+typedef float Octet __attribute__((vector_size(8 * sizeof(float)), aligned(sizeof(float)), may_alias));
 // Transposes eight rows of eight numbers.
 HF_INLINE void transpose_octets(Octet* r) {
-  Octet t[kDoubles];
+  Octet t[8];
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
     t[2 * i] = __builtin_shufflevector(r[2 * i], r[2 * i + 1], 0, 8, 2, 10, 4, 12, 6, 14);
@@ -178,7 +184,7 @@ HF_INLINE void transpose_octets(Octet* r) {
     t[i + 4] = __builtin_shufflevector(r[i], r[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
   }
 #pragma GCC unroll 8
-  for (int i = 0; i < kDoubles; ++i) r[i] = t[i];
+  for (int i = 0; i < 8; ++i) r[i] = t[i];
 }
 
 // Rounds eight numbers to storage. These are overloads on vectors because compilers take a loop over a vector's lanes
@@ -186,40 +192,60 @@ HF_INLINE void transpose_octets(Octet* r) {
 // takes subnormal numbers for zero.
 HF_INLINE void store_rounded(Octet v, float* to) { *reinterpret_cast<Octet*>(to) = v; }
 HF_INLINE void store_rounded(Octet v, bf16_t* to) {
-  typedef uint32_t Bits __attribute__((vector_size(kDoubles * sizeof(uint32_t))));
-  typedef uint16_t Half __attribute__((vector_size(kDoubles * sizeof(uint16_t)), aligned(sizeof(uint16_t)), may_alias));
+  typedef uint32_t Bits __attribute__((vector_size(8 * sizeof(uint32_t))));
+  typedef uint16_t Half __attribute__((vector_size(8 * sizeof(uint16_t)), aligned(sizeof(uint16_t)), may_alias));
   Bits bits = reinterpret_cast<Bits>(v);
   round_to_bf16<Bits>(bits, reinterpret_cast<Bits>(v != v));
   *reinterpret_cast<Half*>(to) = __builtin_convertvector(bits, Half);
 }
 HF_INLINE void store_rounded(Octet v, f16_t* to) {
-  float lanes[kDoubles];
+  float lanes[8];
   *reinterpret_cast<Octet*>(lanes) = v;
-  for (int64_t i = 0; i < kDoubles; ++i) to[i] = F16::narrow(lanes[i]);
+  for (int64_t i = 0; i < 8; ++i) to[i] = F16::narrow(lanes[i]);
 }
+
+// a * factor for eight numbers, in float32.
+HF_INLINE Octet scaled_octet(const double* a, const double* factor) {
+  const auto part = [&](int64_t at) {
+    return *reinterpret_cast<const Doubles*>(a + at) * *reinterpret_cast<const Doubles*>(factor + at);
+  };
+#if HF_LANES == 16
+  return __builtin_convertvector(part(0), Octet);
+#else
+  return __builtin_shufflevector(__builtin_convertvector(part(0), v4), __builtin_convertvector(part(kDoubles), v4), 0,
+                                 1, 2, 3, 4, 5, 6, 7);
+#endif
+}
+
+// to [8, 8] = (a [8, 8] * factor [8])^T in storage; rows of `a` are k apart, those of `to` d.
+template <class T>
+HF_INLINE void store_tile(const double* a, int64_t k, const double* factor, T* to, int64_t d) {
+  Octet rows[8];
+#pragma GCC unroll 8
+  for (int64_t r = 0; r < 8; ++r) rows[r] = scaled_octet(a + r * k, factor);
+  transpose_octets(rows);
+#pragma GCC unroll 8
+  for (int64_t r = 0; r < 8; ++r) store_rounded(rows[r], to + r * d);
+}
+#endif
 
 // wg [b, d] = (wa * inverse)^T in storage, `inverse` a power of two for each column; bg is wa's last column.
 template <class S>
 void store_up(const AdapterLayout& l, int64_t k, const double* wa, const double* inverse, typename S::T* __restrict wg,
               float* __restrict bg) {
   for (int64_t i = 0; i < l.d; ++i) bg[i] = float(wa[i * k + l.b]);
-  const int64_t whole_d = l.d / kDoubles * kDoubles, whole_b = l.b / kDoubles * kDoubles;
-  for (int64_t j = 0; j < whole_b; j += kDoubles) {
-    const Doubles factor = *reinterpret_cast<const Doubles*>(inverse + j);
-    for (int64_t i = 0; i < whole_d; i += kDoubles) {
-      Octet rows[kDoubles];
-#pragma GCC unroll 8
-      for (int64_t r = 0; r < kDoubles; ++r)
-        rows[r] = __builtin_convertvector(*reinterpret_cast<const Doubles*>(wa + (i + r) * k + j) * factor, Octet);
-      transpose_octets(rows);
-#pragma GCC unroll 8
-      for (int64_t r = 0; r < kDoubles; ++r) store_rounded(rows[r], wg + (j + r) * l.d + i);
-    }
-    for (int64_t r = j; r < j + kDoubles; ++r)
-      for (int64_t i = whole_d; i < l.d; ++i) wg[r * l.d + i] = S::narrow(float(wa[i * k + r] * inverse[r]));
+  const auto store = [&](int64_t j, int64_t i) { wg[j * l.d + i] = S::narrow(float(wa[i * k + j] * inverse[j])); };
+  int64_t j = 0;
+#if HF_LANES >= 8
+  for (; j + 8 <= l.b; j += 8) {
+    int64_t i = 0;
+    for (; i + 8 <= l.d; i += 8) store_tile(wa + i * k + j, k, inverse + j, wg + j * l.d + i, l.d);
+    for (; i < l.d; ++i)
+      for (int64_t r = j; r < j + 8; ++r) store(r, i);
   }
-  for (int64_t j = whole_b; j < l.b; ++j)
-    for (int64_t i = 0; i < l.d; ++i) wg[j * l.d + i] = S::narrow(float(wa[i * k + j] * inverse[j]));
+#endif
+  for (; j < l.b; ++j)
+    for (int64_t i = 0; i < l.d; ++i) store(j, i);
 }
 
 // Folds one adapter, packed [P].
