@@ -1,5 +1,5 @@
 // The raw ops of the CPU library. LibTorch's stable ABI lets one build serve every torch from 2.11 on. There is no
-// autograd here and there are no fakes: hyperformer_fast/ops.py has those.
+// autograd here and there are no fakes: hyperformer_fast/ops/ has those.
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif

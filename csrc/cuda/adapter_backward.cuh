@@ -14,7 +14,7 @@ __global__ void __launch_bounds__(256, 1) backward_kernel(const BackwardParams p
   using Traits = typename Tile::Traits;
   using T = typename S::T;
   constexpr int kPiece = Traits::kPiece, kChunk = Traits::kChunk, kRows = Traits::kRows;
-  HF_SHARED(shared);
+  HFF_SHARED(shared);
   float* const partial = reinterpret_cast<float*>(shared);
   float* const Q = partial + kRows * BB;  // behind the sums, which end up in the first quarter
   float* const H = reinterpret_cast<float*>(shared + Traits::kAtH);

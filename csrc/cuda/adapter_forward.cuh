@@ -129,7 +129,7 @@ __device__ __forceinline__ void forward_rows(const ForwardParams& p, const Place
 
 template <class S, int BB, int KEPT, bool ALIGNED>
 __global__ void __launch_bounds__(256, 1) forward_kernel(const ForwardParams p) {
-  HF_SHARED(shared);
+  HFF_SHARED(shared);
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
   constexpr bool kSpills = sizeof(typename S::T) == 4;  // ptxas spills for Blackwell where pieces are kept
 #else

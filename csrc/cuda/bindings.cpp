@@ -1,26 +1,26 @@
 // The raw ops of the CUDA library, through LibTorch's stable ABI. The library links to no CUDA library of torch, so
-// that it also loads beside a CPU-only torch. There is no autograd here and there are no fakes: hyperformer_fast/ops.py
+// that it also loads beside a CPU-only torch. There is no autograd here and there are no fakes: hyperformer_fast/ops/
 // has those.
 //
-// Compiled with HF_EMULATED, the same ops run the same kernels on CPU tensors, for tests.
+// Compiled with HFF_EMULATED, the same ops run the same kernels on CPU tensors, for tests.
 #include "../tensors.h"
 #include "params.h"
 
-#ifdef HF_EMULATED
-#define HF_LIBRARY hyperformer_fast_cuda_emulated
-#define HF_DEVICE CPU
+#ifdef HFF_EMULATED
+#define HFF_LIBRARY hyperformer_fast_cuda_emulated
+#define HFF_DEVICE CPU
 #else
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
-#define HF_LIBRARY hyperformer_fast_cuda
-#define HF_DEVICE CUDA
+#define HFF_LIBRARY hyperformer_fast_cuda
+#define HFF_DEVICE CUDA
 #endif
 
 namespace hyperformer_fast {
 namespace {
 
-#ifdef HF_EMULATED
+#ifdef HFF_EMULATED
 struct OnDeviceOf {
   explicit OnDeviceOf(const Tensor&) {}
   void* stream = nullptr;
@@ -288,7 +288,7 @@ HyperAdapterTensors hyper_adapter_op(const Tensor& x, const Tensor& E, const Ten
 
 // The number of devices, or minus the CUDA error where the driver reports one or is absent.
 int64_t device_count_op() {
-#ifdef HF_EMULATED
+#ifdef HFF_EMULATED
   return 1;
 #else
   int count = 0;
@@ -323,14 +323,14 @@ int64_t shared_bytes_op(int64_t kernel, int64_t d, int64_t b, ScalarType dtype) 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY(HF_LIBRARY, m) {
+STABLE_TORCH_LIBRARY(HFF_LIBRARY, m) {
   m.def("device_count() -> int");
   m.def("shared_bytes(int kernel, int d, int b, ScalarType dtype) -> int");
   m.def("use_few_rows(int rows) -> int");
   define_ops(m);
 }
 
-STABLE_TORCH_LIBRARY_IMPL(HF_LIBRARY, HF_DEVICE, m) {
+STABLE_TORCH_LIBRARY_IMPL(HFF_LIBRARY, HFF_DEVICE, m) {
   m.impl("generate_weights", TORCH_BOX(&generate_weights_op));
   m.impl("fold", TORCH_BOX(&fold_op));
   m.impl("adapter_forward", TORCH_BOX(&adapter_forward_op));
@@ -338,7 +338,7 @@ STABLE_TORCH_LIBRARY_IMPL(HF_LIBRARY, HF_DEVICE, m) {
   m.impl("hyper_adapter", TORCH_BOX(&hyper_adapter_op));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(HF_LIBRARY, CompositeExplicitAutograd, m) {
+STABLE_TORCH_LIBRARY_IMPL(HFF_LIBRARY, CompositeExplicitAutograd, m) {
   m.impl("device_count", TORCH_BOX(&device_count_op));
   m.impl("shared_bytes", TORCH_BOX(&shared_bytes_op));
   m.impl("use_few_rows", TORCH_BOX(&use_few_rows_op));

@@ -160,7 +160,7 @@ __device__ __forceinline__ void forward_row(const ForwardParams& p, int64_t flat
 
 template <class S, int BB, bool ALIGNED>
 __global__ void __launch_bounds__(kFewThreads, 1) few_rows_kernel(const ForwardParams p) {
-  HF_SHARED(shared);
+  HFF_SHARED(shared);
   forward_row<S, BB, ALIGNED>(p, blockIdx.x, shared);
 }
 

@@ -15,7 +15,7 @@ constexpr int shared_floats(int b) { return b * b + 3 * b + 2 + 2 * kColumns * (
 static_assert(shared_floats(kLargestBottleneck) * 4 <= kMostSharedBytes);
 
 __global__ void __launch_bounds__(kThreads) finish_kernel(const FinishParams p) {
-  HF_SHARED(shared);
+  HFF_SHARED(shared);
   const int d = p.d, b = p.b, thread = threadIdx.x;
   const int64_t matrix = int64_t(b) * d, size = partial_sums(d, b), task = blockIdx.y;
   float* const M = reinterpret_cast<float*>(shared);  // [b, b]

@@ -7,7 +7,7 @@ namespace {
 
 template <class S>
 __global__ void __launch_bounds__(FoldTraits::kThreads, 1) fold_kernel(const FoldParams p) {
-  HF_SHARED(shared);
+  HFF_SHARED(shared);
   fold_adapter<S>(p, blockIdx.x, shared);
 }
 

@@ -6,7 +6,7 @@ namespace hyperformer_fast {
 namespace {
 
 __global__ void __launch_bounds__(GenerateTraits::kThreads) generate_kernel(const GenerateParams p) {
-  HF_SHARED(shared);
+  HFF_SHARED(shared);
   generate_tile(p, blockIdx.x, blockIdx.y, shared);
 }
 

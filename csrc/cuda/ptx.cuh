@@ -10,7 +10,7 @@
 #include <cstdint>
 #include <cstring>
 
-#define HF_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+#define HFF_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 
 namespace hyperformer_fast {
 
@@ -55,16 +55,16 @@ __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* row)
 }
 
 // d += a b on tensor cores, with the fragments that PTX defines for each shape.
-#define HF_MMA(NAME, SHAPE)                                                                               \
+#define HFF_MMA(NAME, SHAPE)                                                                              \
   __device__ __forceinline__ void NAME(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { \
     asm volatile("mma.sync.aligned." SHAPE " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"       \
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                         \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                         \
   }
-HF_MMA(mma_bf16, "m16n8k16.row.col.f32.bf16.bf16.f32")
-HF_MMA(mma_f16, "m16n8k16.row.col.f32.f16.f16.f32")
-HF_MMA(mma_tf32, "m16n8k8.row.col.f32.tf32.tf32.f32")
-#undef HF_MMA
+HFF_MMA(mma_bf16, "m16n8k16.row.col.f32.bf16.bf16.f32")
+HFF_MMA(mma_f16, "m16n8k16.row.col.f32.f16.f16.f32")
+HFF_MMA(mma_tf32, "m16n8k8.row.col.f32.tf32.tf32.f32")
+#undef HFF_MMA
 
 }  // namespace hyperformer_fast
 #else

@@ -12,7 +12,7 @@ namespace hyperformer_fast {
 template <class S, int BB, bool ALIGNED>
 __global__ void __launch_bounds__(256, 1) site_kernel(const SiteParams p) {
   static_assert(GenerateTraits::kThreads == 256 && FoldTraits::kThreads == 256 && kFewThreads == 256);
-  HF_SHARED(shared);
+  HFF_SHARED(shared);
   const int64_t block = blockIdx.x, blocks = gridDim.x, stripes = stripes_of(p.generate);
   for (int64_t i = block; i < stripes * groups_of(p.generate); i += blocks)
     generate_tile(p.generate, i % stripes, i / stripes, shared);

@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(256, 1) weight_gradients_kernel(const WeightGr
   using Traits = WeightTraits<S, BB>;
   using T = typename S::T;
   constexpr int kTiles = Traits::kTiles, kBlocks = Traits::kBlocks;
-  HF_SHARED(shared);
+  HFF_SHARED(shared);
   unsigned char* const DZ = shared + Traits::kAtDz;
   unsigned char* const H = shared + Traits::kAtH;
   float* const R = reinterpret_cast<float*>(shared + Traits::kAtR);

@@ -1,4 +1,4 @@
-// Switching between stacks. x86-64 has its own switch; elsewhere, or with HF_UCONTEXT, it is ucontext's, whose two
+// Switching between stacks. x86-64 has its own switch; elsewhere, or with HFF_UCONTEXT, it is ucontext's, whose two
 // system calls make it slower.
 #pragma once
 
@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <memory>
 
-#if defined(__x86_64__) && !defined(HF_UCONTEXT)
+#if defined(__x86_64__) && !defined(HFF_UCONTEXT)
 extern "C" void hf_emulator_switch(void** save, void* load);
 // "weak": every translation unit that includes this defines it.
 asm(R"(
@@ -41,7 +41,7 @@ constexpr size_t kStack = 64 << 10;
 
 struct Context {
   std::unique_ptr<char[]> stack;
-#if defined(__x86_64__) && !defined(HF_UCONTEXT)
+#if defined(__x86_64__) && !defined(HFF_UCONTEXT)
   void* pointer = nullptr;
 
   void start(void (*entry)()) {

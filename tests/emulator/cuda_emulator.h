@@ -2,7 +2,8 @@
 // For tests: slow, and strict.
 //
 // Shared memory starts as NaN and is guarded; an asynchronous copy arrives at its wait and not before, or, as it may on
-// a GPU too, at once (HFF_EMULATOR_COPIES "late" or "early"); threads, and blocks, run in the order of HFF_EMULATOR_ORDER
+// a GPU too, at once (HFF_EMULATOR_COPIES "late" or "early"); threads, and blocks, run in the order of
+// HFF_EMULATOR_ORDER
 // ("forward", "reverse" or a seed), each until it must wait; by HFF_EMULATOR_TURNS "greedy" the first that may go on
 // does, so that a warp runs ahead of the others as far as barriers let it, by "fair" the next in turn. A barrier that
 // not all threads reach at the same place, a warp-wide operation that not all lanes reach, copies never waited for, and
@@ -37,7 +38,7 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __restrict__
-#define HF_SHARED(name) unsigned char* name = ::emulator::block->shared
+#define HFF_SHARED(name) unsigned char* name = ::emulator::block->shared
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;

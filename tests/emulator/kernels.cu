@@ -19,7 +19,7 @@ struct Params {
 
 // to[i] = from[THREADS - 1 - i], through shared memory.
 __global__ void reverse_kernel(const Params p) {
-  HF_SHARED(shared);
+  HFF_SHARED(shared);
   float* const values = reinterpret_cast<float*>(shared);
   const int i = threadIdx.x, fault = p.fault;
   copy_async<4>(values + i, p.from + i, true);
@@ -78,7 +78,7 @@ struct ProductParams {
 
 // C = A B as the adapter's kernels make it: A by ldmatrix, B by its transposing form.
 __global__ void product_kernel(const ProductParams p) {
-  HF_SHARED(shared);
+  HFF_SHARED(shared);
   auto* const A = reinterpret_cast<uint16_t*>(shared);
   auto* const B = A + 16 * 16;
   const int lane = threadIdx.x;
@@ -123,15 +123,15 @@ const char* outcome(F run) {
 
 }  // namespace
 
-#define HF_EXPORT extern "C" __attribute__((visibility("default")))
+#define HFF_EXPORT extern "C" __attribute__((visibility("default")))
 
-HF_EXPORT const char* reverse(const float* from, float* to, int fault) {
+HFF_EXPORT const char* reverse(const float* from, float* to, int fault) {
   return outcome(
       [&] { launch(reverse_kernel, "", dim3{1, 1, 1}, THREADS, THREADS * 4, nullptr, Params{from, to, fault}); });
 }
 
 // blocks 0: a launch that is not cooperative.
-HF_EXPORT const char* count(int* counts, int blocks, int fault) {
+HFF_EXPORT const char* count(int* counts, int blocks, int fault) {
   return outcome([&] {
     if (blocks == 0)
       launch(count_kernel, "", dim3{2, 1, 1}, THREADS, 0, nullptr, GridParams{counts, fault});
@@ -140,20 +140,20 @@ HF_EXPORT const char* count(int* counts, int blocks, int fault) {
   });
 }
 
-HF_EXPORT const char* add(int* counts, int blocks) {
+HFF_EXPORT const char* add(int* counts, int blocks) {
   return outcome(
       [&] { launch(add_kernel, "", dim3{unsigned(blocks), 1, 1}, THREADS, 0, nullptr, GridParams{counts, 0}); });
 }
 
-HF_EXPORT const char* product(const uint16_t* a, const uint16_t* b, float* c, int half) {
+HFF_EXPORT const char* product(const uint16_t* a, const uint16_t* b, float* c, int half) {
   return outcome([&] { launch(product_kernel, "", dim3{1, 1, 1}, 32, 1024, nullptr, ProductParams{a, b, c, half}); });
 }
 
-HF_EXPORT const char* product_tf32(const float* a, const float* b, float* c) {
+HFF_EXPORT const char* product_tf32(const float* a, const float* b, float* c) {
   return outcome([&] { launch(tf32_kernel, "", dim3{1, 1, 1}, 32, 0, nullptr, Tf32Params{a, b, c}); });
 }
 
-#ifdef HF_MAIN
+#ifdef HFF_MAIN
 #include <vector>
 
 // For AddressSanitizer: a fault's number.

@@ -121,7 +121,7 @@ def test_blocks_on_several_host_threads_add_up(kernels, hosts, monkeypatch):
 def test_sanitizer_sees_what_is_beyond_global_memory(tmp_path):
     program = tmp_path / "kernels"
     made = subprocess.run(
-        [os.environ.get("CXX", "g++"), "-std=c++20", "-O1", "-g", "-fsanitize=address", "-DHF_MAIN", f"-I{EMULATOR}",
+        [os.environ.get("CXX", "g++"), "-std=c++20", "-O1", "-g", "-fsanitize=address", "-DHFF_MAIN", f"-I{EMULATOR}",
          "-x", "c++", EMULATOR / "kernels.cu", "-o", program], capture_output=True, text=True,
     )  # fmt: skip
     if made.returncode and "asan" in made.stderr:

@@ -2,7 +2,7 @@
 
 // e^x for x <= 0, to 1 ulp: x = n ln 2 + r, a degree-7 polynomial in r, 2^n by its exponent. Below -87.3, where e^x
 // leaves float32's normal range, the result is exactly 0; NaN stays NaN.
-HF_INLINE vf exp_negative(vf x) {
+HFF_INLINE vf exp_negative(vf x) {
   const vi underflows = x < splat(-87.3f);
   const vf clamped = select(underflows, splat(-87.3f), x);
   const vf shifted =
@@ -23,11 +23,11 @@ HF_INLINE vf exp_negative(vf x) {
   return select(x == x, y, x);
 }
 
-HF_INLINE vf absolute(vf x) { return reinterpret_cast<vf>(reinterpret_cast<vi>(x) & 0x7fffffff); }
+HFF_INLINE vf absolute(vf x) { return reinterpret_cast<vf>(reinterpret_cast<vi>(x) & 0x7fffffff); }
 
 // The normal distribution function, Phi(z) = (1 + erf(z / sqrt 2)) / 2, with an error below 1e-7. In the lower tail it
 // is the exponential of a float32 polynomial, whose relative error grows with z^2: 4e-5 at z = -4.
-HF_INLINE vf phi(vf z) {
+HFF_INLINE vf phi(vf z) {
   const vf a = z * splat(0.707106781f);
   const vf t = absolute(a), s = a * a;
   // erf(a) for |a| < 0.93: a + a q(a^2)
@@ -57,7 +57,7 @@ struct Activated {
 
 // act(z), and with D act'(z).
 template <Activation code, bool D>
-HF_INLINE Activated activate(vf z) {
+HFF_INLINE Activated activate(vf z) {
   // Written so that NaN passes through relu, and has the derivative 1 that torch gives it.
   if constexpr (code == kRelu)
     return {select(z <= splat(0.0f), splat(0.0f), z), select(z <= splat(0.0f), splat(0.0f), splat(1.0f))};

@@ -83,7 +83,7 @@ inline void widen_up(const float* packed, const AdapterLayout& l, int64_t k, dou
 
 // gram += A^T A over `rows` rows, for columns [i, i + kGramTile) against N vectors of columns from j on.
 template <int N>
-HF_INLINE void gram_tile(const double* a, int64_t k, int64_t rows, int64_t i, int64_t j, double* gram) {
+HFF_INLINE void gram_tile(const double* a, int64_t k, int64_t rows, int64_t i, int64_t j, double* gram) {
   Doubles sum[kGramTile][N] = {};
   for (int64_t r = 0; r < rows; ++r) {
     const double* row = a + r * k;
@@ -162,10 +162,10 @@ inline void centre_and_scale(const float* gamma, int64_t d, int64_t k, const Fol
   for (int64_t j = 0; j < k; ++j) largest[j] += poison[j];
 }
 
-#if HF_LANES >= 8
+#if HFF_LANES >= 8
 typedef float Octet __attribute__((vector_size(8 * sizeof(float)), aligned(sizeof(float)), may_alias));
 // Transposes eight rows of eight numbers.
-HF_INLINE void transpose_octets(Octet* r) {
+HFF_INLINE void transpose_octets(Octet* r) {
   Octet t[8];
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
@@ -190,26 +190,26 @@ HF_INLINE void transpose_octets(Octet* r) {
 // Rounds eight numbers to storage. These are overloads on vectors because compilers take a loop over a vector's lanes
 // apart, one by one. bfloat16 is rounded in integers even where the CPU has an instruction for it: that instruction
 // takes subnormal numbers for zero.
-HF_INLINE void store_rounded(Octet v, float* to) { *reinterpret_cast<Octet*>(to) = v; }
-HF_INLINE void store_rounded(Octet v, bf16_t* to) {
+HFF_INLINE void store_rounded(Octet v, float* to) { *reinterpret_cast<Octet*>(to) = v; }
+HFF_INLINE void store_rounded(Octet v, bf16_t* to) {
   typedef uint32_t Bits __attribute__((vector_size(8 * sizeof(uint32_t))));
   typedef uint16_t Half __attribute__((vector_size(8 * sizeof(uint16_t)), aligned(sizeof(uint16_t)), may_alias));
   Bits bits = reinterpret_cast<Bits>(v);
   round_to_bf16<Bits>(bits, reinterpret_cast<Bits>(v != v));
   *reinterpret_cast<Half*>(to) = __builtin_convertvector(bits, Half);
 }
-HF_INLINE void store_rounded(Octet v, f16_t* to) {
+HFF_INLINE void store_rounded(Octet v, f16_t* to) {
   float lanes[8];
   *reinterpret_cast<Octet*>(lanes) = v;
   for (int64_t i = 0; i < 8; ++i) to[i] = F16::narrow(lanes[i]);
 }
 
 // a * factor for eight numbers, in float32.
-HF_INLINE Octet scaled_octet(const double* a, const double* factor) {
+HFF_INLINE Octet scaled_octet(const double* a, const double* factor) {
   const auto part = [&](int64_t at) {
     return *reinterpret_cast<const Doubles*>(a + at) * *reinterpret_cast<const Doubles*>(factor + at);
   };
-#if HF_LANES == 16
+#if HFF_LANES == 16
   return __builtin_convertvector(part(0), Octet);
 #else
   return __builtin_shufflevector(__builtin_convertvector(part(0), v4), __builtin_convertvector(part(kDoubles), v4), 0,
@@ -219,7 +219,7 @@ HF_INLINE Octet scaled_octet(const double* a, const double* factor) {
 
 // to [8, 8] = (a [8, 8] * factor [8])^T in storage; rows of `a` are k apart, those of `to` d.
 template <class T>
-HF_INLINE void store_tile(const double* a, int64_t k, const double* factor, T* to, int64_t d) {
+HFF_INLINE void store_tile(const double* a, int64_t k, const double* factor, T* to, int64_t d) {
   Octet rows[8];
 #pragma GCC unroll 8
   for (int64_t r = 0; r < 8; ++r) rows[r] = scaled_octet(a + r * k, factor);
@@ -236,7 +236,7 @@ void store_up(const AdapterLayout& l, int64_t k, const double* wa, const double*
   for (int64_t i = 0; i < l.d; ++i) bg[i] = float(wa[i * k + l.b]);
   const auto store = [&](int64_t j, int64_t i) { wg[j * l.d + i] = S::narrow(float(wa[i * k + j] * inverse[j])); };
   int64_t j = 0;
-#if HF_LANES >= 8
+#if HFF_LANES >= 8
   for (; j + 8 <= l.b; j += 8) {
     int64_t i = 0;
     for (; i + 8 <= l.d; i += 8) store_tile(wa + i * k + j, k, inverse + j, wg + j * l.d + i, l.d);

@@ -1,19 +1,19 @@
 // All kernels of one instruction set. Its translation unit includes prelude.h, defines the macros below, and includes
 // this file once:
-//   HF_NAMESPACE   the name of the instruction set, and of its namespace
-//   HF_TARGET      what the compiler calls it; undefined where every CPU has it
-//   HF_LANES       floats in a vector: 4, 8 or 16
-//   HF_HAS_F16C    whether there are instructions that convert float16
-//   HF_HAS_DPBF16  whether there is vdpbf16ps, which multiplies pairs of bfloat16
+//   HFF_NAMESPACE   the name of the instruction set, and of its namespace
+//   HFF_TARGET      what the compiler calls it; undefined where every CPU has it
+//   HFF_LANES       floats in a vector: 4, 8 or 16
+//   HFF_HAS_F16C    whether there are instructions that convert float16
+//   HFF_HAS_DPBF16  whether there is vdpbf16ps, which multiplies pairs of bfloat16
 // Files called *-inl.h have no include guard and belong to this one alone: what they define is compiled once per
 // instruction set, inside its target region and namespace.
 
-#ifdef HF_TARGET
-HF_OPEN_TARGET(HF_TARGET)
+#ifdef HFF_TARGET
+HFF_OPEN_TARGET(HFF_TARGET)
 #endif
 
 namespace hyperformer_fast {
-namespace HF_NAMESPACE {
+namespace HFF_NAMESPACE {
 
 // clang-format off: each needs those before it
 #include "../../bf16-inl.h"
@@ -35,7 +35,7 @@ namespace HF_NAMESPACE {
 
 // Calls body(S{}) with the storage type of `dtype`.
 template <class Body>
-HF_INLINE void with_storage(Dtype dtype, const Body& body) {
+HFF_INLINE void with_storage(Dtype dtype, const Body& body) {
   switch (dtype) {
     case Dtype::kFloat32:
       return body(F32{});
@@ -61,14 +61,14 @@ void backward_any(const Problem& p, const Rows& g, const Rows& x, const SavedRow
   with_storage(p.dtype, [&]<class S>(S) { backward<S>(p, g, x, saved, packed, folded, dx, dpacked, parallel); });
 }
 
-#define HF_STRING_OF(token) #token
-#define HF_STRING(macro) HF_STRING_OF(macro)
+#define HFF_STRING_OF(token) #token
+#define HFF_STRING(macro) HFF_STRING_OF(macro)
 extern const Kernels kKernels;
-const Kernels kKernels = {HF_STRING(HF_NAMESPACE), fold_any, forward_any, backward_any, generate};
+const Kernels kKernels = {HFF_STRING(HFF_NAMESPACE), fold_any, forward_any, backward_any, generate};
 
-}  // namespace HF_NAMESPACE
+}  // namespace HFF_NAMESPACE
 }  // namespace hyperformer_fast
 
-#ifdef HF_TARGET
-HF_CLOSE_TARGET
+#ifdef HFF_TARGET
+HFF_CLOSE_TARGET
 #endif

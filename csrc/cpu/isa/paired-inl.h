@@ -2,10 +2,10 @@
 // file is empty for instruction sets without that instruction. A lane holds two neighbours along the sum: two columns
 // of one row in a dot product, two source rows of one column in a weighted sum.
 
-#if HF_HAS_DPBF16
+#if HFF_HAS_DPBF16
 typedef uint32_t vu_any __attribute__((vector_size(kLanes * 4), aligned(2), may_alias));
 
-HF_INLINE vf add_pairs(vf sum, vu a, vu b) {
+HFF_INLINE vf add_pairs(vf sum, vu a, vu b) {
   return reinterpret_cast<vf>(
       _mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b)));
 }
@@ -18,13 +18,13 @@ struct PairedDot {
   struct Operand {
     vu v;
   };
-  static HF_INLINE Operand x(const X* p) { return {*reinterpret_cast<const vu_any*>(p)}; }
-  static HF_INLINE Operand y(const Y* p) { return x(p); }
-  static HF_INLINE Operand x_part(const X* p, int n) {
+  static HFF_INLINE Operand x(const X* p) { return {*reinterpret_cast<const vu_any*>(p)}; }
+  static HFF_INLINE Operand y(const Y* p) { return x(p); }
+  static HFF_INLINE Operand x_part(const X* p, int n) {
     return {reinterpret_cast<vu>(_mm512_maskz_loadu_epi16((1u << n) - 1, p))};
   }
-  static HF_INLINE Operand y_part(const Y* p, int n) { return x_part(p, n); }
-  static HF_INLINE vf add(vf sum, Operand a, Operand b) { return add_pairs(sum, a.v, b.v); }
+  static HFF_INLINE Operand y_part(const Y* p, int n) { return x_part(p, n); }
+  static HFF_INLINE vf add(vf sum, Operand a, Operand b) { return add_pairs(sum, a.v, b.v); }
 };
 
 // A weighted sum of pairs of source rows, interleaved number by number. A coefficient is a pair as well.
@@ -32,11 +32,11 @@ struct PairedSum {
   using Source = uint32_t;
   using Coefficient = uint32_t;
   using Vector = vu;
-  static HF_INLINE vu load(const Source* p) { return *reinterpret_cast<const vu_any*>(p); }
-  static HF_INLINE vu load_part(const Source* p, int n) {
+  static HFF_INLINE vu load(const Source* p) { return *reinterpret_cast<const vu_any*>(p); }
+  static HFF_INLINE vu load_part(const Source* p, int n) {
     return reinterpret_cast<vu>(_mm512_maskz_loadu_epi32((1u << n) - 1, p));
   }
-  static HF_INLINE vf add(vf sum, uint32_t a, vu v) { return add_pairs(sum, vu{} + a, v); }
+  static HFF_INLINE vf add(vf sum, uint32_t a, vu v) { return add_pairs(sum, vu{} + a, v); }
 };
 
 // to[c] = (a[c], b[c]) for d numbers; a null b stands for zeros.

@@ -1,9 +1,9 @@
 // The kernels for any CPU: vectors of four, which SSE2 and NEON have. No target region is needed.
 #include "prelude.h"
 
-#define HF_NAMESPACE portable
-#define HF_LANES 4
-#define HF_HAS_F16C 0
-#define HF_HAS_DPBF16 0
+#define HFF_NAMESPACE portable
+#define HFF_LANES 4
+#define HFF_HAS_F16C 0
+#define HFF_HAS_DPBF16 0
 
 #include "kernels-inl.h"

@@ -1,7 +1,7 @@
 // The norm before the down-projection. Its gamma and beta are folded into the projection; what remains is here.
 
 template <class S>
-HF_INLINE void row_statistics(const typename S::T* x, int64_t d, float& mean, float& rstd) {
+HFF_INLINE void row_statistics(const typename S::T* x, int64_t d, float& mean, float& rstd) {
   double total = 0, square = 0;
   vf acc = {};
   int64_t c = 0;

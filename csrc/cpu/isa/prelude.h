@@ -18,20 +18,20 @@
 #include "../../rounding.h"
 #include "../kernels.h"
 
-#define HF_INLINE inline __attribute__((always_inline))
+#define HFF_INLINE inline __attribute__((always_inline))
 
-// HF_OPEN_TARGET(set) and HF_CLOSE_TARGET enclose code that is compiled for an instruction set. They are a region and
+// HFF_OPEN_TARGET(set) and HFF_CLOSE_TARGET enclose code that is compiled for an instruction set. They are a region and
 // not a compiler flag, because a flag would also compile the standard headers' inline functions for that set.
-#define HF_PRAGMA(text) _Pragma(#text)
+#define HFF_PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)
-#define HF_OPEN_TARGET(set) HF_PRAGMA(clang attribute push(__attribute__((target(set))), apply_to = function))
-#define HF_CLOSE_TARGET HF_PRAGMA(clang attribute pop)
+#define HFF_OPEN_TARGET(set) HFF_PRAGMA(clang attribute push(__attribute__((target(set))), apply_to = function))
+#define HFF_CLOSE_TARGET HFF_PRAGMA(clang attribute pop)
 #else
-#define HF_OPEN_TARGET(set)   \
-  HF_PRAGMA(GCC push_options) \
-  HF_PRAGMA(GCC target(set))  \
-  HF_PRAGMA(GCC target("prefer-vector-width=512"))
-#define HF_CLOSE_TARGET HF_PRAGMA(GCC pop_options)
+#define HFF_OPEN_TARGET(set)   \
+  HFF_PRAGMA(GCC push_options) \
+  HFF_PRAGMA(GCC target(set))  \
+  HFF_PRAGMA(GCC target("prefer-vector-width=512"))
+#define HFF_CLOSE_TARGET HFF_PRAGMA(GCC pop_options)
 // The intrinsics of GCC 12's AVX-512 header start from a register that is deliberately left uninitialised.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif

@@ -4,9 +4,9 @@
 // Sizes of register tiles. AVX-512 has 32 vector registers, other sets have 16. A dot product holds kDotRows x 3
 // accumulators, three weights and one row vector; a weighted sum holds kSumResults x kSumVectors accumulators and
 // kSumVectors sources.
-constexpr int kSumResults = HF_LANES == 16 ? 8 : 4;
+constexpr int kSumResults = HFF_LANES == 16 ? 8 : 4;
 constexpr int kSumVectors = 3;
-constexpr int kVectorRegisters = HF_LANES == 16 ? 32 : 16;
+constexpr int kVectorRegisters = HFF_LANES == 16 ? 32 : 16;
 static_assert(kDotRows * 3 + 3 + 1 <= kVectorRegisters, "a dot product's tile must stay in registers");
 static_assert(kSumResults * kSumVectors + kSumVectors + 1 <= kVectorRegisters, "and so must a weighted sum's");
 
@@ -19,17 +19,17 @@ struct Widened {
   struct Operand {
     vf v;
   };
-  static HF_INLINE Operand x(const X* p) { return {S::load(p)}; }
-  static HF_INLINE Operand y(const Y* p) { return {F32::load(p)}; }
-  static HF_INLINE Operand x_part(const X* p, int n) { return {load_part<S>(p, n)}; }
-  static HF_INLINE Operand y_part(const Y* p, int n) { return {load_part<F32>(p, n)}; }
-  static HF_INLINE vf add(vf sum, Operand a, Operand b) { return sum + a.v * b.v; }
+  static HFF_INLINE Operand x(const X* p) { return {S::load(p)}; }
+  static HFF_INLINE Operand y(const Y* p) { return {F32::load(p)}; }
+  static HFF_INLINE Operand x_part(const X* p, int n) { return {load_part<S>(p, n)}; }
+  static HFF_INLINE Operand y_part(const Y* p, int n) { return {load_part<F32>(p, n)}; }
+  static HFF_INLINE vf add(vf sum, Operand a, Operand b) { return sum + a.v * b.v; }
 };
 
 // out[j * ldo + i] = <x_i, y_j> for MR rows and NR weight rows of d numbers.
 template <class P, int MR, int NR>
-HF_INLINE void dot_tile(const typename P::X* const* x, const typename P::Y* const* y, int64_t d, float* out,
-                        int64_t ldo) {
+HFF_INLINE void dot_tile(const typename P::X* const* x, const typename P::Y* const* y, int64_t d, float* out,
+                         int64_t ldo) {
   vf acc[NR][MR];
 #pragma GCC unroll 8
   for (int j = 0; j < NR; ++j)
@@ -43,7 +43,7 @@ HF_INLINE void dot_tile(const typename P::X* const* x, const typename P::Y* cons
 #pragma GCC unroll 8
     for (int i = 0; i < MR; ++i) {
       typename P::Operand xv = P::x(x[i] + c);
-      HF_IN_REGISTER(xv.v);
+      HFF_IN_REGISTER(xv.v);
 #pragma GCC unroll 8
       for (int j = 0; j < NR; ++j) acc[j][i] = P::add(acc[j][i], xv, yv[j]);
     }
@@ -68,8 +68,8 @@ HF_INLINE void dot_tile(const typename P::X* const* x, const typename P::Y* cons
 }
 
 template <class P, int MR>
-HF_INLINE void dot_rows(const typename P::X* const* x, const typename P::Y* const* y, int64_t n, int64_t d, float* out,
-                        int64_t ldo) {
+HFF_INLINE void dot_rows(const typename P::X* const* x, const typename P::Y* const* y, int64_t n, int64_t d, float* out,
+                         int64_t ldo) {
   int64_t j = 0;
   // The last four columns are taken as two and two, because a tile of one column loads almost as often as it
   // multiplies.
@@ -93,8 +93,8 @@ struct Coefficients {
   const C* p;
   int64_t row, step;
 
-  HF_INLINE C at(int64_t i, int64_t k) const { return p[i * row + k * step]; }
-  HF_INLINE Coefficients from(int64_t i) const { return {p + i * row, row, step}; }
+  HFF_INLINE C at(int64_t i, int64_t k) const { return p[i * row + k * step]; }
+  HFF_INLINE Coefficients from(int64_t i) const { return {p + i * row, row, step}; }
 };
 
 // One term of a weighted sum: a float32 coefficient times a vector that is widened from storage.
@@ -103,15 +103,15 @@ struct Scaled {
   using Source = typename S::T;
   using Coefficient = float;
   using Vector = vf;
-  static HF_INLINE vf load(const Source* p) { return S::load(p); }
-  static HF_INLINE vf load_part(const Source* p, int n) { return hyperformer_fast::HF_NAMESPACE::load_part<S>(p, n); }
-  static HF_INLINE vf add(vf sum, float a, vf v) { return sum + splat(a) * v; }
+  static HFF_INLINE vf load(const Source* p) { return S::load(p); }
+  static HFF_INLINE vf load_part(const Source* p, int n) { return hyperformer_fast::HFF_NAMESPACE::load_part<S>(p, n); }
+  static HFF_INLINE vf add(vf sum, float a, vf v) { return sum + splat(a) * v; }
 };
 
 // One tile of a weighted sum, first(i, c) + sum_k a(i, k) source_k[c], for MR results and NV vectors from column c on.
 template <class P, int MR, int NV, class Io>
-HF_INLINE void sum_tile(Coefficients<typename P::Coefficient> a, int64_t K, const typename P::Source* const* source,
-                        int64_t c, int64_t result, const Io& io) {
+HFF_INLINE void sum_tile(Coefficients<typename P::Coefficient> a, int64_t K, const typename P::Source* const* source,
+                         int64_t c, int64_t result, const Io& io) {
   vf acc[MR][NV];
 #pragma GCC unroll 8
   for (int i = 0; i < MR; ++i) {
@@ -141,8 +141,8 @@ HF_INLINE void sum_tile(Coefficients<typename P::Coefficient> a, int64_t K, cons
 
 // The n < kLanes columns of one result beyond its last whole vector.
 template <class P, class Io>
-HF_INLINE void sum_part(Coefficients<typename P::Coefficient> a, int64_t K, const typename P::Source* const* source,
-                        int64_t c, int n, int64_t result, const Io& io) {
+HFF_INLINE void sum_part(Coefficients<typename P::Coefficient> a, int64_t K, const typename P::Source* const* source,
+                         int64_t c, int n, int64_t result, const Io& io) {
   const auto row = io.row(result);
   vf acc = row.first_part(c, n);
   for (int64_t k = 0; k < K; ++k) acc = P::add(acc, a.at(0, k), P::load_part(source[k] + c, n));
@@ -150,8 +150,8 @@ HF_INLINE void sum_part(Coefficients<typename P::Coefficient> a, int64_t K, cons
 }
 
 template <class P, int NV, class Io>
-HF_INLINE void sum_column(Coefficients<typename P::Coefficient> a, int64_t count, int64_t K,
-                          const typename P::Source* const* source, int64_t c, const Io& io) {
+HFF_INLINE void sum_column(Coefficients<typename P::Coefficient> a, int64_t count, int64_t K,
+                           const typename P::Source* const* source, int64_t c, const Io& io) {
   int64_t i = 0;
   for (; i + kSumResults <= count; i += kSumResults) sum_tile<P, kSumResults, NV>(a.from(i), K, source, c, i, io);
   for (; i + 2 <= count; i += 2) sum_tile<P, 2, NV>(a.from(i), K, source, c, i, io);
@@ -172,8 +172,8 @@ void sums_by_column(Coefficients<typename P::Coefficient> a, int64_t count, int6
 }
 
 template <class P, int MR, class Io>
-HF_INLINE void sum_row(Coefficients<typename P::Coefficient> a, int64_t K, const typename P::Source* const* source,
-                       int64_t d, int64_t i, const Io& io) {
+HFF_INLINE void sum_row(Coefficients<typename P::Coefficient> a, int64_t K, const typename P::Source* const* source,
+                        int64_t d, int64_t i, const Io& io) {
   int64_t c = 0;
   for (; c + kSumVectors * kLanes <= d; c += kSumVectors * kLanes)
     sum_tile<P, MR, kSumVectors>(a.from(i), K, source, c, i, io);

@@ -25,7 +25,7 @@ struct Scratch {
   std::vector<typename S::T> stored;        // [b, kBlockRows]: z as it is saved
   Buffer source, out;                       // [kBlockRows, d], with a pre-norm
   std::vector<const float*> h_rows, q_rows, hr_rows, t_rows, source_rows;
-#if HF_HAS_DPBF16
+#if HFF_HAS_DPBF16
   std::vector<uint32_t, LineAligned<uint32_t>> row_pairs;     // coefficients: pairs of neighbours in a row
   std::vector<bf16_t, LineAligned<bf16_t>> along;             // coefficients: pairs of rows
   std::vector<uint32_t, LineAligned<uint32_t>> source_pairs;  // [kBlockRows / 2, d]
@@ -49,7 +49,7 @@ struct Scratch {
       source_rows = rows_of<float>(source.data(), kBlockRows, l.d);
       if (backward) out.resize(kBlockRows * l.d);
     }
-#if HF_HAS_DPBF16
+#if HFF_HAS_DPBF16
     if constexpr (Weights<S>::paired) {
       row_pairs.resize((rows + 1) / 2 * kBlockRows);
       if (backward) {
@@ -87,7 +87,7 @@ void project(const float* a, int64_t count, const Block<S>& block, int64_t d, co
   sums_by_row<Scaled<F32>>(Coefficients<float>{a, 1, kBlockRows}, block.n, count, w.data(), d, io);
 }
 
-#if HF_HAS_DPBF16
+#if HFF_HAS_DPBF16
 template <class S, class Io>
 void project(const float* a, int64_t count, const Block<S>& block, int64_t d, const std::vector<const uint32_t*>& w,
              const Io& io, Scratch<S>& s) {
@@ -106,7 +106,7 @@ void project(const float* a, int64_t count, const Block<S>& block, int64_t d, co
 template <class S>
 void accumulate(const float* a, int64_t count, int64_t n, int64_t d, const typename S::T* const* source,
                 const ToFloat& to, [[maybe_unused]] Scratch<S>& s) {
-#if HF_HAS_DPBF16
+#if HFF_HAS_DPBF16
   if constexpr (Weights<S>::paired) {
     for (int64_t j = 0; j < count; ++j)
       for (int64_t i = 0; i < padded(n); i += kLanes)

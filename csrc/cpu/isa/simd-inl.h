@@ -1,6 +1,6 @@
 // Vectors of kLanes floats for one instruction set, by the compiler's vector extension.
 
-constexpr int kLanes = HF_LANES;
+constexpr int kLanes = HFF_LANES;
 static_assert(kLanes == 4 || kLanes == 8 || kLanes == 16);
 
 typedef float vf __attribute__((vector_size(kLanes * 4)));
@@ -12,33 +12,33 @@ typedef float vf_any __attribute__((vector_size(kLanes * 4), aligned(4), may_ali
 typedef uint16_t vh_any __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
 
 // All lanes are written out: for `vf{} + x` the compiler would emit an addition, since x may be -0.
-#if HF_LANES == 16
-HF_INLINE vf splat(float x) { return vf{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
-#elif HF_LANES == 8
-HF_INLINE vf splat(float x) { return vf{x, x, x, x, x, x, x, x}; }
+#if HFF_LANES == 16
+HFF_INLINE vf splat(float x) { return vf{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+#elif HFF_LANES == 8
+HFF_INLINE vf splat(float x) { return vf{x, x, x, x, x, x, x, x}; }
 #else
-HF_INLINE vf splat(float x) { return vf{x, x, x, x}; }
+HFF_INLINE vf splat(float x) { return vf{x, x, x, x}; }
 #endif
 
 // Keeps a value in a register. Otherwise compilers repeat its load in every instruction that uses it, and the load
 // ports are the bottleneck.
 #if defined(__x86_64__)
-#define HF_IN_REGISTER(v) asm("" : "+v"(v))
+#define HFF_IN_REGISTER(v) asm("" : "+v"(v))
 #else
-#define HF_IN_REGISTER(v) (void)0
+#define HFF_IN_REGISTER(v) (void)0
 #endif
 
 // Storage types. Arithmetic is float32 throughout; 16-bit numbers are widened in registers.
 struct F32 {
   using T = float;
-  static HF_INLINE vf load(const T* p) { return *reinterpret_cast<const vf_any*>(p); }
-  static HF_INLINE void store(T* p, vf v) { *reinterpret_cast<vf_any*>(p) = v; }
-  static HF_INLINE float one(T x) { return x; }
-  static HF_INLINE T narrow(float x) { return x; }
+  static HFF_INLINE vf load(const T* p) { return *reinterpret_cast<const vf_any*>(p); }
+  static HFF_INLINE void store(T* p, vf v) { *reinterpret_cast<vf_any*>(p) = v; }
+  static HFF_INLINE float one(T x) { return x; }
+  static HFF_INLINE T narrow(float x) { return x; }
 };
 
 // The nearest bfloat16 of each number, in the lower half of its lane.
-HF_INLINE vu bf16_halves(vf v) {
+HFF_INLINE vu bf16_halves(vf v) {
   vu bits = reinterpret_cast<vu>(v);
   round_to_bf16<vu>(bits, reinterpret_cast<vu>(v != v));
   return bits;
@@ -46,98 +46,98 @@ HF_INLINE vu bf16_halves(vf v) {
 
 struct BF16 {
   using T = bf16_t;
-  static HF_INLINE vf load(const T* p) {
+  static HFF_INLINE vf load(const T* p) {
     const vh h = *reinterpret_cast<const vh_any*>(p);
     return reinterpret_cast<vf>(__builtin_convertvector(h, vu) << 16);
   }
-#if HF_HAS_DPBF16
+#if HFF_HAS_DPBF16
   // Like the products of this instruction set, this instruction takes subnormal numbers for zero.
-  static HF_INLINE void store(T* p, vf v) {
+  static HFF_INLINE void store(T* p, vf v) {
     _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(reinterpret_cast<__m512>(v)));
   }
 #else
-  static HF_INLINE void store(T* p, vf v) {
+  static HFF_INLINE void store(T* p, vf v) {
     *reinterpret_cast<vh_any*>(p) = __builtin_convertvector(bf16_halves(v), vh);
   }
 #endif
-  static HF_INLINE float one(T x) { return from_bf16(x.bits); }
-  static HF_INLINE T narrow(float x) { return T{to_bf16(x)}; }
+  static HFF_INLINE float one(T x) { return from_bf16(x.bits); }
+  static HFF_INLINE T narrow(float x) { return T{to_bf16(x)}; }
 };
 
 struct F16 {
   using T = f16_t;
-#if HF_HAS_F16C && HF_LANES == 16
-  static HF_INLINE vf load(const T* p) {
+#if HFF_HAS_F16C && HFF_LANES == 16
+  static HFF_INLINE vf load(const T* p) {
     return reinterpret_cast<vf>(_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)));
   }
-  static HF_INLINE void store(T* p, vf v) {
+  static HFF_INLINE void store(T* p, vf v) {
     _mm256_storeu_si256((__m256i*)p,
                         _mm512_cvtps_ph(reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
-#elif HF_HAS_F16C && HF_LANES == 8
-  static HF_INLINE vf load(const T* p) {
+#elif HFF_HAS_F16C && HFF_LANES == 8
+  static HFF_INLINE vf load(const T* p) {
     return reinterpret_cast<vf>(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)));
   }
-  static HF_INLINE void store(T* p, vf v) {
+  static HFF_INLINE void store(T* p, vf v) {
     _mm_storeu_si128((__m128i*)p,
                      _mm256_cvtps_ph(reinterpret_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
 #else
-  static HF_INLINE vf load(const T* p) {
+  static HFF_INLINE vf load(const T* p) {
     vf v;
     for (int i = 0; i < kLanes; ++i) v[i] = one(p[i]);
     return v;
   }
-  static HF_INLINE void store(T* p, vf v) {
+  static HFF_INLINE void store(T* p, vf v) {
     for (int i = 0; i < kLanes; ++i) p[i] = narrow(v[i]);
   }
 #endif
-  static HF_INLINE float one(T x) { return from_f16(x.bits); }
-  static HF_INLINE T narrow(float x) { return T{to_f16(x)}; }
+  static HFF_INLINE float one(T x) { return from_f16(x.bits); }
+  static HFF_INLINE T narrow(float x) { return T{to_f16(x)}; }
 };
 
 // Loads n <= kLanes numbers; the rest of the vector is zero. Never reads beyond them, and store_part never writes
 // beyond.
 template <class S>
-HF_INLINE vf load_part(const typename S::T* p, int n) {
+HFF_INLINE vf load_part(const typename S::T* p, int n) {
   vf v = {};
   for (int i = 0; i < n; ++i) v[i] = S::one(p[i]);
   return v;
 }
 
 template <class S>
-HF_INLINE void store_part(typename S::T* p, vf v, int n) {
+HFF_INLINE void store_part(typename S::T* p, vf v, int n) {
   for (int i = 0; i < n; ++i) p[i] = S::narrow(v[i]);
 }
 
-HF_INLINE vf select(vi mask, vf a, vf b) {
+HFF_INLINE vf select(vi mask, vf a, vf b) {
   return reinterpret_cast<vf>((mask & reinterpret_cast<vi>(a)) | (~mask & reinterpret_cast<vi>(b)));
 }
 
 // The sum of the four-lane pieces of a vector.
-HF_INLINE v4 quarter_sum(vf v) {
-#if HF_LANES == 16
+HFF_INLINE v4 quarter_sum(vf v) {
+#if HFF_LANES == 16
   typedef float v8 __attribute__((vector_size(32)));
   const v8 h = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
                __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
   return __builtin_shufflevector(h, h, 0, 1, 2, 3) + __builtin_shufflevector(h, h, 4, 5, 6, 7);
-#elif HF_LANES == 8
+#elif HFF_LANES == 8
   return __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
 #else
   return v;
 #endif
 }
 
-HF_INLINE float sum(vf v) {
+HFF_INLINE float sum(vf v) {
   const v4 q = quarter_sum(v);
   return (q[0] + q[1]) + (q[2] + q[3]);
 }
 
 // Writes the sums of kDotRows vectors side by side. This is a transposition that adds on the way.
-#if HF_LANES == 16
+#if HFF_LANES == 16
 constexpr int kDotRows = 8;
 
-HF_INLINE void sums_of(const vf* a, float* out) {
+HFF_INLINE void sums_of(const vf* a, float* out) {
   typedef float v8 __attribute__((vector_size(32)));
   typedef float v8_any __attribute__((vector_size(32), aligned(4), may_alias));
   vf t[4], u[2];
@@ -158,7 +158,7 @@ HF_INLINE void sums_of(const vf* a, float* out) {
 #else
 constexpr int kDotRows = 4;
 
-HF_INLINE void sums_of(const vf* a, float* out) {
+HFF_INLINE void sums_of(const vf* a, float* out) {
   typedef float v4_any __attribute__((vector_size(16), aligned(4), may_alias));
   const v4 p = quarter_sum(a[0]), q = quarter_sum(a[1]), r = quarter_sum(a[2]), s = quarter_sum(a[3]);
   const v4 pq = __builtin_shufflevector(p, q, 0, 4, 1, 5) + __builtin_shufflevector(p, q, 2, 6, 3, 7);

@@ -81,7 +81,7 @@ struct Weights : FoldedVectors {
   Weights(const Weights&) = delete;
 };
 
-#if HF_HAS_DPBF16
+#if HFF_HAS_DPBF16
 // Projections in bfloat16: as they are for dot products, interleaved by pairs of rows for weighted sums. The bias is
 // float32; in a dot product, two bfloat16 rows stand for it, whose sum it is.
 template <>
