@@ -1,11 +1,11 @@
-"""HyperFormerModel: generated adapters in a frozen T5, and all that a person does with one."""
+"""HyperFormerModel: a frozen T5 with generated adapters, and everything that a user does with one."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,28 +21,34 @@ from .surface import T5Surface, is_checkpointing
 from .t5 import Snapshot, place, trained_names, untied_head_kept
 from .task_choice import choose_outside_the_graph, select
 
-#: What ``generate`` of transformers calls its first positional arguments.
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+#: The names that ``generate`` of transformers has for its first positional arguments.
 _GENERATE_ARGUMENTS = ("inputs", "generation_config", "logits_processor", "stopping_criteria")
 
 
 def get_hyperformer_model(t5: nn.Module, config: HyperFormerConfig) -> HyperFormerModel:
-    """Put adapters into ``t5`` (in place; :meth:`HyperFormerModel.unload` takes them out) and freeze it, but for what
-    the configuration trains. Raises as :class:`HyperFormerModel` does."""
+    """Put adapters into ``t5`` and freeze all of it that the configuration does not train.
+
+    The T5 is changed in place; :meth:`HyperFormerModel.unload` takes the adapters out again. Arguments and errors are
+    those of :class:`HyperFormerModel`.
+    """
     return HyperFormerModel(t5, config)
 
 
 class HyperFormerModel(T5Surface):
     """A frozen T5 with hypernetwork-generated adapters behind self-attention and feed-forward (arXiv 2106.04489).
 
-    The T5 is not copied: its modules get forward hooks, its parameters ``requires_grad=False`` but for its layer norms
-    (``unfreeze_layer_norms``) and its head (``unfreeze_lm_head``). Where the head is tied to the embeddings, as in T5
-    v1.0, the two stay one tensor and train as one, as in the authors' code.
+    The T5 is not copied. Its modules get forward hooks, and its parameters ``requires_grad=False``, except for its
+    layer norms (``unfreeze_layer_norms``) and its head (``unfreeze_lm_head``). Where the head is tied to the
+    embeddings, as in T5 v1.0, the two stay one tensor and train as one, as in the authors' code.
 
     Args:
         t5: ``T5ForConditionalGeneration`` or another T5 with ``encoder`` (and ``decoder``) of T5 blocks. A head that no
             T5 is pretrained with (sequence or token classification, question answering) is trained, and shared by all
             tasks.
-        config: copied; the model and its caller share no state.
+        config: the adapters' configuration. It is copied; the model and its caller share no state.
 
     Raises:
         TypeError: ``t5`` is not a T5.
@@ -65,17 +71,20 @@ class HyperFormerModel(T5Surface):
         trained = trained_names(t5, config)
         device, dtype = place(t5, trained)
         # Generated weights keep float32 precision under a half-precision T5.
-        ours = {"device": device, "dtype": torch.promote_types(dtype, torch.float32)}
+        dtype = torch.promote_types(dtype, torch.float32)
+        base = cast("PreTrainedModel", t5)
         self.hyperformer_config = config
-        self.task_embeddings = TaskEmbeddings(config).to(**ours)
+        self.task_embeddings = TaskEmbeddings(config).to(device, dtype)
         self.hypernetworks = nn.ModuleDict(
-            {name: HyperNetwork(config, t5.config.d_model, n) for name, n in layers.items()}
-        ).to(**ours)
-        self.t5 = t5
+            {name: HyperNetwork(config, base.config.d_model, n) for name, n in layers.items()}
+        ).to(device, dtype)
+        self.t5 = base
         self._snapshot = Snapshot(t5, trained)
         for name, parameter in t5.named_parameters():
             parameter.requires_grad_(name in trained)
-        self._gradients_flow = False  # whether the last forward trained, so that they are known to
+        # True after a forward that trained, whose autograd graph was checked. A T5 can begin to cut gradients after any
+        # inference (bitsandbytes in 4 bits does), so that an inference sets it back.
+        self._gradients_flow = False
         self._owner = Owner()
         self._owner.install(sites, self.hypernetworks)
         self.register_forward_pre_hook(choose_outside_the_graph, with_kwargs=True)
@@ -94,8 +103,8 @@ class HyperFormerModel(T5Surface):
         task: str | Sequence[str] | None = None,
         task_index: Tensor | None = None,
         **kwargs: Any,
-    ):
-        """The T5's forward, with adapters. All arguments but two, and the result, are the T5's.
+    ) -> Any:
+        """The T5's forward, with adapters. All arguments except two, and the result, are the T5's.
 
         Args:
             task: one task for the whole batch, or one per sample (B names). Not needed where the model has one only.
@@ -168,7 +177,7 @@ class HyperFormerModel(T5Surface):
         if kwargs.get("encoder_outputs") is not None:
             context.index_for("encoder", kwargs["encoder_outputs"][0].shape[0])
         with active(*contexts):
-            out = t5.generate(**kwargs)
+            out = cast(Any, t5).generate(**kwargs)
         for context in contexts:
             context.expect_all_ran()
         self._gradients_flow = False
@@ -188,7 +197,7 @@ class HyperFormerModel(T5Surface):
             del state["forward"]
         return state
 
-    def _context(self, task, task_index: Tensor | None, encoded: bool, generating: bool = False) -> ForwardContext:
+    def _context(self, task: Any, task_index: Tensor | None, encoded: bool, generating: bool = False) -> ForwardContext:
         embeddings = self.task_embeddings()
         if embeddings.is_meta and hasattr(self, "_hf_hook"):
             raise RuntimeError(
@@ -197,11 +206,11 @@ class HyperFormerModel(T5Surface):
             )
         rows, index, samples = select(self.hyperformer_config, task, task_index, embeddings.device)
         if rows is not None:
-            # From all embeddings, so that each has a gradient, zero if need be.
+            # Selected from all embeddings, so that each has a gradient, even if it is zero.
             embeddings = embeddings.index_select(0, rows)
         activation = self.hyperformer_config.non_linearity
         stacks = {
-            name: StackWeights(net, net(embeddings), activation)
+            name: StackWeights(cast(HyperNetwork, net), net(embeddings), activation)
             for name, net in self.hypernetworks.items()
             if not (encoded and name == "encoder")
         }
@@ -211,7 +220,7 @@ class HyperFormerModel(T5Surface):
         """Add a task, with an embedding of its own.
 
         Args:
-            name: new.
+            name: the new task's name.
             init_from: a task to copy the embedding of, a list of tasks to take the mean of, or None for a standard
                 normal draw.
 
@@ -223,11 +232,14 @@ class HyperFormerModel(T5Surface):
         self.task_embeddings.add_task(name, init_from)
         self.hyperformer_config = self.task_embeddings.config
         for net in self.hypernetworks.values():
-            net.config = self.hyperformer_config
+            cast(HyperNetwork, net).config = self.hyperformer_config
 
     def parameter_count(self) -> ParameterCount:
-        """What is trained now (``requires_grad``), and what the T5 has."""
-        trained = lambda module: sum(p.numel() for p in module.parameters() if p.requires_grad)  # noqa: E731
+        """How many parameters require a gradient now, by part, and how many the T5 has."""
+
+        def trained(module: nn.Module) -> int:
+            return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
         total = sum(p.numel() for p in self._base.parameters())
         parts = (trained(self.hypernetworks), trained(self.task_embeddings), trained(self._base))
         return ParameterCount(*parts, total, len(self.hyperformer_config.tasks))
@@ -308,7 +320,7 @@ class HyperFormerModel(T5Surface):
             target.copy_(values[name])
 
     def _trained_tensors(self) -> dict[str, Tensor]:
-        """All that a checkpoint holds, under its names there; the parameters' own memory."""
+        """All tensors of a checkpoint under their names in it. They share memory with the parameters."""
         parts = {"task_embeddings": self.task_embeddings, "hypernetworks": self.hypernetworks}
         ours = {f"{part}.{name}": p.detach() for part, module in parts.items() for name, p in module.named_parameters()}
         t5 = self._snapshot.trained_parameters(self._base)
@@ -317,14 +329,17 @@ class HyperFormerModel(T5Surface):
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Module:
-        """The T5's, for :meth:`unload` to know. New rows are trained only where the embeddings are
-        (``unfreeze_lm_head`` with a tied head); an optimizer made before does not know what was resized."""
+        """Resize the T5's embeddings, so that :meth:`unload` knows of it.
+
+        New rows are trained only where the embeddings are trained (``unfreeze_lm_head`` with a tied head). An optimizer
+        made before does not know what was resized.
+        """
         t5 = self._base
-        before = len(t5.get_input_embeddings().weight)
+        before = cast(nn.Embedding, t5.get_input_embeddings()).weight.shape[0]
         with untied_head_kept(t5):
-            embeddings = t5.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+            embeddings: nn.Embedding = t5.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         self._snapshot.resized(t5)
-        added = len(embeddings.weight) - before
+        added = embeddings.weight.shape[0] - before
         if added > 0 and not embeddings.weight.requires_grad:
             warnings.warn(
                 f"the {added} new rows of the embeddings stay as they were drawn, and no checkpoint holds them, "

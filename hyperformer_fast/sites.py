@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ class _Local(threading.local):
     of its own."""
 
     def __init__(self) -> None:
-        # there from the start, because a compiled forward guards on whether it is
+        # Set from the start, because a compiled forward guards on whether the attribute exists.
         self.contexts: tuple[ForwardContext, ...] = ()
 
 
@@ -107,7 +107,7 @@ class Owner:
         """Hook every site; the hypernetworks number them."""
         self.sites = sites
         for site in sites:
-            index = hypernetworks[site.stack].site(site.layer, site.position)
+            index = cast("HyperNetwork", hypernetworks[site.stack]).site(site.layer, site.position)
             self.handles.append(site.module.register_forward_hook(_Hook(self, site, index)))
 
     def missing(self, t5: nn.Module) -> Site | None:
@@ -137,7 +137,7 @@ class StackWeights:
         self.activation = activation
         self._ran = 0
         self._whole = packed.detach()
-        # unbind's backward is one stack; indexing site by site would fill a [S, T, P] of zeros for each
+        # The backward of unbind is one stack; indexing site by site would fill a [S, T, P] of zeros for each site.
         self._packed = packed.unbind(0)
         self._folded: dict[torch.dtype, list[Folded]] = {}
 
@@ -147,7 +147,7 @@ class StackWeights:
         return torch.is_grad_enabled() and self._packed[0].requires_grad and not functorch.in_force()
 
     def first_not_run(self) -> int | None:
-        """The first site that no ``adapt`` was called for."""
+        """The first site whose adapter was not called in this forward; None where all were."""
         if self._ran == (1 << len(self._packed)) - 1:
             return None
         return next(site for site in range(len(self._packed)) if not self._ran >> site & 1)
@@ -159,8 +159,8 @@ class StackWeights:
             # T5's blocks clamp what overflowed, but only behind the adapter, which would make NaN of an infinity.
             # Numbers that are finite stay what they are.
             x = x.clamp(-_FLOAT16_MAX, _FLOAT16_MAX)
-        # Folded at the first site that runs, for only x tells the compute dtype: autocast or a half-precision T5, whose
-        # output projections may be kept in float32, so that one stack can see two.
+        # The weights are folded at the first site that runs, because only x tells the compute dtype. One stack can see
+        # two of them: a half-precision T5 may keep its output projections in float32.
         folded = self._folded.get(x.dtype)
         if folded is None:
             parts = ops.fold(self._whole, self.layout, x.dtype)
@@ -254,7 +254,7 @@ class _Hook:
         self.where = f"the {site.position} of {site.stack} block {site.layer}"
         self.is_first = (site.layer, site.position) == (0, "self_attention")
 
-    def __call__(self, module: nn.Module, args: tuple, output):
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         for context in _local.contexts:
             if context.owner is self.owner:
                 break
@@ -269,7 +269,7 @@ class _Hook:
         weights = context.stacks.get(self.stack)
         if weights is None:
             raise RuntimeError(f"the {self.stack} runs in a forward that was not to need it")
-        # What enters a sublayer comes from an adapter before it, but for the first.
+        # The input of every sublayer except the first comes from an adapter before it, so it must require a gradient.
         if not (self.is_first or x.requires_grad) and weights.trains:
             raise RuntimeError(f"no gradient flows through {self.where} of this T5, {CANNOT_TRAIN}")
         adapted = weights.adapt(x, self.index, context.index_for(self.stack, x.shape[0]))

@@ -1,24 +1,32 @@
-"""What transformers, its Trainer among others, asks of a model, answered by the T5 inside ours."""
+"""The attributes and methods that transformers and its Trainer expect of a model, answered by the T5 inside ours."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .sites import recompute_contexts
 
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+
 
 class T5Surface(nn.Module):
-    """The part of a model that stands for its T5, ``self.t5``: attributes, and gradient checkpointing."""
+    """The part of a model that stands for its T5: attributes of the T5, and gradient checkpointing."""
 
     main_input_name = "input_ids"
-    #: Or Trainer stops dividing the loss by the accumulation steps.
+    #: False: otherwise Trainer assumes that forward() normalises the loss by num_items_in_batch, and does not divide it
+    #: by the accumulation steps.
     accepts_loss_kwargs = False
 
+    #: The T5 that holds the adapters; None after ``unload()``.
+    t5: PreTrainedModel | None
+
     @property
-    def _base(self) -> nn.Module:
+    def _base(self) -> PreTrainedModel:
         if self.t5 is None:
             raise RuntimeError("this HyperFormerModel was unloaded: wrap the T5 again with get_hyperformer_model")
         return self.t5
@@ -29,9 +37,10 @@ class T5Surface(nn.Module):
         """Recompute blocks in the backward, each with the weights of the forward that it ran in.
 
         Args:
-            gradient_checkpointing_kwargs: of ``torch.utils.checkpoint.checkpoint``. ``use_reentrant`` is False,
-                whatever transformers' default: reentrant checkpoints lose the gradients of weights that blocks share.
-            kwargs: ``every_n_layers``, ``offload``, where transformers has them.
+            gradient_checkpointing_kwargs: keyword arguments of ``torch.utils.checkpoint.checkpoint``.
+                ``use_reentrant`` defaults to False here, whatever transformers' default is: reentrant checkpoints lose
+                the gradients of weights that blocks share.
+            kwargs: further arguments of transformers' method, such as ``every_n_layers`` and ``offload``.
 
         Raises:
             ValueError: ``use_reentrant=True``, or a ``context_fn`` (ours restores the weights).
@@ -47,10 +56,10 @@ class T5Surface(nn.Module):
                 "context_fn is taken: the adapters' own finds the weights of the forward that is recomputed"
             )
         t5 = self._base
-        # one name up to transformers 5.22, another since
+        # transformers 5.23 renamed the method.
         enable = getattr(t5, "activation_checkpointing_enable", None) or t5.gradient_checkpointing_enable
         enable(options, **kwargs)
-        # transformers 5 makes the embedding's output require a gradient, which only reentrant checkpoints need
+        # transformers 5 makes the embedding's output require a gradient, which only reentrant checkpoints need.
         self.disable_input_require_grads()
 
     def gradient_checkpointing_disable(self) -> None:
@@ -63,7 +72,7 @@ class T5Surface(nn.Module):
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """The name of :meth:`gradient_checkpointing_enable` since transformers 5.23."""
+        """Same as :meth:`gradient_checkpointing_enable`, under the name that transformers uses since 5.23."""
         self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
 
     activation_checkpointing_disable = gradient_checkpointing_disable
@@ -76,7 +85,7 @@ class T5Surface(nn.Module):
     is_activation_checkpointing = is_gradient_checkpointing
 
     def enable_input_require_grads(self) -> None:
-        """transformers' method of this name. Not needed: checkpoints are not reentrant here."""
+        """transformers' method of this name. Nothing here needs it, because checkpoints are not reentrant."""
         self._base.enable_input_require_grads()
 
     def disable_input_require_grads(self) -> None:
@@ -85,27 +94,27 @@ class T5Surface(nn.Module):
             self._base.disable_input_require_grads()
 
     @property
-    def config(self):
+    def config(self) -> PretrainedConfig:
         """The T5's configuration; ours is ``hyperformer_config``."""
         return self._base.config
 
     @property
-    def generation_config(self):
-        """The T5's."""
+    def generation_config(self) -> GenerationConfig:
+        """The T5's generation configuration."""
         return self._base.generation_config
 
     @generation_config.setter
-    def generation_config(self, value) -> None:
+    def generation_config(self, value: GenerationConfig) -> None:
         self._base.generation_config = value
 
     @property
     def device(self) -> torch.device:
-        """The T5's."""
+        """The T5's device."""
         return self._base.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The T5's: the adapters compute in it, their weights are generated in float32."""
+        """The T5's dtype. The adapters compute in it; their weights are generated in float32."""
         return self._base.dtype
 
     def can_generate(self) -> bool:
@@ -113,7 +122,7 @@ class T5Surface(nn.Module):
         return self._base.can_generate()
 
     def get_input_embeddings(self) -> nn.Module:
-        """The T5's."""
+        """The T5's input embeddings."""
         return self._base.get_input_embeddings()
 
     def get_output_embeddings(self) -> nn.Module | None:
@@ -121,39 +130,42 @@ class T5Surface(nn.Module):
         return self._base.get_output_embeddings()
 
     def get_encoder(self) -> nn.Module:
-        """The T5's encoder, which cannot be called by itself, because its adapters then have no task: a forward
-        returns what it makes as ``encoder_last_hidden_state``."""
+        """The T5's encoder. It cannot be called by itself, because its adapters then have no task; the model's forward
+        returns its output as ``encoder_last_hidden_state``."""
         return self._base.get_encoder()
 
     def get_decoder(self) -> nn.Module:
-        """The T5's decoder, which cannot be called by itself."""
+        """The T5's decoder. It cannot be called by itself, because its adapters then have no task."""
         return self._base.get_decoder()
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """How many parameters the T5, with transformers' exceptions, and the hypernetworks have."""
+        """The number of parameters of the T5, counted as transformers counts them, and of the hypernetworks."""
         ours = (p for name, p in self.named_parameters() if not name.startswith("t5."))
         t5 = self._base.num_parameters(only_trainable, exclude_embeddings)
         return t5 + sum(p.numel() for p in ours if p.requires_grad or not only_trainable)
 
     @property
     def name_or_path(self) -> str:
-        """The T5's."""
-        return self._base.name_or_path
+        """The name or folder that the T5 was loaded from."""
+        return str(self._base.name_or_path)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The T5's; PEFT's wrappers ask for it."""
-        return self._base.prepare_inputs_for_generation(*args, **kwargs)
+        """The T5's method, which PEFT's wrappers call."""
+        # PreTrainedModel does not declare this method; T5's classes with a head have it.
+        prepare: Callable[..., dict[str, Any]] = getattr(self._base, "prepare_inputs_for_generation")  # noqa: B009
+        return prepare(*args, **kwargs)
 
-    def _prepare_model_inputs(self, *args: Any, **kwargs: Any):
-        # what transformers calls first of an assistant_model
+    def _prepare_model_inputs(self, *args: Any, **kwargs: Any) -> None:
+        # This is the first method that transformers calls of an assistant_model.
         raise TypeError(
             "a HyperFormerModel can assist the generation of another HyperFormerModel only, whose task it takes: pass "
             "its unload()ed T5 to a model without tasks"
         )
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
-        """The T5's: labels shifted right."""
-        return self._base.prepare_decoder_input_ids_from_labels(labels)
+        """The labels shifted right by one, as the T5's decoder reads them."""
+        shift: Callable[[Tensor], Tensor] = getattr(self._base, "prepare_decoder_input_ids_from_labels")  # noqa: B009
+        return shift(labels)
 
 
 def is_checkpointing(module: nn.Module) -> bool:

@@ -1,27 +1,30 @@
-"""The T5 that a model borrows: what of it is trained, where it computes, and how it is given back as it came."""
+"""The T5 inside a model: which of its parameters are trained, where it computes, and how unload() restores it."""
 
 from __future__ import annotations
 
 import contextlib
 import warnings
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
 from .config import HyperFormerConfig
 
-#: Heads that no T5 is pretrained with: they are of no use unless they are trained.
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+#: Heads that no T5 is pretrained with. They are drawn at random, so they are useless unless they are trained.
 NEW_HEADS = ("classification_head", "classifier", "qa_outputs")
 
 
 def trained_names(t5: nn.Module, config: HyperFormerConfig) -> set[str]:
-    """Names (as ``named_parameters`` gives them: tied ones once) of the T5's parameters that are trained: those that
-    the configuration says, and a head that pretraining does not know (``NEW_HEADS``)."""
+    """Names of the T5's parameters that are trained: those that the configuration trains, and a head that the T5 was
+    not pretrained with (``NEW_HEADS``). The names are those of ``named_parameters``, which lists tied ones once."""
     chosen: list[nn.Parameter] = []
     if config.unfreeze_layer_norms:
-        # by name: the class is T5LayerNorm, or apex's FusedRMSNorm where that is installed
+        # By name, because the class is T5LayerNorm, or apex's FusedRMSNorm where that is installed.
         chosen += [
             p for name, m in t5.named_modules() if name.endswith("layer_norm") for p in m.parameters(recurse=False)
         ]
@@ -66,7 +69,7 @@ def place(t5: nn.Module, trained: set[str]) -> tuple[torch.device, torch.dtype]:
 def _execution_device(t5: nn.Module) -> torch.device | None:
     """The device to which accelerate fetches offloaded weights; None where nothing fetches them."""
     for module in t5.modules():
-        hook = getattr(module, "_hf_hook", None)
+        hook: Any = getattr(module, "_hf_hook", None)
         for part in getattr(hook, "hooks", (hook,)):
             if getattr(part, "offload", False):
                 return torch.device(part.execution_device)
@@ -79,14 +82,14 @@ class _State(NamedTuple):
 
 
 class Snapshot:
-    """What a T5 was like before it got adapters.
+    """The state of a T5 before it got adapters: modes, ``requires_grad``, and the values of what will be trained.
 
     Modules are known by identity, because others may be put around them (PEFT does), and by name, because others may
     take their place (resized embeddings).
 
     Args:
-        t5: as it is now.
-        trained: names of the parameters whose values will change, and are kept.
+        t5: the T5 in its present state.
+        trained: names of the parameters whose values will change; they are copied.
     """
 
     def __init__(self, t5: nn.Module, trained: set[str]):
@@ -118,8 +121,8 @@ class Snapshot:
         return [name for name, p in t5.named_parameters() if p.requires_grad and name not in self._originals]
 
     def resized(self, t5: nn.Module) -> None:
-        """Take the rows that trained parameters have gained for their original values, and forget those that are
-        gone."""
+        """Adjust the kept values to parameters whose number of rows changed: new rows count as original, and removed
+        rows are forgotten."""
         for name, parameter in self.trained_parameters(t5).items():
             old, new = self._originals[name], parameter.detach().clone()
             if new.shape != old.shape:
@@ -156,7 +159,7 @@ class Snapshot:
                 warnings.warn(f"the T5's {name} was unfrozen by hand: its values cannot be restored", stacklevel=4)
 
     def restore_flags(self, t5: nn.Module) -> None:
-        """Give modules their mode and parameters their ``requires_grad`` back. What was added since stays as it is."""
+        """Restore the modes of modules and the ``requires_grad`` of parameters. What was added since stays as it is."""
         for parameter in self.trained_parameters(t5).values():
             parameter.grad = None
         for path, module in t5.named_modules():
@@ -170,9 +173,9 @@ class Snapshot:
 
 
 @contextlib.contextmanager
-def untied_head_kept(t5: nn.Module) -> Iterator[None]:
-    """Within it a head of its own, as T5 v1.1 has, stays one: transformers 5 says of every T5 that its head is tied,
-    and would replace it by the embeddings when these are resized."""
+def untied_head_kept(t5: PreTrainedModel) -> Iterator[None]:
+    """While this is active, an untied head (as T5 v1.1 has) stays untied. transformers 5 marks the head of every T5 as
+    tied, and would replace it by the embeddings when they are resized."""
     head, said = t5.get_output_embeddings(), t5.config.tie_word_embeddings
     if head is not None and head.weight is not t5.get_input_embeddings().weight:
         t5.config.tie_word_embeddings = False

@@ -1,4 +1,4 @@
-"""Which tasks one forward is for, as tensors, so that a compiled forward sees no names."""
+"""The tasks of one forward as tensors, so that a compiled forward does not depend on their names."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Selection(NamedTuple):
 
     Args:
         rows: [R] the tasks to generate weights for, None: all of them.
-        index: [B] each sample's row among these, None: every sample has the one row.
+        task_index: [B] each sample's row among these, None: every sample has the one row.
         samples: B, None where one task is for a batch of any size.
     """
 
     rows: Tensor | None
-    index: Tensor | None
+    task_index: Tensor | None
     samples: int | None = None
 
 
@@ -48,12 +48,12 @@ class TaskChoice:
         ids = [config.task_id(name) for name in names]
         self.is_single = len(ids) == 1
         if self.is_single:
-            # a fill, because a copy from the host would wait for the GPU
+            # A fill, because a copy from the host would wait for the GPU.
             self.rows = torch.full((1,), ids[0], dtype=torch.long, device=device)
             return
         place = {name: i for i, name in enumerate(names)}
         index = [place[name] for name in task]
-        # one copy to the device for all three
+        # One copy to the device for all three.
         numbers = torch.tensor([*ids, *index, *(ids[i] for i in index)], device=device)
         self.rows, self.index, self.every = numbers.split([len(ids), len(index), len(index)])
 

@@ -26,7 +26,7 @@ FOUND = {
 ORDERS = ["forward", "reverse", "1", "2"]
 
 
-@pytest.fixture(scope="module", params=["", "-DHF_UCONTEXT"], ids=["own switch", "ucontext"])
+@pytest.fixture(scope="module", params=["", "-DHFF_UCONTEXT"], ids=["own switch", "ucontext"])
 def kernels(request):
     """With the stacks switched as on this machine, and as on one that is not x86-64."""
     flags = [request.param] if request.param else []

@@ -52,7 +52,7 @@ def library():
     sources = sorted((CSRC / "cuda").glob("*.cu")) + [CSRC / "cuda/bindings.cpp"]
     target = "-DTORCH_TARGET_VERSION=0x020b000000000000"
     path = build(
-        "cuda", sources, ["-DHF_EMULATED", target, "-isystem", str(root / "include")],
+        "cuda", sources, ["-DHFF_EMULATED", target, "-isystem", str(root / "include")],
         [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"],
     )  # fmt: skip
     torch.ops.load_library(str(path))
