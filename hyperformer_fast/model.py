@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from . import pretrained
 from .checkpoint import CheckpointError
 from .config import HyperFormerConfig
+from .delegate import T5Delegate, is_checkpointing
 from .gradient_flow import expect_gradients
 from .hypernetwork import HyperNetwork, TaskEmbeddings
 from .parameters import ParameterCount
 from .sites import ForwardContext, Owner, StackWeights, active, find_sites
-from .surface import T5Surface, is_checkpointing
 from .t5 import Snapshot, place, trained_names, untied_head_kept
 from .task_choice import choose_outside_the_graph, select
 
@@ -37,7 +37,7 @@ def get_hyperformer_model(t5: nn.Module, config: HyperFormerConfig) -> HyperForm
     return HyperFormerModel(t5, config)
 
 
-class HyperFormerModel(T5Surface):
+class HyperFormerModel(T5Delegate):
     """A frozen T5 with hypernetwork-generated adapters behind self-attention and feed-forward (arXiv 2106.04489).
 
     The T5 is not copied. Its modules get forward hooks, and its parameters ``requires_grad=False``, except for its

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 
-class T5Surface(nn.Module):
+class T5Delegate(nn.Module):
     """The part of a model that stands for its T5: attributes of the T5, and gradient checkpointing."""
 
     main_input_name = "input_ids"
