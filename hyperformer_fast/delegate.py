@@ -127,16 +127,19 @@ class T5Delegate(nn.Module):
 
     def get_output_embeddings(self) -> nn.Module | None:
         """The T5's head."""
-        return self._base.get_output_embeddings()
+        head: nn.Module | None = self._base.get_output_embeddings()
+        return head
 
     def get_encoder(self) -> nn.Module:
         """The T5's encoder. It cannot be called by itself, because its adapters then have no task; the model's forward
         returns its output as ``encoder_last_hidden_state``."""
-        return self._base.get_encoder()
+        encoder: nn.Module = self._base.get_encoder()
+        return encoder
 
     def get_decoder(self) -> nn.Module:
         """The T5's decoder. It cannot be called by itself, because its adapters then have no task."""
-        return self._base.get_decoder()
+        decoder: nn.Module = self._base.get_decoder()
+        return decoder
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """The number of parameters of the T5, counted as transformers counts them, and of the hypernetworks."""

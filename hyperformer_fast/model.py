@@ -130,7 +130,7 @@ class HyperFormerModel(T5Delegate):
         }
         given = {name: value for name, value in given.items() if value is not None}
         t5 = self._base
-        if torch.jit.is_tracing():
+        if torch._C._is_tracing():
             raise RuntimeError(
                 "torch.jit.trace would take this forward's task and weights for constants: use torch.compile or "
                 "torch.export"
@@ -142,14 +142,13 @@ class HyperFormerModel(T5Delegate):
         if not torch.compiler.is_compiling():
             if context.trains and not self._gradients_flow:
                 expect_gradients(out)
-            # looked at once in a training, but again after any inference, for which some quantisers change weights
             self._gradients_flow = context.trains
         return out
 
     @torch.no_grad()
     def generate(
         self, *args: Any, task: str | Sequence[str] | None = None, task_index: Tensor | None = None, **kwargs: Any
-    ):
+    ) -> Any:
         """The T5's ``generate``, with adapters, whose weights are generated once for the whole call.
 
         ``task`` and ``task_index`` as in :meth:`forward`, one per prompt: beams and return sequences follow their
@@ -184,14 +183,16 @@ class HyperFormerModel(T5Delegate):
         return out
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """``torch.nn.Module.compile``, but for hooks, which stay outside of the graph: among them is the choice of
-        tasks, so that another task needs no other graph."""
+        """Compile the forward in place, as ``torch.nn.Module.compile`` does, but leave hooks outside of the graph.
+
+        The choice of tasks is one of the hooks, so that another task needs no other graph.
+        """
         compiled = torch.compile(type(self).forward.__get__(self), *args, **kwargs)
         self.__dict__["forward"] = self.__dict__["_compiled_forward"] = compiled
 
     def __getstate__(self) -> dict[str, Any]:
         # What is compiled belongs to this very instance, as in torch.nn.Module. Another forward may be accelerate's.
-        state = super().__getstate__()
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         compiled = state.pop("_compiled_forward", None)
         if compiled is not None and state.get("forward") is compiled:
             del state["forward"]

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -231,13 +232,12 @@ class active:
         self._before.append(_local.contexts)
         _local.contexts = self.contexts
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         _local.contexts = self._before.pop()
 
 
-def recompute_contexts():
-    """``context_fn`` of ``torch.utils.checkpoint``: a recomputed block reads the weights of the forward that it belongs
-    to.
+def recompute_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """``context_fn`` of ``torch.utils.checkpoint``: a recomputed block reads the weights of its own forward.
 
     Called when a block runs forward; the second of the two contexts surrounds its recomputation, perhaps after other
     forwards, perhaps on another thread.

@@ -83,18 +83,22 @@ def select(config: HyperFormerConfig, task: Any, task_index: Tensor | None, devi
     return choice.selection()
 
 
-@torch.compiler.disable
 def _choose(config: HyperFormerConfig, task: str | Sequence[str], device: torch.device) -> TaskChoice:
     return TaskChoice(config, task, device)
 
 
-def choose_outside_the_graph(model: HyperFormerModel, args: tuple, kwargs: dict[str, Any]):
+_choose_eagerly = torch.compiler.disable(_choose)
+
+
+def choose_outside_the_graph(
+    model: HyperFormerModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Forward pre-hook of a model: names become a :class:`TaskChoice` before a compiled forward could see them."""
     task = kwargs.get("task")
     if task is None or isinstance(task, TaskChoice) or kwargs.get("task_index") is not None or model.t5 is None:
         return None
     # Within a module that is compiled as a whole this hook is a part of the graph.
-    choose = TaskChoice if torch.compiler.is_compiling() else _choose
+    choose = _choose if torch.compiler.is_compiling() else _choose_eagerly
     device = next(model.task_embeddings.parameters()).device
     return args, {**kwargs, "task": choose(model.hyperformer_config, task, device)}
 
