@@ -1,8 +1,8 @@
 """``adapter_backward`` in Triton, in three launches (docs/design.md has the formulas).
 
-``rows_kernel``, here: one program for BM rows of one sample makes dx, and leaves dz, m2 and s = g . gamma of each row
-for the weight gradients, which ``weight_gradients.py`` sums in two more. Nothing is added with atomics, so two runs
-give the same bits.
+``rows_kernel`` in this file computes dx, with one program for BM rows of one sample. It also stores dz, m2 and
+s = g . gamma of each row, from which the two kernels of ``weight_gradients.py`` sum the gradients of the weights. No
+kernel adds with atomics, so two runs give the same bits.
 """
 
 from __future__ import annotations
@@ -41,7 +41,11 @@ from .weight_gradients import weight_gradients
 @triton.jit
 def _project(g, WG, GB, GAMMA, k, t, along_bias, along_gamma, D: tl.constexpr, BW: tl.constexpr, BB: tl.constexpr,
              BK: tl.constexpr, POST: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Add g Wg^T over chunk k to t, and the products of g with gamma * bc and with gamma to the two sums."""
+    """Add the share of columns k*BK to (k+1)*BK to three sums over the columns of g, and return the sums.
+
+    They are t = g Wg^T [BM, BB], and if POST along_bias = g . bias [BM] and along_gamma = g . gamma [BM] (the last only
+    if SUMS). ``g`` [BM, BK] holds those columns. Pointers to the weights of one task: WG [b, d], GB [d] the folded up
+    bias, GAMMA [d] the post-norm's gamma."""
     t = tl.dot(g, tl.trans(load_weight(WG, k, D, BW, BB, BK)), t, input_precision=PRECISION)
     if POST:
         wide = g.to(tl.float32)
@@ -60,6 +64,30 @@ def rows_kernel(
     G_ALIGN: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
     BB: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
+    """Compute dx, dz, m2 and s of BM rows of one sample. The grid is B times M / BM rounded up.
+
+    Pointers; "compute dtype" is the dtype of x (float32, bfloat16 or float16), everything is contiguous except G and X:
+        G         [B, M, d]       compute dtype; gradient of the output, addressed by g_stride_sample and g_stride_row
+        X         [B, M, d]       compute dtype; input of the forward, addressed by stride_sample and stride_row
+        Z         [N, b]          compute dtype; the bottleneck before the activation, saved by the forward
+        R         [N]             float32; the post-norm's reciprocal standard deviation (read if POST)
+        PRE_MEAN  [N]             float32; the mean of each row of x (read if PRE)
+        PRE_RSTD  [N]             float32; the reciprocal standard deviation of each row of x (read if PRE)
+        WD        [T, b, d]       compute dtype; down-projection, times the pre-norm's gamma
+        WG        [T, b, d]       compute dtype; up-projection transposed; if POST centred, times gamma, over SCALE
+        VECTORS   [T, V]          float32; per task the folded down bias [b] and up bias [d], and if POST beta [d]
+        SCALE     [T, b]          float32; powers of two, one per row of WG (read if POST)
+        ROOT      [T, b+1, b+1]   float32; R of ``Folded.root`` (read if POST)
+        PACKED    [T, P]          any of the three dtypes; gamma is read from it (if POST and NEED_SUMS)
+        TASK      [B]             int32 or int64; the task of each sample, -1 for none (None unless MIXED)
+        DX        [N, d]          compute dtype; output, the gradient of x (written if NEED_DX)
+        DZ        [N, b]          compute dtype; output, the gradient of Z (written if NEED_SUMS)
+        M2        [N]             float32; output, m2 of docs/design.md (written if NEED_SUMS and POST)
+        S         [N]             float32; output, g . gamma (written if NEED_SUMS and POST)
+
+    M is the number of rows per sample, T the number of tasks; the strides of G are in units of G_ALIGN elements, those
+    of X in units of ALIGN. GAMMA_AT is where the post-norm's gamma starts in a packed adapter.
+    """
     NK: tl.constexpr = (D + BK - 1) // BK
     V: tl.constexpr = BW + 2 * D if POST else BW + D
     sample, row, row_ok, flat = rows_of_unit(tl.program_id(0), M, BM)
@@ -149,9 +177,12 @@ def adapter_backward(
     need_dx: bool,
     need_dpacked: bool,
 ) -> tuple[Tensor, Tensor]:
-    """``reference.adapter_backward`` for x [..., d] in float32, bfloat16 or float16: dx like x, dpacked [T, P] like
-    ``packed``, empty where not needed. A sample without a task has dx = g bit for bit; one out of range has NaN;
-    neither reaches dpacked."""
+    """Launch the kernels: ``reference.adapter_backward`` for x [..., d] in float32, bfloat16 or float16.
+
+    Returns:
+        dx like x and dpacked [T, P] like ``packed``; an empty tensor in place of one that is not needed. dx of a sample
+        without a task is g bit for bit, and NaN for a sample whose task is out of range; neither adds to dpacked.
+    """
     layout, T = spec.layout, packed.shape[0]
     d, b, pre, post = layout.arguments
     dx = torch.empty(x.shape if need_dx else 0, dtype=x.dtype, device=x.device)

@@ -1,7 +1,7 @@
-"""``adapter_forward`` in Triton: one program for BM rows of one sample (docs/design.md).
+"""``adapter_forward`` in Triton: each program handles BM rows of one sample (docs/design.md has the formulas).
 
-x is read once: where a tile of whole rows fits in registers (KEEP) it stays there between the two projections; a wider
-one is read again from the second-level cache.
+x is read from memory once. If a tile of whole rows fits in registers (KEEP), it stays there between the two
+projections; a wider tile is read again for the second one, from the L2 cache.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from .common import (
 
 @triton.jit
 def _merge_statistics(x, k, mean, squares, D: tl.constexpr, BK: tl.constexpr):
-    """Mean and sum of squared deviations of the columns so far, with those of chunk k (Chan, Golub and LeVeque
-    1983)."""
+    """Update the mean and the sum of squared deviations [BM] of columns 0 to k*BK with the columns of ``x``, which are
+    k*BK to (k+1)*BK (the pairwise update of Chan, Golub and LeVeque, 1983)."""
     column = k * BK + tl.arange(0, BK)
     seen = k * BK
     count = tl.minimum(D - seen, BK)
@@ -54,7 +54,11 @@ def _merge_statistics(x, k, mean, squares, D: tl.constexpr, BK: tl.constexpr):
 @triton.jit
 def _branch(w, r, WG, GB, BETA, k, D: tl.constexpr, BW: tl.constexpr, BB: tl.constexpr, BK: tl.constexpr,
             POST: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """What the adapter adds to columns k*BK .. of x."""
+    """Return what the adapter adds to columns k*BK to (k+1)*BK of x, as [BM, BK] in float32.
+
+    ``w`` [BM, BB] is the row operand of the up-projection and ``r`` [BM] the post-norm's reciprocal standard deviation.
+    Pointers to the weights of one task: WG [b, d], GB [d] the bias, BETA [d] the post-norm's beta (read only if
+    POST)."""
     y = tl.dot(w, load_weight(WG, k, D, BW, BB, BK), input_precision=PRECISION)
     if POST:
         y += r[:, None] * load_vector(GB, k, D, BK)[None, :] + load_vector(BETA, k, D, BK)[None, :]
@@ -70,6 +74,24 @@ def adapter_forward_kernel(
     SAVE: tl.constexpr, MIXED: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
     BB: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
+    """Apply the adapter to BM rows of one sample. The grid is B times M / BM rounded up.
+
+    Pointers; "compute dtype" is the dtype of x (float32, bfloat16 or float16), everything is contiguous except X:
+        X         [B, M, d]       compute dtype; input rows, addressed by stride_sample and stride_row
+        OUT       [N, d]          compute dtype; output, x plus the adapter's branch
+        Z         [N, b]          compute dtype; output, the bottleneck before the activation (written if SAVE)
+        R         [N]             float32; output, the post-norm's reciprocal standard deviation (SAVE and POST)
+        PRE_MEAN  [N]             float32; output, the mean of each row of x (SAVE and PRE)
+        PRE_RSTD  [N]             float32; output, the reciprocal standard deviation of each row of x (SAVE and PRE)
+        WD        [T, b, d]       compute dtype; down-projection, times the pre-norm's gamma
+        WG        [T, b, d]       compute dtype; up-projection transposed; if POST centred, times gamma, over SCALE
+        VECTORS   [T, V]          float32; per task the folded down bias [b] and up bias [d], and if POST beta [d]
+        SCALE     [T, b]          float32; powers of two, one per row of WG (read if POST)
+        ROOT      [T, b+1, b+1]   float32; R of ``Folded.root`` (read if POST)
+        TASK      [B]             int32 or int64; the task of each sample, -1 for none (None unless MIXED)
+
+    M is the number of rows per sample, T the number of tasks; the strides of X are in units of ALIGN elements.
+    """
     NK: tl.constexpr = (D + BK - 1) // BK
     V: tl.constexpr = BW + 2 * D if POST else BW + D
     sample, row, row_ok, flat = rows_of_unit(tl.program_id(0), M, BM)
@@ -111,7 +133,7 @@ def adapter_forward_kernel(
                 x = normalised(x, mean, rstd, k, D, BK)
             z = tl.dot(x, tl.trans(load_weight(WD, k, D, BW, BB, BK)), z, input_precision=PRECISION)
     z += tl.load(VECTORS + j, mask=j < BW, other=0.0)[None, :]
-    # Round z here already: the backward sees the rounded one, and both must compute the same h.
+    # Round z before the activation: the backward reads the rounded z, and both must compute the same h.
     z = z.to(X.dtype.element_ty)
     h = activate(z.to(tl.float32), ACT)
     r = tl.zeros((BM,), tl.float32)
@@ -119,7 +141,7 @@ def adapter_forward_kernel(
     if POST:
         q, last = root_rows(h, ROOT + weights * ((BW + 1) * (BW + 1)), BW, BM, BB)
         r = tl.rsqrt(tl.sum(q * q, 1) + last * last + EPS)
-        # Scale in float32, before rounding: r h may exceed float16's range, the scaled row does not.
+        # Apply SCALE in float32, before rounding: r h may exceed float16's range, the scaled row does not.
         w = h * tl.load(SCALE + weights * BW + j, mask=j < BW, other=0.0)[None, :] * r[:, None]
     w = w.to(X.dtype.element_ty)
 
@@ -149,8 +171,8 @@ def adapter_forward_kernel(
 def adapter_forward(
     x: Tensor, folded: Folded, spec: AdapterSpec, task_index: Tensor | None, save: bool
 ) -> tuple[Tensor, Saved]:
-    """``reference.adapter_forward`` for x [..., d] in float32, bfloat16 or float16 and T >= 0 adapters; nothing is read
-    back from the device."""
+    """Launch ``adapter_forward_kernel``: ``reference.adapter_forward`` for x [..., d] in float32, bfloat16 or float16
+    and any number T >= 0 of tasks. Nothing is read back from the device."""
     d, b, pre, post = spec.layout.arguments
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     saved = Saved.empty(x, spec.layout, save)
@@ -172,8 +194,10 @@ def adapter_forward(
 
 
 def readable(folded: Folded) -> tuple[Tensor, ...]:
-    """wd, wg, vectors, scale and root as the kernels read them: contiguous, all but the first two in float32, and with
-    at least one row, for a sample whose task is out of range reads row 0 (and discards it)."""
+    """Return wd, wg, vectors, scale and root as the kernels read them: contiguous, and all but wd and wg in float32.
+
+    There is at least one task's worth, zeros if T = 0: a sample whose task is out of range reads the weights of task 0
+    before its results are discarded."""
     parts = folded[:5] if folded.wd.shape[0] else [part.new_zeros(1, *part.shape[1:]) for part in folded[:5]]
     weights, exact = parts[:2], parts[2:]
     return *(part.contiguous() for part in weights), *(part.float().contiguous() for part in exact)

@@ -1,11 +1,26 @@
-"""What the Triton kernels share: activations, the map from programs to rows, and how their hosts read tensors.
+"""What the Triton kernels share: activations, the mapping from programs to rows, and how the host reads tensors.
 
-A tile of rows belongs to one sample, hence to one task. Rows of x and g lie at ``sample * stride_sample + row *
-stride_row``, both counted in units of ALIGN numbers: the compiler then knows how a row is aligned, and vectorises,
-without a specialisation on the strides' values (which would compile again when a batch's length changes).
+A tile of rows belongs to one sample, and therefore to one task. A row of x or g starts ``(sample * stride_sample + row
+* stride_row) * ALIGN`` elements behind the pointer: strides are counted in units of ALIGN elements, so that the
+compiler knows how every row is aligned and can vectorise its loads without specialising on the strides' values. Such a
+specialisation would recompile whenever the length of a batch changes.
 
-Letters: N rows, d width, b bottleneck, T tasks, P packed numbers per adapter, B samples of M rows each. In kernels D
-and b's padded power of two BB are constants, as are the flags; lengths never are.
+Letters: N rows, d width, b bottleneck, T tasks, P packed numbers per adapter, B samples of M rows each.
+
+Pointers and compile-time constants have upper-case names. These constants mean the same in every kernel:
+
+    D, BW           d and b
+    BB              b padded to a power of two, at least 16 (``padded``)
+    BM, BK          rows and columns of a tile (tiles.py)
+    NK              how many tiles of BK columns cover d
+    ACT             index of the activation in ``activations.ACTIVATIONS``
+    PRE, POST       whether the adapter has a pre-norm, a post-norm
+    MIXED           whether TASK names a task per sample; otherwise it is None and all rows use the weights of task 0
+    KEEP            whether whole rows stay in registers between two passes over their columns
+    ALIGN, G_ALIGN  the unit of the strides of x and of g
+    PRECISION       how ``tl.dot`` multiplies float32 operands (``matmul_precision``)
+
+Lengths (M, T, n, ...) and strides are run-time arguments.
 """
 
 from __future__ import annotations
@@ -19,7 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-#: Lengths and strides: no kernel is compiled anew for one of their values.
+#: Passed to do_not_specialize: new lengths or strides must not recompile.
 LENGTHS = (
     "B",
     "M",
@@ -36,7 +51,9 @@ LENGTHS = (
 
 @triton.jit
 def sigmoid_parts(u):
-    """sigmoid(u) and its derivative. Both come from exp(-|u|), which is at most 1: nothing overflows or cancels."""
+    """Return sigmoid(u) and its derivative.
+
+    Both are computed from exp(-|u|), which is at most 1, so that nothing overflows or cancels."""
     e = tl.exp(-tl.abs(u))
     q = 1.0 / (1.0 + e)
     return tl.where(u < 0.0, e, 1.0) * q, e * q * q
@@ -44,25 +61,26 @@ def sigmoid_parts(u):
 
 @triton.jit
 def gelu_new_argument(z):
-    """The u of gelu_new(z) = z sigmoid(u), and du/dz.
+    """Return u and du/dz, where gelu_new(z) = z sigmoid(u) and u = 2 sqrt(2 / pi) (z + 0.044715 z^3).
 
-    Beyond z^2 = 200 the sigmoid's derivative is exactly 0. There z^2 is limited, so that du/dz stays finite and their
-    product is 0, not NaN."""
+    For z^2 > 200 the sigmoid's derivative is exactly 0 in float32. z^2 is clamped there, so that du/dz stays finite and
+    the product of the two is 0 instead of NaN."""
     square = tl.minimum(z * z, 200.0)
+    # 1.5957... is 2 sqrt(2 / pi), 0.134145 is 3 * 0.044715.
     return 1.5957691216057308 * z * (1.0 + 0.044715 * square), 1.5957691216057308 * (1.0 + 0.134145 * square)
 
 
 @triton.jit
 def activate(z, ACT: tl.constexpr):
-    """act(z) in float32; ACT is the index in ``activations.ACTIVATIONS``: gelu_new, gelu, relu, silu."""
+    """Return act(z) for z in float32. ACT = 0 is gelu_new, 1 gelu, 2 relu, 3 silu."""
     if ACT == 0:
         u, _ = gelu_new_argument(z)
         s, _ = sigmoid_parts(u)
         h = z * s
     elif ACT == 1:
-        h = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
+        h = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))  # 0.7071... is 1 / sqrt(2)
     elif ACT == 2:
-        h = tl.where(z <= 0.0, 0.0, z)  # not z > 0: a NaN must pass
+        h = tl.where(z <= 0.0, 0.0, z)  # z <= 0 rather than z > 0: a NaN must propagate
     else:
         s, _ = sigmoid_parts(z)
         h = z * s
@@ -71,15 +89,16 @@ def activate(z, ACT: tl.constexpr):
 
 @triton.jit
 def activate_grad(z, ACT: tl.constexpr):
-    """d act(z) / dz in float32."""
+    """Return d act(z) / dz for z in float32."""
     if ACT == 0:
         u, du = gelu_new_argument(z)
         s, ds = sigmoid_parts(u)
         slope = s + z * ds * du
     elif ACT == 1:
+        # Phi(z) + z phi(z), the normal distribution and its density; 0.3989... is 1 / sqrt(2 pi).
         slope = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * tl.exp(-0.5 * z * z) * 0.3989422804014327
     elif ACT == 2:
-        slope = tl.where(z <= 0.0, 0.0, 1.0)  # NaN has the derivative 1, as in torch
+        slope = tl.where(z <= 0.0, 0.0, 1.0)  # a NaN has the derivative 1, as in torch
     else:
         s, ds = sigmoid_parts(z)
         slope = s + z * ds
@@ -88,7 +107,10 @@ def activate_grad(z, ACT: tl.constexpr):
 
 @triton.jit
 def task_of(TASK, sample, T, MIXED: tl.constexpr):
-    """The sample's task, the row of weights that may be read for it, and whether the two are the same."""
+    """Return the sample's task, the index of the weights to read for it, and whether the task is valid (0 .. T-1).
+
+    TASK points to [B] int32 or int64, and is read only if MIXED. A sample with another task (-1 for none, or out of
+    range) reads the weights of task 0, which are always there; its results are replaced before they are stored."""
     task = tl.load(TASK + sample).to(tl.int64) if MIXED else tl.full((), 0, tl.int64)
     valid = (task >= 0) & (task < T)
     return task, tl.where(valid, task, 0), valid
@@ -96,8 +118,10 @@ def task_of(TASK, sample, T, MIXED: tl.constexpr):
 
 @triton.jit
 def rows_of_unit(unit, M, BM: tl.constexpr):
-    """The ``unit``-th tile of BM rows: its sample, the rows within it, which of them there are, and their places among
-    all rows, in 64 bits."""
+    """Locate the ``unit``-th tile of BM rows.
+
+    Returns its sample, the indices [BM] of its rows within the sample, a mask [BM] of the rows that exist, and the
+    indices [BM] of its rows among all N rows, as int64."""
     per_sample = (M + BM - 1) // BM
     sample = unit // per_sample
     row = (unit - sample * per_sample) * BM + tl.arange(0, BM)
@@ -106,13 +130,14 @@ def rows_of_unit(unit, M, BM: tl.constexpr):
 
 @triton.jit
 def row_start(sample, row, stride_sample, stride_row, ALIGN: tl.constexpr):
-    """Where rows start, in 64 bits: N d may pass 2^31."""
+    """Return the offset in elements at which each row starts, as int64 because N d may exceed 2^31."""
     return (sample.to(tl.int64) * stride_sample + row.to(tl.int64) * stride_row) * ALIGN
 
 
 @triton.jit
 def load_rows(base, k, row_ok, D: tl.constexpr, BK: tl.constexpr):
-    """Columns k*BK .. of the rows at ``base`` [BM]; zeros outside."""
+    """Load [BM, BK]: columns k*BK to (k+1)*BK of the rows that start at the pointers ``base`` [BM]. Columns beyond D
+    and rows that are not ``row_ok`` are zero."""
     column = k * BK + tl.arange(0, BK)
     mask = row_ok[:, None] & (column < D)[None, :] if D % BK else row_ok[:, None]
     return tl.load(base[:, None] + column[None, :], mask=mask, other=0.0)
@@ -120,6 +145,7 @@ def load_rows(base, k, row_ok, D: tl.constexpr, BK: tl.constexpr):
 
 @triton.jit
 def store_rows(base, value, k, row_ok, D: tl.constexpr, BK: tl.constexpr):
+    """Store ``value`` [BM, BK], converted to the dtype of ``base``, where ``load_rows`` would read it."""
     column = k * BK + tl.arange(0, BK)
     mask = row_ok[:, None] & (column < D)[None, :] if D % BK else row_ok[:, None]
     tl.store(base[:, None] + column[None, :], value.to(base.dtype.element_ty), mask=mask)
@@ -127,7 +153,8 @@ def store_rows(base, value, k, row_ok, D: tl.constexpr, BK: tl.constexpr):
 
 @triton.jit
 def store_sum(base, a, branch, k, row_ok, task, valid, D: tl.constexpr, BK: tl.constexpr, MIXED: tl.constexpr):
-    """Write a + branch; a itself, bit for bit, where the sample has no task; NaN where it has one that is not there."""
+    """Store a + branch [BM, BK] into the rows at ``base`` [BM]; ``a`` itself, bit for bit, for a sample without a task
+    (-1), and NaN for a sample whose task is out of range."""
     out = (a.to(tl.float32) + branch).to(a.dtype)
     if MIXED:
         out = tl.where(task == -1, a, tl.where(valid, out, float("nan")))
@@ -136,7 +163,7 @@ def store_sum(base, a, branch, k, row_ok, task, valid, D: tl.constexpr, BK: tl.c
 
 @triton.jit
 def load_weight(base, k, D: tl.constexpr, BW: tl.constexpr, BB: tl.constexpr, BK: tl.constexpr):
-    """[BB, BK]: columns k*BK .. of the BW rows of D numbers at ``base``; zeros outside."""
+    """Load [BB, BK]: columns k*BK to (k+1)*BK of the contiguous matrix [BW, D] at ``base``; zeros outside it."""
     j = tl.arange(0, BB)
     column = k * BK + tl.arange(0, BK)
     pointer = base + j[:, None] * D + column[None, :]
@@ -149,7 +176,7 @@ def load_weight(base, k, D: tl.constexpr, BW: tl.constexpr, BB: tl.constexpr, BK
 
 @triton.jit
 def load_vector(base, k, D: tl.constexpr, BK: tl.constexpr):
-    """[BK] in float32: numbers k*BK .. of the D at ``base``; zeros outside."""
+    """Load [BK] in float32: entries k*BK to (k+1)*BK of the vector [D] at ``base``; zeros beyond it."""
     column = k * BK + tl.arange(0, BK)
     value = tl.load(base + column) if D % BK == 0 else tl.load(base + column, mask=column < D, other=0.0)
     return value.to(tl.float32)
@@ -157,7 +184,8 @@ def load_vector(base, k, D: tl.constexpr, BK: tl.constexpr):
 
 @triton.jit
 def normalised(x, mean, rstd, k, D: tl.constexpr, BK: tl.constexpr):
-    """xhat, zero in the padded columns, where -mean / std could be infinite in float16."""
+    """Return xhat = (x - mean) * rstd in x's dtype, for columns k*BK to (k+1)*BK. The padded columns are set to zero,
+    because -mean * rstd could overflow there in float16."""
     column = k * BK + tl.arange(0, BK)
     value = (x.to(tl.float32) - mean[:, None]) * rstd[:, None]
     if D % BK:
@@ -167,7 +195,7 @@ def normalised(x, mean, rstd, k, D: tl.constexpr, BK: tl.constexpr):
 
 @triton.jit
 def some_columns(a, c, M: tl.constexpr, K: tl.constexpr):
-    """Columns 16c .. 16c+15 of a [M, K]."""
+    """Return columns 16c to 16c+15 of the register tile ``a`` [M, K], as [M, 16]."""
     pieces = tl.reshape(a, (M, K // 16, 16))
     mine = tl.arange(0, K // 16) == c
     return tl.sum(tl.where(mine[None, :, None], pieces, 0.0), 1)
@@ -175,10 +203,11 @@ def some_columns(a, c, M: tl.constexpr, K: tl.constexpr):
 
 @triton.jit
 def root_product(a, base, start, TRANSPOSED: tl.constexpr, BW: tl.constexpr, M: tl.constexpr, BB: tl.constexpr):
-    """start + a R_b for a [M, BB], or a R_b^T; R [b+1, b+1] at ``base``, R_b all of it but its last row and column.
+    """Return start + a R_b, or start + a R_b^T if TRANSPOSED, for ``a`` and ``start`` [M, BB] in float32.
 
-    Never in tf32: columns that nearly cancel meet here. Sixteen columns of ``a`` at a time, because a float32 product
-    without tensor cores holds both operands in registers, and a bottleneck of 64 would spill."""
+    ``base`` points to R [b+1, b+1] in float32; R_b is R without its last row and column. The product is never computed
+    in tf32, because columns that nearly cancel are added here. It takes sixteen columns of ``a`` at a time: without
+    tensor cores ``tl.dot`` holds both operands in registers, and a bottleneck of 64 would spill."""
     j = tl.arange(0, BB)
     for c in range(BB // 16):
         i = c * 16 + tl.arange(0, 16)
@@ -193,7 +222,10 @@ def root_product(a, base, start, TRANSPOSED: tl.constexpr, BW: tl.constexpr, M: 
 
 @triton.jit
 def root_rows(h, base, BW: tl.constexpr, M: tl.constexpr, BB: tl.constexpr):
-    """The first b entries of q = R [h ; 1] for rows h [M, BB], and the last one, which all rows have in common."""
+    """Return the first b entries of q = R [h ; 1] for rows h [M, BB], as [M, BB], and its last entry, a scalar.
+
+    ``base`` points to R [b+1, b+1] in float32. R is upper triangular, so the last entry is R's last diagonal entry and
+    the same for all rows."""
     j = tl.arange(0, BB)
     bias = tl.load(base + j * (BW + 1) + BW, mask=j < BW, other=0.0)
     q = root_product(h, base, tl.zeros((M, BB), tl.float32) + bias[None, :], True, BW, M, BB)
@@ -201,19 +233,25 @@ def root_rows(h, base, BW: tl.constexpr, M: tl.constexpr, BB: tl.constexpr):
 
 
 class Rows(NamedTuple):
-    """x's rows as a kernel takes them: B samples of M rows."""
+    """The rows of x as a kernel reads them."""
 
-    data: Tensor
-    B: int
-    M: int
-    stride_sample: int
-    stride_row: int
-    align: int
+    data: Tensor  #: [B, M, d] with contiguous rows
+    B: int  #: samples; 1 without ``task_index``
+    M: int  #: rows per sample
+    stride_sample: int  #: in units of ``align`` elements
+    stride_row: int  #: in units of ``align`` elements
+    align: int  #: elements; divides both strides of ``data``
 
 
 def rows_of(x: Tensor, task_index: Tensor | None, align: int | None = None) -> Rows:
-    """View x [..., d] as B samples of M rows; it is copied only where its rows are not contiguous, or have no common
-    stride."""
+    """View x [..., d] as B samples of M rows. x is copied only if the elements of a row are not contiguous, or if the
+    rows of a sample have no common stride.
+
+    Args:
+        x: the tensor whose rows a kernel reads.
+        task_index: [B] with several tasks in the batch; None makes all rows one sample.
+        align: what the unit of the strides must divide; None is 16.
+    """
     d = x.shape[-1]
     B = 1 if task_index is None else x.shape[0]
     M = math.prod(x.shape[:-1]) // B if B else 0
@@ -226,20 +264,21 @@ def rows_of(x: Tensor, task_index: Tensor | None, align: int | None = None) -> R
 
 
 def matmul_precision(dtype: torch.dtype) -> str:
-    """Triton's name for how float32 operands are multiplied; torch's setting decides."""
+    """The ``input_precision`` of ``tl.dot``: "tf32" for float32 operands if torch allows it, otherwise "ieee"."""
     highest = torch.get_float32_matmul_precision() == "highest"
     return "ieee" if dtype != torch.float32 or highest or torch.version.hip else "tf32"
 
 
 def device_guard(t: Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device, which need not be the tensor's."""
+    """Make the tensor's device current: Triton launches on the current device."""
     return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
 
 
 def next_power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
     return 1 << (n - 1).bit_length()
 
 
 def padded(b: int) -> int:
-    """The bottleneck's tile: a power of two that tensor cores take."""
+    """b rounded up to a power of two of at least 16, the smallest side that ``tl.dot`` accepts."""
     return max(16, next_power_of_two(b))

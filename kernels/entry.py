@@ -1,4 +1,4 @@
-"""The functions that ``backends/triton.py`` calls."""
+"""The host functions of all kernels; ``backends/triton.py`` imports them from here."""
 
 from .adapter_backward import adapter_backward
 from .adapter_forward import adapter_forward

@@ -1,8 +1,8 @@
-"""``fold`` in Triton: all adapters of a stack in one launch, one program each (docs/design.md says what is folded and
-why).
+"""``fold`` in Triton: one launch for all adapters of a stack, one program per adapter.
 
-Every sum is float64, as are the centred up-projection and the Cholesky factor of its Gram matrix. W_u and its bias
-stay two operands: as a column of one matrix the bias would double the tile where b is a power of two.
+docs/design.md says what is folded and why. Every sum is computed in float64, as are the centred up-projection and the
+Cholesky factor of its Gram matrix. The up-projection W_u and its bias stay two operands: with the bias as a further
+column, a power-of-two bottleneck would need a tile twice as wide.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from .common import device_guard, load_weight, padded
 
 @triton.jit
 def _vector(base, k, D: tl.constexpr, BK: tl.constexpr):
+    """Load [BK] in float64: entries k*BK to (k+1)*BK of the vector [D] at ``base``; zeros beyond it."""
     column = k * BK + tl.arange(0, BK)
     return tl.load(base + column, mask=column < D, other=0.0).to(tl.float64)
 
 
 @triton.jit
 def _up(base, k, D: tl.constexpr, BW: tl.constexpr, BB: tl.constexpr, BK: tl.constexpr):
-    """Rows k*BK .. of W_u [d, b] as [BK, BB], zeros outside."""
+    """Load [BK, BB] in float64: rows k*BK to (k+1)*BK of W_u [d, b], to which ``base`` points; zeros outside it."""
     j = tl.arange(0, BB)
     row = k * BK + tl.arange(0, BK)
     mask = (row < D)[:, None] & (j < BW)[None, :]
@@ -35,7 +36,8 @@ def _up(base, k, D: tl.constexpr, BW: tl.constexpr, BB: tl.constexpr, BK: tl.con
 @triton.jit
 def _centred(base, bias_base, mean, bias_mean, k, D: tl.constexpr, BW: tl.constexpr, BB: tl.constexpr,
              BK: tl.constexpr):  # fmt: skip
-    """Rows k*BK .. of W_u and of its bias, without their means; zeros outside."""
+    """Load rows k*BK to (k+1)*BK of W_u [d, b] at ``base`` and of its bias [d] at ``bias_base``, and subtract the
+    column means ``mean`` [BB] and ``bias_mean``. Returns [BK, BB] and [BK] in float64; zeros beyond row d."""
     row_ok = k * BK + tl.arange(0, BK) < D
     wc = tl.where(row_ok[:, None], _up(base, k, D, BW, BB, BK) - mean[None, :], 0.0)
     bc = tl.where(row_ok, _vector(bias_base, k, D, BK) - bias_mean, 0.0)
@@ -44,14 +46,19 @@ def _centred(base, bias_base, mean, bias_mean, k, D: tl.constexpr, BW: tl.conste
 
 @triton.jit
 def _entry(vector, index, BB: tl.constexpr):
+    """Return ``vector[index]`` of a vector [BB] in registers."""
     return tl.sum(tl.where(tl.arange(0, BB) == index, vector, 0.0), 0)
 
 
 @triton.jit
 def _square_root(ROOT, gram, border, corner, BW: tl.constexpr, BB: tl.constexpr):
-    """Write the upper-triangular R with R^T R = [[gram, border], [border^T, corner]]: Cholesky's factor, row by row,
-    where a pivot lost to rounding leaves an empty row (``reference.square_root``)."""
+    """Store the upper triangular R with R^T R = [[gram, border], [border^T, corner]], row by row.
+
+    ROOT points to R [b+1, b+1] in float32; ``gram`` [BB, BB], ``border`` [BB] and ``corner`` are in registers, in
+    float64. R is the Cholesky factor, except that a pivot lost to rounding leaves a row of zeros, as in
+    ``reference.square_root``."""
     C: tl.constexpr = BW + 1
+    # A pivot at most this share of its diagonal entry is lost: float64's epsilon times the number of columns.
     LOST: tl.constexpr = C * 2.220446049250313e-16
     j = tl.arange(0, BB)
     diagonal = tl.sum(tl.where(j[:, None] == j[None, :], gram, 0.0), 1)
@@ -59,7 +66,7 @@ def _square_root(ROOT, gram, border, corner, BW: tl.constexpr, BB: tl.constexpr)
     for c in range(BW):
         column = tl.sum(tl.where(j[None, :] == c, gram, 0.0), 1)
         pivot = _entry(column, c, BB)
-        lost = pivot <= _entry(diagonal, c, BB) * LOST  # False for a NaN, which therefore stays visible in R
+        lost = pivot <= _entry(diagonal, c, BB) * LOST  # False for a NaN, so that it stays visible in R
         inverse = tl.where(lost, 0.0, 1.0 / tl.sqrt(tl.where(lost, 1.0, pivot)))
         row = tl.where(j >= c, column * inverse, 0.0)
         at_bias = _entry(border, c, BB) * inverse
@@ -76,7 +83,8 @@ def _square_root(ROOT, gram, border, corner, BW: tl.constexpr, BB: tl.constexpr)
 
 @triton.jit
 def _power_of_two(m):
-    """2^floor(log2 m) within float32's normal range; 1 where m is 0 or not finite."""
+    """Return 2^floor(log2 m) for m in float64, clamped to 2^-126 .. 2^126; 1 where m is 0 or not finite."""
+    # Clearing the mantissa's bits rounds m down to a power of two.
     bits = m.to(tl.int64, bitcast=True) & 0x7FF0000000000000
     power = bits.to(tl.float64, bitcast=True)
     power = tl.where(power < 1.1754943508222875e-38, 1.1754943508222875e-38, power)
@@ -91,6 +99,21 @@ def fold_kernel(
     UP_BIAS: tl.constexpr, GAMMA: tl.constexpr, PRE_GAMMA: tl.constexpr, PRE: tl.constexpr, POST: tl.constexpr,
     BB: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
+    """Fold one adapter (``reference.fold``). The grid is n, the number of adapters.
+
+    Pointers, all contiguous; "compute dtype" is the dtype of the x to come (float32, bfloat16 or float16):
+        PACKED   [n, P]          any floating dtype; the packed adapters
+        WD       [n, b, d]       compute dtype; output, the down-projection, times the pre-norm's gamma if PRE
+        WG       [n, b, d]       compute dtype; output, the up-projection transposed; if POST centred, times gamma,
+                                 divided by SCALE
+        VECTORS  [n, V]          float32; output, per adapter the folded down bias [b] and up bias [d], and if POST beta [d]
+        SCALE    [n, b]          float32; output, powers of two, one per row of WG (written if POST)
+        ROOT     [n, b+1, b+1]   float32; output, R with R^T R = Wa^T Wa / d (written if POST)
+        MEAN     [n, b+1]        float32; output, the column means of [W_u | b_u] (written if POST)
+
+    DOWN_BIAS, UP, UP_BIAS, GAMMA and PRE_GAMMA are the offsets of the parts within a packed adapter; the
+    down-projection is at offset 0, and each norm's beta follows its gamma.
+    """
     NK: tl.constexpr = (D + BK - 1) // BK
     adapter = tl.program_id(0).to(tl.int64)
     PACKED += adapter * P
@@ -156,7 +179,8 @@ def fold_kernel(
 
 
 def fold(packed: Tensor, layout: AdapterLayout, dtype: torch.dtype) -> Folded:
-    """``reference.fold`` for packed [..., P] and a compute dtype of float32, bfloat16 or float16."""
+    """Launch ``fold_kernel``: ``reference.fold`` for packed [..., P] and a compute dtype of float32, bfloat16 or
+    float16."""
     d, b, pre, post = layout.arguments
     folded = Folded(*(spec.empty(packed) for spec in Folded.table(layout, packed.shape[:-1], dtype)))
     flat = packed.reshape(-1, layout.numel).contiguous()

@@ -1,7 +1,7 @@
-"""``generate_weights`` in Triton: the adapters of a whole stack, for all tasks, in one launch.
+"""``generate_weights`` in Triton: one launch generates the adapters of a whole stack for all tasks.
 
-One program for BP rows of one generator: it reads its piece of G once and meets every embedding with it, so that G,
-by far the largest operand, crosses memory once per step.
+Each program handles BP rows of one generator. It loads those rows of G once and multiplies every embedding by them, so
+that G, by far the largest operand, is read from memory once per step.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from .common import LENGTHS, device_guard, matmul_precision
 
 @triton.jit
 def _tile(base, row, row_ok, k, K: tl.constexpr, BK: tl.constexpr):
-    """[rows, BK]: columns k*BK .. of rows of K numbers; zeros outside."""
+    """Load [rows, BK]: columns k*BK to (k+1)*BK of the rows ``row`` of a contiguous matrix [.., K] at ``base``. Columns
+    beyond K and rows that are not ``row_ok`` are zero."""
     column = k * BK + tl.arange(0, BK)
     mask = row_ok[:, None] & (column < K)[None, :] if K % BK else row_ok[:, None]
     return tl.load(base + row.to(tl.int64)[:, None] * K + column[None, :], mask=mask, other=0.0)
@@ -28,6 +29,17 @@ def generate_kernel(
     E, G, G0, PACKED, n, P: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
     BN: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
+    """Compute packed[q, i] = G[q] @ E[q, i] + g0[q]. The grid is (P / BP rounded up, Q).
+
+    Pointers, all contiguous and of one dtype (float32, bfloat16 or float16):
+        E       [Q, n, K]  embeddings
+        G       [Q, P, K]  generators
+        G0      [Q, P]     their biases
+        PACKED  [Q, n, P]  output
+
+    n is the number of embeddings per generator. BN, BP and BK are the tile's embeddings, rows of G and columns; NK is
+    how many tiles of BK columns cover K. If NK is 1, the program's rows of G stay on chip for all embeddings.
+    """
     NK: tl.constexpr = (K + BK - 1) // BK
     generator = tl.program_id(1).to(tl.int64)
     p = tl.program_id(0) * BP + tl.arange(0, BP)
@@ -53,7 +65,8 @@ def generate_kernel(
 
 
 def generate_weights(E: Tensor, G: Tensor, g0: Tensor) -> Tensor:
-    """``reference.generate_weights`` for E [Q, n, k], G [Q, P, k], g0 [Q, P] in float32, bfloat16 or float16."""
+    """Launch ``generate_kernel``: ``reference.generate_weights`` for E [Q, n, k], G [Q, P, k] and g0 [Q, P] in float32,
+    bfloat16 or float16."""
     (Q, n, K), P = E.shape, G.shape[1]
     packed = torch.empty(Q, n, P, dtype=E.dtype, device=E.device)
     if packed.numel() == 0:

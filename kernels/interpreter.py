@@ -1,8 +1,9 @@
-"""A mend for Triton's interpreter (TRITON_INTERPRET=1), which keeps bfloat16 as bit patterns and computes on them.
+"""Corrects bfloat16 in Triton's interpreter (TRITON_INTERPRET=1), which stores it as 16-bit integers.
 
-As it comes (3.6 to 3.9) it multiplies the patterns as integers in ``tl.dot``, truncates instead of rounding, and
-casts them to other types than float32 as integers. Here conversions and products go by values, and arithmetic on
-bfloat16 itself, which our kernels never do, is an error. :func:`check` fails where Triton has changed underneath.
+The interpreter of Triton 3.6 to 3.9 computes on the integers: ``tl.dot`` multiplies them, a conversion to bfloat16
+truncates instead of rounding, and a conversion to any type but float32 converts the integer. :func:`mend` makes
+conversions and products use the values. Arithmetic on bfloat16 itself, which our kernels never do, becomes an error.
+:func:`check` raises if a later Triton no longer fits these changes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from triton.runtime import interpreter
 
 
 def bits_of(values: np.ndarray) -> np.ndarray:
-    """float -> bfloat16's bits, to nearest even; a NaN stays one."""
+    """Convert floats to the bits of bfloat16, rounding to nearest even. A NaN stays a NaN."""
     wide = np.ascontiguousarray(values, dtype=np.float32)
     bits = wide.view(np.uint32)
     rounded = ((bits + (np.uint32(0x7FFF) + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
@@ -26,13 +27,17 @@ def bits_of(values: np.ndarray) -> np.ndarray:
 
 
 def values_of(bits: np.ndarray) -> np.ndarray:
-    """bfloat16's bits -> float32."""
+    """Convert the bits of bfloat16 to float32."""
     return (np.ascontiguousarray(bits).astype(np.uint32) << 16).view(np.float32)
 
 
 @functools.cache
 def mend() -> dict[str, Callable]:
-    """Install it, once, for this process. Returns what it replaced, by name."""
+    """Replace four methods of the interpreter, once per process.
+
+    Returns:
+        The original methods, by name.
+    """
     builder = interpreter.InterpreterBuilder
     Handle = interpreter.TensorHandle
     cast, fp_to_fp, dot, binary = (
@@ -71,6 +76,10 @@ def mend() -> dict[str, Callable]:
 
 @triton.jit
 def _products(A, B, C, D, N: tl.constexpr):
+    """Write the matrix product of A and B to C, and their elementwise product to D.
+
+    Pointers, all [N, N]: A and B are inputs in bfloat16, C is an output in float32, D an output in bfloat16.
+    """
     i = tl.arange(0, N)
     at = i[:, None] * N + i[None, :]
     a, b = tl.load(A + at), tl.load(B + at)
@@ -79,7 +88,8 @@ def _products(A, B, C, D, N: tl.constexpr):
 
 
 def check() -> None:
-    """RuntimeError where bfloat16 is not computed by value."""
+    """Run a small kernel on bfloat16. RuntimeError if its results are wrong, that is, if :func:`mend` does not fit the
+    installed Triton."""
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(16, 16, generator=generator).bfloat16() for _ in range(2))
     a[0, 0], b[0] = 3.0e38, b[0] * 0.1
@@ -87,5 +97,6 @@ def check() -> None:
     _products[(1,)](a, b, c, product, N=16)
     if not torch.allclose(c, a.float() @ b.float(), rtol=1e-5) or not torch.equal(product, a * b):
         raise RuntimeError(
-            f"the interpreter of triton {triton.__version__} is not the one that kernels/interpreter.py mends"
+            f"the interpreter of triton {triton.__version__} is not the one that kernels/interpreter.py corrects: its "
+            "bfloat16 results are wrong; install triton>=3.6,<3.10, or run the kernels on a GPU"
         )

@@ -1,7 +1,8 @@
-"""Which tile a kernel runs with: by (d, b, dtype, norms, architecture), never by the number of rows, never tuned in a
-call. `hyperformer-fast tune` writes a table that goes before the rules here.
+"""The choice of each kernel's tile.
 
-docs/triton_gate.md has what each compiles to: registers, shared memory, spills.
+A tile depends on d, b, the dtype, the norms and the GPU's architecture. It never depends on the number of rows, and no
+call tunes anything. A table written by `hyperformer-fast tune` takes precedence over the rules in this file.
+docs/triton_gate.md lists the registers, the shared memory and the spills of each kernel with its tile.
 """
 
 from __future__ import annotations
@@ -16,23 +17,23 @@ from typing import NamedTuple
 
 import torch
 
-#: Names the file of a table; without it the one in the user's cache is read, where there is one.
+#: The environment variable that names the table's file. If it is not set, the table in the user's cache folder is read.
 TABLE_VARIABLE = "HYPERFORMER_FAST_TILES"
 
 
 class Tile(NamedTuple):
-    """BM rows and BK columns at a time; KEEP whole rows in registers."""
+    """The sizes with which a kernel is launched."""
 
-    BM: int
-    BK: int
-    warps: int
-    stages: int = 2
-    keep: bool = False
+    BM: int  #: rows; 0 for a kernel that does not divide rows
+    BK: int  #: columns
+    warps: int  #: Triton's num_warps
+    stages: int = 2  #: Triton's num_stages
+    keep: bool = False  #: whether whole rows stay in registers between two passes over their columns
 
 
 @functools.cache
 def architecture(device: torch.device) -> int:
-    """Compute capability times ten; 0 off NVIDIA GPUs."""
+    """The compute capability without its dot, as 90 for 9.0; 0 for a device that is not an NVIDIA GPU."""
     if device.type != "cuda" or torch.version.hip:
         return 0
     major, minor = torch.cuda.get_device_capability(device)
@@ -40,25 +41,27 @@ def architecture(device: torch.device) -> int:
 
 
 def table_path() -> Path:
-    """Where the table is, or would be."""
+    """The table's file, whether or not it exists."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Path(os.environ.get(TABLE_VARIABLE) or cache / "hyperformer_fast/tiles.json")
 
 
 def key(kernel: str, d: int, b: int, dtype: torch.dtype, pre_norm: bool, arch: int) -> str:
+    """The name of a table's entry, as ``forward, d=768, b=24, bfloat16, sm_90``."""
     norm = ", pre-norm" if pre_norm else ""
     return f"{kernel}, d={d}, b={b}, {str(dtype).removeprefix('torch.')}{norm}, sm_{arch}"
 
 
 def read(path: Path) -> dict[str, Tile]:
-    """The table in a file, by :func:`key`; empty where there is none.
+    """Read a table: tiles by :func:`key`. It is empty if the file does not exist.
 
     Raises:
-        ValueError: the file is not a table, or an entry is not a tile; names both, and the cure.
+        ValueError: the file is not a table, or an entry is not a valid tile; the message names the file, the entry and
+            the cure.
     """
     if not path.exists():
         return {}
-    cure = f"delete it, or write it anew with: hyperformer-fast tune --out {path}"
+    cure = f"delete it, or write a new one with: hyperformer-fast tune --out {path}"
     try:
         entries = {name: Tile(**entry) for name, entry in json.loads(path.read_text())["tiles"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -67,8 +70,8 @@ def read(path: Path) -> dict[str, Tile]:
     for name, tile in entries.items():
         if not (power(tile.BM) and power(tile.BK) and tile.warps in (1, 2, 4, 8, 16) and tile.stages in range(1, 6)):
             raise ValueError(
-                f"{path}: {name}: BM and BK must be powers of two from 16 to 256, warps one of 1 to 16, stages 1 to 5, "
-                f"got {tile}: {cure}"
+                f"{path}: {name}: BM and BK must be powers of two from 16 to 256, warps 1, 2, 4, 8 or 16, "
+                f"stages from 1 to 5, got {tile}: {cure}"
             )
     return entries
 
@@ -83,7 +86,12 @@ _forced: dict[str, Tile] = {}
 
 @contextlib.contextmanager
 def forced(kernel: str, tile: Tile) -> Iterator[None]:
-    """Run ``kernel`` (a rule's name) with ``tile`` whatever the table says."""
+    """Run ``kernel`` with ``tile`` within the block, whatever the table and the rule say.
+
+    Args:
+        kernel: the name of a rule: ``forward``, ``backward`` or ``weights``.
+        tile: the tile to use.
+    """
     _forced[kernel] = tile
     try:
         yield
@@ -92,11 +100,12 @@ def forced(kernel: str, tile: Tile) -> Iterator[None]:
 
 
 def _tabled(rule: Callable[..., Tile]) -> Callable[..., Tile]:
+    """Make a forced tile and the table take precedence over ``rule``."""
     kernel = rule.__name__
 
     @functools.cache
     def looked_up(d: int, b: int, dtype: torch.dtype, pre_norm: bool, arch: int) -> Tile:
-        # a table is for GPUs: arch is 0 in the interpreter
+        # The interpreter, for which arch is 0, does not use the table.
         tile = _table().get(key(kernel, d, b, dtype, pre_norm, arch)) if arch else None
         return tile or rule(d, b, dtype, pre_norm, arch)
 
@@ -110,10 +119,11 @@ def _tabled(rule: Callable[..., Tile]) -> Callable[..., Tile]:
 
 @_tabled
 def forward(d: int, b: int, dtype: torch.dtype, pre_norm: bool, arch: int) -> Tile:
-    # Kept rows: 256 threads hold 32 rows of 1024 16-bit numbers, or 16 of 2048, in 64 registers each.
+    """The tile of ``adapter_forward_kernel``."""
     if dtype == torch.float32:
-        # at three stages ptxas spills a few numbers for sm_80, but not at b = 16, where it does at two
+        # For sm_80, three stages make ptxas spill a few registers, except at b = 16, where two stages do.
         return Tile(32, 32, 4, stages=3 if arch >= 90 or b <= 16 else 2)
+    # Kept rows: 32 rows of 1024 16-bit numbers, or 16 of 2048, take 64 registers of each of 256 threads.
     if b <= 64 and d <= 2048:
         return Tile(32 if d <= (768 if pre_norm else 1024) else 16, 128, 8, keep=True)
     return Tile(32, 64, 4)
@@ -121,13 +131,14 @@ def forward(d: int, b: int, dtype: torch.dtype, pre_norm: bool, arch: int) -> Ti
 
 @_tabled
 def backward(d: int, b: int, dtype: torch.dtype, pre_norm: bool, arch: int) -> Tile:
+    """The tile of ``rows_kernel``."""
     if dtype == torch.float32:
         if b > 64:
             return Tile(32, 32, 8, stages=1)
         if b > 32:
             return Tile(16, 32, 4)
         return Tile(32, 32, 4, stages=3 if pre_norm and arch < 90 else 2)
-    # Two more row operands than the forward's live beside the kept rows, so there are half as many.
+    # Two more operands of each row than in the forward live beside the kept rows, so half as many rows are kept.
     if b <= 64 and d <= 2048 and not (pre_norm and 0 < arch < 90):
         return Tile(16, 128, 4 if b <= 32 and d <= 768 else 8, keep=True)
     return Tile(32, 64, 4 if b <= 64 else 8)
@@ -135,9 +146,10 @@ def backward(d: int, b: int, dtype: torch.dtype, pre_norm: bool, arch: int) -> T
 
 @_tabled
 def weights(d: int, b: int, dtype: torch.dtype, pre_norm: bool, arch: int) -> Tile:
+    """The tile of ``weights_kernel``."""
     if b > 64:
         return Tile(16, 64, 8)
-    # ptxas spills a few numbers at 4 warps for sm_80, and at 8 for sm_90
+    # ptxas spills a few registers with 4 warps for sm_80, and with 8 warps for sm_90.
     if pre_norm and dtype != torch.float32 and arch >= 90:
         return Tile(32, 32, 4)
     return Tile(32, 64, 8 if dtype == torch.float32 or arch < 90 else 4)
@@ -145,18 +157,21 @@ def weights(d: int, b: int, dtype: torch.dtype, pre_norm: bool, arch: int) -> Ti
 
 @functools.cache
 def finish(d: int, b: int) -> Tile:
-    # Partial sums are added one after another: narrow programs, so that there are enough of them.
+    """The tile of ``finish_kernel``. It is narrow because each program adds the partial sums one after another: only
+    many programs keep the GPU busy."""
     return Tile(0, 16, 4) if b <= 64 else Tile(0, 32, 8)
 
 
 @functools.cache
 def generate(k: int, dtype: torch.dtype) -> Tile:
-    """BM rows of a generator; BK covers k where it can, and G's piece then stays on chip."""
+    """The tile of ``generate_kernel``: BM rows of a generator. BK covers k up to 64; the program's rows of G then stay
+    on chip for all embeddings."""
     return Tile(64, min(64, max(16, 1 << (k - 1).bit_length())), 4)
 
 
 @functools.cache
 def fold(d: int, b: int) -> Tile:
+    """The tile of ``fold_kernel``."""
     if b > 64:
         return Tile(0, 16, 8)
     return Tile(0, 64 if b <= 16 else 32, 4 if b <= 32 else 8)

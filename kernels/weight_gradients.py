@@ -1,15 +1,26 @@
-"""The weight gradients of ``adapter_backward`` in Triton: partial sums over fixed stretches of rows, then dpacked.
+"""The weight gradients of ``adapter_backward`` in Triton: partial sums over fixed splits of the rows, then dpacked.
 
-``weights_kernel``  one program for BK columns of one task over one stretch of rows: dz^T xhat, (r h~)^T g and sum g;
-                    one further program per stretch has the sums without a d-wide side: M, (r h~)^T s, sum dz.
-``finish_kernel``   adds the partial sums in order and composes the packed gradient.
+- ``weights_kernel`` sums over the rows of one task within one split. A program either sums BK columns of dz^T xhat,
+  (r h~)^T g and sum g, or it computes the sums that have no side of length d: (m2 r h~)^T (r h~), (r h~)^T s and sum
+  dz.
+- ``finish_kernel`` adds the partial sums of all splits in order and composes the packed gradient.
 
-A program takes the rows of its own task alone, so no sort and no count of rows per task is needed, and the host knows
-nothing of ``task_index``. The column mean that C subtracts from the up-projection's gradient (docs/design.md) needs
-no pass over d: Wa is centred, so it is sum_n s_n (r h~)_n / d with s_n = g_n . gamma.
+A program skips the rows of other tasks, so the rows need neither be sorted nor counted by task, and the host need not
+read ``task_index``. The column mean that C subtracts from the up-projection's gradient (docs/design.md) needs no pass
+over d: because Wa is centred, it is sum_n s_n (r h~)_n / d with s_n = g_n . gamma.
 
-A stretch's partial sums, float32: down [b, d], up [b, d], up bias [d], sum g [d], M [BB, BB], M's border [BB],
-(r h)^T s [BB], sum dz [BB], M's corner, sum r s.
+The partial sums of one task in one split are SIZE numbers in float32, in this order:
+
+    down [b, d]        dz^T xhat
+    up [b, d]          (r h)^T g
+    up_bias [d]        sum r g (sum g without a post-norm)
+    g_sum [d]          sum g
+    gram [BB, BB]      (m2 r h)^T (r h)     gram, border and corner are the parts of (m2 r h~)^T (r h~)
+    border [BB]        sum m2 r^2 h
+    by_gamma [BB]      sum s r h
+    dz_sum [BB]        sum dz
+    corner             sum m2 r^2
+    last_by_gamma      sum s r
 """
 
 from __future__ import annotations
@@ -36,13 +47,17 @@ from .common import (
     some_columns,
 )
 
-#: Two waves of programs on the largest GPU so far. More stretches would only mean more partial sums to add.
+#: How many programs the rows are split among: two waves on a GPU of 132 multiprocessors. More splits would only mean
+#: more partial sums to add.
 _PROGRAMS = 264
 
 
 @triton.jit
 def _row_operand(Z, R, flat, row_ok, BW: tl.constexpr, BB: tl.constexpr, ACT: tl.constexpr, POST: tl.constexpr):
-    """r h (h without a post-norm) and r of some rows, float32; zeros outside."""
+    """Return r h [BM, BB] and r [BM] of the rows ``flat``, in float32; r is 1 without a post-norm. Rows that are not
+    ``row_ok`` and columns beyond b are zero.
+
+    Pointers: Z [N, b] in the compute dtype, the bottleneck before the activation; R [N] in float32, read if POST."""
     j = tl.arange(0, BB)
     ok = row_ok[:, None] & (j < BW)[None, :]
     h = activate(tl.load(Z + flat[:, None] * BW + j[None, :], mask=ok, other=0.0).to(tl.float32), ACT)
@@ -58,6 +73,26 @@ def weights_kernel(
     MIXED: tl.constexpr, G_ALIGN: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
     WIDE_RANGE: tl.constexpr, BB: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
+    """Compute the partial sums of one task in one split. The grid is (splits * (NK + 1), T): for each split, NK
+    programs sum BK columns each, and one more computes the sums without a side of length d.
+
+    Pointers; "compute dtype" is the dtype of x (float32, bfloat16 or float16), everything is contiguous except G and X:
+        G         [B, M, d]         compute dtype; gradient of the output, addressed by g_stride_sample and g_stride_row
+        X         [B, M, d]         compute dtype; input of the forward, addressed by stride_sample and stride_row
+        Z         [N, b]            compute dtype; the bottleneck before the activation
+        R         [N]               float32; the post-norm's reciprocal standard deviation (read if POST)
+        PRE_MEAN  [N]               float32; the mean of each row of x (read if PRE)
+        PRE_RSTD  [N]               float32; the reciprocal standard deviation of each row of x (read if PRE)
+        DZ        [N, b]            compute dtype; the gradient of Z, from ``rows_kernel``
+        M2        [N]               float32; m2 of docs/design.md, from ``rows_kernel`` (read if POST)
+        S         [N]               float32; g . gamma, from ``rows_kernel`` (read if POST)
+        TASK      [B]               int32 or int64; the task of each sample (None unless MIXED)
+        PART      [splits, T, SIZE] float32; output, the partial sums in the order listed at the top of this file
+
+    B is the number of samples, M that of rows per sample, T that of tasks. A unit is a tile of BM rows of one sample; a
+    split is ``units_per_split`` of them. The strides of G are in units of G_ALIGN elements, those of X in units of
+    ALIGN. WIDE_RANGE multiplies r h and g in float32, because r h may leave float16's range.
+    """
     NK: tl.constexpr = (D + BK - 1) // BK
     SMALL: tl.constexpr = (2 * BW + 2) * D
     chunk = tl.program_id(0) % (NK + 1)
@@ -138,7 +173,18 @@ def finish_kernel(
     UP: tl.constexpr, UP_BIAS: tl.constexpr, GAMMA: tl.constexpr, PRE_GAMMA: tl.constexpr,
     PRE: tl.constexpr, POST: tl.constexpr, BB: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """One program for BK columns of one task. The part offsets within ``packed`` are constants of the layout."""
+    """Add the partial sums of BK columns of one task, and store that part of dpacked. The grid is (NK, T).
+
+    Pointers, all contiguous:
+        PART     [splits, T, SIZE]  float32; the partial sums from ``weights_kernel``
+        PACKED   [T, P]             float32, bfloat16 or float16; the packed adapters
+        MEAN     [T, b+1]           float32; the column means of [W_u | b_u], from the fold (read if POST)
+        DPACKED  [T, P]             PACKED's dtype; output, the gradient of PACKED
+
+    T is the number of tasks, ``splits`` the number of partial sums to add. DOWN_BIAS, UP, UP_BIAS, GAMMA and PRE_GAMMA
+    are the offsets of the parts within a packed adapter; the down-projection is at offset 0, and each norm's beta
+    follows its gamma.
+    """
     SMALL: tl.constexpr = (2 * BW + 2) * D
     chunk = tl.program_id(0)
     task = tl.program_id(1).to(tl.int64)
@@ -189,7 +235,7 @@ def finish_kernel(
         tl.store(dpacked + GAMMA + D + column, g_sum.to(kind), mask=column_ok)
         product = wa_bias[:, None] * border[None, :]
         for c in range(BB // 16):
-            gram_rows = tl.trans(some_columns(gram, c, BB, BB))  # the matrix is symmetric, so its rows are its columns
+            gram_rows = tl.trans(some_columns(gram, c, BB, BB))  # gram is symmetric, so its columns serve as its rows
             product = tl.dot(some_columns(wa, c, BK, BB), gram_rows, product, input_precision="ieee")
         up = gamma[:, None] * up - product - by_gamma[None, :] / D
         up_bias = gamma * up_bias - (tl.sum(wa * border[None, :], 1) + wa_bias * corner) - last_by_gamma / D
@@ -218,7 +264,19 @@ def weight_gradients(
     act: int,
     task_index: Tensor | None,
 ) -> Tensor:
-    """dpacked [T, P] in packed's dtype, from what ``rows_kernel`` left of every row: dz, m2 and s = g . gamma."""
+    """Launch both kernels and return dpacked [T, P] in packed's dtype.
+
+    Args:
+        g: the rows of the output's gradient.
+        x: the rows of the forward's input.
+        saved: what the forward saved.
+        per_row: dz, m2 and s = g . gamma of every row, as ``rows_kernel`` stored them.
+        packed: [T, P], T >= 1.
+        folded: the folded weights; only their mean is read.
+        layout: the layout of ``packed``.
+        act: index of the activation in ``activations.ACTIVATIONS``.
+        task_index: [B] with several tasks in the batch, otherwise None.
+    """
     d, b, pre, post, T = layout.d, layout.b, layout.pre_norm, layout.post_norm, packed.shape[0]
     BB, dtype, at = padded(b), x.data.dtype, {name: part.start for name, part in layout.slices.items()}
     tile = tiles.weights(d, b, dtype, pre, tiles.architecture(packed.device))
@@ -228,11 +286,11 @@ def weight_gradients(
     units_per_split = triton.cdiv(units, splits)
     splits = triton.cdiv(units, units_per_split)
     size = (2 * b + 2) * d + BB * BB + 3 * BB + 2
-    size += -size % 4  # keeps every stretch's sums 16-byte aligned
+    size += -size % 4  # keeps the sums of every task and split 16-byte aligned
     part = torch.empty(splits, T, size, dtype=torch.float32, device=packed.device)
     dpacked = torch.empty_like(packed)
-    # r h may overflow or underflow float16. Both operands are then float32 and the products tf32, which has float16's
-    # mantissa.
+    # r h may overflow or underflow float16. With float16 inputs both operands are therefore converted to float32; tf32
+    # products lose nothing there, because tf32 has float16's mantissa.
     wide_range = dtype == torch.float16
     precision = "tf32" if wide_range and not torch.version.hip else matmul_precision(dtype)
     common = {"D": d, "BW": b, "SIZE": size, "PRE": pre, "POST": post, "BB": BB}
