@@ -1,4 +1,4 @@
-"""FusedHyperAdapter: one hypernetwork-generated adapter, as a drop-in module for any model."""
+"""``FusedHyperAdapter``: one adapter with its hypernetwork, as a module for any model."""
 
 from __future__ import annotations
 
@@ -11,22 +11,24 @@ from .layout import AdapterLayout
 
 
 class FusedHyperAdapter(nn.Module):
-    """A bottleneck adapter whose weights, and whose layer norms, are generated from an embedding (paper sections 2 and
-    3).
+    """A bottleneck adapter whose weights are generated from an embedding (paper sections 2 and 3).
 
-    Stands where an ``AdapterController`` of the authors' code or any ``adapter(x)`` stood: behind a sublayer, before
-    its residual add. The adapter's own skip is included.
+    It replaces an ``AdapterController`` of the authors' code, or any ``adapter(x)`` that is applied to the output of a
+    sublayer before the residual is added. The skip connection of the adapter itself is included.
 
     Args:
-        input_dim: d, width of x.
-        down_sample_size: b, the bottleneck.
-        embedding_dim: k, width of the embedding.
+        input_dim: d, the width of x.
+        down_sample_size: b, the width of the bottleneck.
+        embedding_dim: k, the width of the embedding.
         non_linearity: ``gelu_new``, ``gelu``, ``relu`` or ``silu``.
-        add_layer_norm_before_adapter, add_layer_norm_after_adapter: which norms there are.
-        conditional_layer_norm: generate the norms' parameters; False: plain trained norms.
+        add_layer_norm_before_adapter: whether a layer norm is applied to the adapter's input.
+        add_layer_norm_after_adapter: whether a layer norm is applied to its output, before the skip connection.
+        conditional_layer_norm: whether the norms' parameters are generated, too. False makes them plain trained
+            parameters.
 
     Raises:
-        ValueError: naming the argument, its value and what is allowed.
+        ValueError: an argument has a value that is not allowed; the message names the argument, the value and what is
+            allowed.
     """
 
     def __init__(
@@ -55,18 +57,19 @@ class FusedHyperAdapter(nn.Module):
         self.generator = Generator(1, self.layout, embedding_dim, conditional_layer_norm)
 
     def forward(self, x: Tensor, embedding: Tensor, task_index: Tensor | None = None) -> Tensor:
-        """Adapt x.
+        """Generate the adapter and apply it to x.
 
         Args:
-            x: [..., d]; [B, ..., d] with ``task_index``.
+            x: [..., d], or [B, ..., d] with ``task_index``.
             embedding: [k], or [T, k] with ``task_index``.
-            task_index: [B] int32 or int64, which embedding each sample takes; -1 for none, which leaves it as it is.
+            task_index: [B] int32 or int64; which of the T embeddings each sample uses, or -1 for no adapter, which
+                returns the sample as it is.
 
         Returns:
-            x's shape and dtype.
+            A new tensor of x's shape and dtype.
 
         Raises:
-            ValueError: shapes that do not fit, naming both.
+            ValueError: shapes, dtypes or devices do not fit together; the message names both.
         """
         if embedding.dim() not in (1, 2) or embedding.shape[-1] != self.embedding_dim:
             raise ValueError(

@@ -1,4 +1,5 @@
-"""Task, layer and position embeddings -> one packed weight vector per adapter, for a whole stack at once."""
+"""The hypernetworks: they generate the packed weights of all adapters of a stack from task, layer and position
+embeddings."""
 
 from __future__ import annotations
 
@@ -10,32 +11,35 @@ from .config import HyperFormerConfig
 from .layout import AdapterLayout
 from .names import NamedParameters
 
-#: Positions of an adapter in a block; the index is the authors' type id.
+#: The sublayers of a block that an adapter follows. A position's index in this tuple is its id, as in the authors' code.
 POSITIONS = ("feed_forward", "self_attention")
 
-_INIT_STD = 1e-2  # weight_init_range of the authors' AdapterConfig
+_INIT_STD = 1e-2  # `weight_init_range` of the authors' AdapterConfig
 _EMBEDDING_NORM_EPS = 1e-6
 
 
 class TaskProjector(nn.Sequential):
-    """Two linear layers with a ReLU between (the authors' ``TaskHyperNet``): [..., in] -> hidden -> [..., out]."""
+    """Two linear layers with a ReLU between them (``TaskHyperNet`` in the authors' code).
+
+    It maps [..., in_dim] to [..., out_dim].
+    """
 
     def __init__(self, in_dim: int, hidden_dim: int, out_dim: int):
         super().__init__(_linear(in_dim, hidden_dim), nn.ReLU(), _linear(hidden_dim, out_dim))
 
 
 class TaskEmbeddings(nn.Module):
-    """The one set of task embeddings that encoder and decoder share (the authors' ``TaskEmbeddingController``).
+    """The task embeddings, which encoder and decoder share (``TaskEmbeddingController`` in the authors' code).
 
-    Every embedding enters every forward, so that each has a gradient, zero if need be: distributed training
-    needs that, and a single one can still be frozen with ``requires_grad_(False)``.
+    Every forward uses all embeddings, so that each of them gets a gradient, which is zero for a task that is not in the
+    batch: distributed training needs that. A single embedding can still be frozen with ``requires_grad_(False)``.
     """
 
     def __init__(self, config: HyperFormerConfig):
         super().__init__()
         self.config = config
-        # Pairs, because a ParameterDict sorts a plain dict: a task that add_task appended would move on a reload, and
-        # an optimizer's state, kept by index, would land on other tasks.
+        # Pass pairs, because ParameterDict sorts the keys of a plain dict: a task that add_task appended would move
+        # when the model is loaded again, and an optimizer's state, which is kept by index, would go to other tasks.
         self.task_to_embeddings = NamedParameters(
             [(name, nn.Parameter(torch.randn(config.task_embedding_dim))) for name in config.embedding_names]
         )
@@ -47,13 +51,13 @@ class TaskEmbeddings(nn.Module):
 
     @property
     def out_dim(self) -> int:
-        """Width of what :meth:`forward` returns."""
+        """The width of the embeddings that :meth:`forward` returns."""
         return (
             self.config.projected_task_embedding_dim if self.projector is not None else self.config.task_embedding_dim
         )
 
     def forward(self) -> torch.Tensor:
-        """The embeddings [T, out_dim] of all tasks of ``config.tasks``, in that order."""
+        """Return the embeddings [T, out_dim] of all tasks, in the order of ``config.tasks``."""
         stacked = torch.stack([self.task_to_embeddings[self.config.embedding_of(task)] for task in self.config.tasks])
         return stacked if self.projector is None else self.projector(stacked)
 
@@ -63,19 +67,19 @@ class TaskEmbeddings(nn.Module):
 
         Args:
             name: the new task.
-            init_from: a task whose embedding is copied, a list of tasks whose mean is taken, or None for a standard
-                normal draw.
+            init_from: a task whose embedding is copied, a list of tasks whose embeddings are averaged, or None for a
+                draw from the standard normal distribution.
 
         Raises:
-            ValueError: the name is taken, or ``init_from`` names an unknown task or none.
+            ValueError: the name is taken, or ``init_from`` names an unknown task or is an empty list.
         """
         if name in self.config.tasks or name in self.task_to_embeddings:
-            raise ValueError(f"task {name!r} is there already; tasks are {', '.join(self.config.tasks)}")
+            raise ValueError(f"task {name!r} exists already: choose a name other than {', '.join(self.config.tasks)}")
         sources = [init_from] if isinstance(init_from, str) else init_from
         for source in sources or ():
             self.config.task_id(source)
         if sources is not None and not sources:
-            raise ValueError("init_from must name at least one task, got []")
+            raise ValueError("init_from must name at least one task, got []; None draws a random embedding")
         mapping = self.config.task_to_embeddings
         config = self.config.replace(
             tasks=[*self.config.tasks, name], task_to_embeddings=None if mapping is None else {**mapping, name: name}
@@ -90,17 +94,18 @@ class TaskEmbeddings(nn.Module):
 
 
 class Generator(nn.Module):
-    """``count`` independent linear generators of whole adapters, stored as one [count, rows, k] tensor.
+    """``count`` independent linear generators of whole adapters, stored as one weight [count, rows, k].
 
-    One matrix product then generates every adapter of a stack (and reads the weight once), where the authors' code
-    holds four to eight ``nn.Linear`` per generator. Initialised as theirs: normal with std 1e-2, bias zero.
+    One batched matrix product generates every adapter of a stack and reads the weight once; the authors' code has four
+    to eight ``nn.Linear`` per generator. The initialisation is theirs: a normal distribution with standard deviation
+    1e-2 for the weight, zero for the bias.
 
     Args:
-        count: Q, how many generators.
-        layout: of the adapters to generate.
-        k: width of the embedding.
-        generate_norms: False: the norms' parameters are plain trained vectors (ones and zeros at first), the same
-            for every task, and only the rest is generated.
+        count: Q, the number of generators.
+        layout: the layout of the adapters to generate.
+        k: the width of the embeddings.
+        generate_norms: whether the norms' parameters are generated, too. False makes them plain trained vectors, which
+            start as ones and zeros and are the same for every task.
     """
 
     def __init__(self, count: int, layout: AdapterLayout, k: int, generate_norms: bool = True):
@@ -113,7 +118,7 @@ class Generator(nn.Module):
         self.norms = nn.Parameter(_plain_norms(layout).repeat(count, 1)) if plain else None
 
     def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Embeddings [Q, n, k] -> packed [Q, n, P]."""
+        """Generate the packed adapters [Q, n, P] from embeddings [Q, n, k]."""
         packed = ops.generate_weights(embeddings, self.weight, self.bias)
         if self.norms is None:
             return packed
@@ -123,13 +128,14 @@ class Generator(nn.Module):
 class HyperNetwork(nn.Module):
     """All hypernetworks of one stack (encoder or decoder), in any of the three variants.
 
-    Sites are position-major, ``site = position_id * num_layers + layer``: that order is contiguous for one generator
-    per stack, per position, and per site alike.
+    A site is the place of one adapter. Sites are numbered by position first, ``site = position_id * num_layers +
+    layer``: in this order the sites of a generator are contiguous, whether a generator serves the whole stack, a
+    position or a single site.
 
     Args:
-        config: the HyperFormer.
-        d: width of the stack.
-        num_layers: number of its blocks, each with two adapters.
+        config: the configuration.
+        d: the width of the stack.
+        num_layers: the number of the stack's blocks; each has one adapter per position.
     """
 
     def __init__(self, config: HyperFormerConfig, d: int, num_layers: int):
@@ -150,18 +156,21 @@ class HyperNetwork(nn.Module):
             self.embedding_norm = (
                 nn.LayerNorm(k, eps=_EMBEDDING_NORM_EPS) if config.unique_hyper_net_layer_norm else None
             )
-        count = {"hyperformer++": 1, "hyperformer-shared": len(POSITIONS), "hyperformer": self.num_sites}[
-            config.variant
-        ]
-        self.generator = Generator(count, self.layout, k, config.generates_norms)
+        # None is among the keys' types because config.variant may be None before it is validated, never here.
+        counts: dict[str | None, int] = {
+            "hyperformer++": 1,
+            "hyperformer-shared": len(POSITIONS),
+            "hyperformer": self.num_sites,
+        }
+        self.generator = Generator(counts[config.variant], self.layout, k, config.generates_norms)
 
     @property
     def num_sites(self) -> int:
-        """How many adapters the stack has."""
+        """The number of adapters in the stack."""
         return len(POSITIONS) * self.num_layers
 
     def site(self, layer: int, position: str) -> int:
-        """Index of the adapter behind ``position`` of block ``layer``. ValueError where there is none."""
+        """Return the index of the adapter at ``position`` of block ``layer``. ValueError if there is none."""
         if position not in POSITIONS:
             raise ValueError(f"position must be one of {', '.join(POSITIONS)}, got {position!r}")
         if not 0 <= layer < self.num_layers:
@@ -169,8 +178,11 @@ class HyperNetwork(nn.Module):
         return POSITIONS.index(position) * self.num_layers + layer
 
     def embeddings(self, task_embeddings: torch.Tensor) -> torch.Tensor:
-        """What the generators read: [T, k_task] -> [sites, T, k] (paper section 3.3; per block, the task embedding
-        itself)."""
+        """Combine the task embeddings [T, k_task] with those of layers and positions (paper section 3.3).
+
+        Returns:
+            The generators' inputs [sites, T, k]. In the variant ``hyperformer`` these are the task embeddings alone.
+        """
         T = task_embeddings.shape[0]
         task = task_embeddings.expand(self.num_sites, -1, -1)
         if self.config.variant == "hyperformer":
@@ -186,9 +198,9 @@ class HyperNetwork(nn.Module):
         return embeddings.unsqueeze(1).expand(-1, T, -1)
 
     def forward(self, task_embeddings: torch.Tensor) -> torch.Tensor:
-        """Task embeddings [T, k_task] -> the packed weights [sites, T, P] of every adapter of the stack.
+        """Generate the packed weights [sites, T, P] of every adapter of the stack from task embeddings [T, k_task].
 
-        Runs with autocast off: generated weights keep the parameters' precision.
+        Autocast is switched off within, so that generated weights keep the parameters' precision.
         """
         with torch.autocast(task_embeddings.device.type, enabled=False):
             e = self.embeddings(task_embeddings.to(self.generator.weight.dtype))
@@ -197,6 +209,7 @@ class HyperNetwork(nn.Module):
 
 
 def _linear(in_dim: int, out_dim: int) -> nn.Linear:
+    """A linear layer with the authors' initialisation."""
     linear = nn.Linear(in_dim, out_dim)
     nn.init.normal_(linear.weight, std=_INIT_STD)
     nn.init.zeros_(linear.bias)
@@ -204,5 +217,6 @@ def _linear(in_dim: int, out_dim: int) -> nn.Linear:
 
 
 def _plain_norms(layout: AdapterLayout) -> torch.Tensor:
+    """The initial parameters of the norms, as the end of a packed adapter: gamma one, beta zero."""
     one_norm = torch.cat([torch.ones(layout.d), torch.zeros(layout.d)])
     return one_norm.repeat(layout.norm_numel // (2 * layout.d))

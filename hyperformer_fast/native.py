@@ -1,7 +1,7 @@
-"""The compiled libraries: found, loaded once, and, where they are missing or out of date, said so once.
+"""Finds and loads the compiled libraries, and warns once if they are missing or out of date.
 
-Importing this module imports no torch; asking it for a library does. Nothing here raises: without a library the package
-is pure Python.
+Importing this module does not import torch; asking it for a library does. Nothing here raises: without its libraries
+the package works in pure Python.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _INFO = "build_info.json"
 
 @functools.cache
 def build_info() -> dict[str, Any]:
-    """build_info.json, as the build wrote it beside the libraries; empty where the package was never built."""
+    """Read build_info.json, which the build writes beside the libraries. It is empty if the package was never built."""
     try:
         info = json.loads((_PACKAGE / _INFO).read_text())
     except (OSError, ValueError):
@@ -30,7 +30,8 @@ def build_info() -> dict[str, Any]:
 
 
 def stale(library: str) -> bool:
-    """Whether the sources of ``library`` ("cpu" or "cuda") changed since its build. False without, as in a wheel."""
+    """Whether the sources of ``library`` ("cpu" or "cuda") changed since it was built. False if there is no library, or
+    if there are no sources, as in a wheel."""
     built = build_info().get("libraries", {}).get(library)
     csrc = _source_tree() / "csrc"
     if not built or not csrc.is_dir():
@@ -42,7 +43,7 @@ def stale(library: str) -> bool:
 
 
 def rebuild_command() -> str:
-    """What to type to (re)build the libraries of this very copy of the package."""
+    """The command that builds, or rebuilds, the libraries of this copy of the package."""
     root = _source_tree()
     if (root / "setup.py").is_file():
         return f"pip install --no-build-isolation --no-deps -e {root}"
@@ -50,17 +51,18 @@ def rebuild_command() -> str:
 
 
 def _source_tree() -> Path:
+    """The folder that contains the package: in an editable install, the root of the sources."""
     return _PACKAGE.parent
 
 
 @functools.cache
 def _load(library: str) -> str | None:
-    """Load ``library`` into torch; None where that worked, else the reason why not."""
+    """Load ``library`` into torch, once. Returns None if that worked, otherwise the reason why it did not."""
     info = build_info()
     built = info.get("libraries", {}).get(library)
     if not built:
         why = info.get("not_built", {}).get(library)
-        # A reason for not building CUDA names its own cure; the C++ library needs no more than the command.
+        # The reason why CUDA was not built names its own cure. The CPU library needs nothing but the build command.
         cure = "" if why and library == "cuda" else f"; build it with: {rebuild_command()}"
         return f"the {library} library is not built: {why or 'the package was never built'}{cure}"
     import torch
@@ -68,7 +70,7 @@ def _load(library: str) -> str | None:
     subnormals = _has_subnormals()
     try:
         torch.ops.load_library(str(library_file(library)))
-    except Exception as error:  # a missing file, another torch, another machine: the reference still serves
+    except Exception as error:  # e.g. a missing file or another torch; the reference backend still works
         words = str(error).strip().splitlines()
         cause = words[0] if words else repr(error)
         what = f"the {library} library does not load in torch {torch.__version__}"
@@ -83,18 +85,20 @@ def _load(library: str) -> str | None:
 
 
 def library_file(library: str) -> Path | None:
-    """The file of ``library`` ("cpu" or "cuda"); None where the build made none."""
+    """The file of ``library`` ("cpu" or "cuda"), or None if it was not built."""
     built = build_info().get("libraries", {}).get(library)
     return _PACKAGE / built["file"] if built else None
 
 
 def _has_subnormals() -> bool:
+    """Whether this thread computes with subnormal numbers rather than flushing them to zero."""
     return float("5e-324") * float("1") != 0
 
 
 @functools.cache
 def cpu_library() -> Any:
-    """``torch.ops.hyperformer_fast_cpu``, its library loaded; None where there is none (:func:`status` says why)."""
+    """Load the CPU library. Returns ``torch.ops.hyperformer_fast_cpu``, or None if the library cannot be loaded
+    (:func:`status` says why)."""
     if _load("cpu"):
         return None
     import torch
@@ -104,7 +108,8 @@ def cpu_library() -> Any:
 
 @functools.cache
 def cuda_library() -> Any:
-    """``torch.ops.hyperformer_fast_cuda``, its library loaded; None where there is none (:func:`status` says why)."""
+    """Load the CUDA library. Returns ``torch.ops.hyperformer_fast_cuda``, or None if the library cannot be loaded
+    (:func:`status` says why)."""
     if _load("cuda"):
         return None
     import torch
@@ -113,11 +118,12 @@ def cuda_library() -> Any:
 
 
 def status(library: str = "cpu") -> dict[str, Any]:
-    """What is known of ``library`` ("cpu" or "cuda"): loads it.
+    """Load ``library`` ("cpu" or "cuda"), and report on it.
 
     Returns:
-        ``built``: whether the build made it; ``loaded``; ``stale``: whether its sources changed; ``reason``: why it is
-        not loaded, None where it is; ``build_info``: the whole of build_info.json; ``rebuild``: the command.
+        ``built``: whether the build made it; ``loaded``: whether it loads; ``stale``: whether its sources changed since
+        its build; ``reason``: why it is not loaded, or None if it is; ``build_info``: the content of build_info.json;
+        ``rebuild``: the command that builds it.
     """
     reason = _load(library)
     return {
@@ -131,9 +137,11 @@ def status(library: str = "cpu") -> dict[str, Any]:
 
 
 def problem() -> str | None:
-    """One line on what a user should know at import, without loading anything: no kernels, or outdated ones.
+    """Check, without loading a library, whether the libraries are missing or out of date.
 
-    None where all is well, and where pure Python was asked for: HYPERFORMER_FAST_BUILD=none at the build, or now.
+    Returns:
+        A sentence for the user. None if all is well, or if the user asked for pure Python with
+        HYPERFORMER_FAST_BUILD=none, at the build or now.
     """
     info = build_info()
     if "none" in (info.get("mode"), os.environ.get("HYPERFORMER_FAST_BUILD", "").strip().lower()):
@@ -151,7 +159,7 @@ def problem() -> str | None:
 
 @functools.cache
 def warn_once() -> None:
-    """Warn of :func:`problem`, at the first import of the package and never again."""
+    """Warn of what :func:`problem` finds, if anything, once per process. The package calls it when it is imported."""
     message = problem()
     if message:
         warnings.warn(message, RuntimeWarning, stacklevel=3)

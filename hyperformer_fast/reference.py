@@ -1,8 +1,8 @@
-"""The truth: every op in plain PyTorch, for any floating dtype, on any device.
+"""The reference implementation of every op, in plain PyTorch, for any floating dtype and any device.
 
-:func:`adapter` is the method as the paper writes it, differentiable by autograd. :func:`fold`, :func:`adapter_forward`
-and :func:`adapter_backward` are the same adapter with its layer norm solved in the bottleneck (docs/design.md), which
-is the contract that the fused backends implement. The tests hold one against the other in float64.
+:func:`adapter` computes the adapter as the paper writes it, and autograd can differentiate it. :func:`fold`,
+:func:`adapter_forward` and :func:`adapter_backward` compute the same adapter with its layer norm moved into the
+bottleneck (docs/design.md). They define what the fused backends must return. The tests compare the two in float64.
 
 Letters: N rows, d width, b bottleneck, T tasks, P packed numbers per adapter, k embedding width.
 """
@@ -38,7 +38,8 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def _takes_spec(function: _Function) -> _Function:
-    """Accept ``layout, activation`` where ``function`` takes an :class:`AdapterSpec`, with a warning."""
+    """Let callers pass ``layout, activation`` in place of the :class:`AdapterSpec` that ``function`` takes. They get a
+    DeprecationWarning."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -61,24 +62,33 @@ def _takes_spec(function: _Function) -> _Function:
 
 
 def generate_weights(E: Tensor, G: Tensor, g0: Tensor) -> Tensor:
-    """``G e + g0`` for every embedding (paper section 3.2): E [Q, n, k], G [Q, P, k], g0 [Q, P] -> [Q, n, P]."""
+    """Generate packed adapters: ``packed[q, i] = G[q] @ E[q, i] + g0[q]`` (paper section 3.2).
+
+    Args:
+        E: [Q, n, k] embeddings.
+        G: [Q, P, k] generators.
+        g0: [Q, P] their biases.
+
+    Returns:
+        packed [Q, n, P].
+    """
     return torch.baddbmm(g0.unsqueeze(1), E, G.transpose(1, 2))
 
 
 def adapter(
     x: Tensor, packed: Tensor, layout: AdapterLayout, activation: str, task_index: Tensor | None = None
 ) -> Tensor:
-    """The adapter of the paper (section 2), differentiable, all of it in x's dtype.
+    """Apply the adapter of the paper (section 2). It is differentiable and computed in x's dtype throughout.
 
     Args:
         x: [..., d], or [B, ..., d] with ``task_index``.
         packed: [T, P]; T = 1 without ``task_index``.
-        layout: how ``packed`` lies.
-        activation: canonical name.
-        task_index: [B] integers; the task of each sample, -1 for none (its output is its input).
+        layout: the layout of ``packed``.
+        activation: ``gelu_new``, ``gelu``, ``relu`` or ``silu``.
+        task_index: [B] integers; the task of each sample, or -1 for none, which returns the sample as it is.
 
     Returns:
-        x + norm_post(up(act(down(norm_pre(x))))), x's shape and dtype.
+        x + norm_post(up(act(down(norm_pre(x))))), in x's shape and dtype.
     """
     parts = layout.unpack(packed.to(x.dtype))
     if task_index is None:
@@ -91,6 +101,7 @@ def adapter(
 
 
 def _adapter_rows(x: Tensor, w: dict[str, Tensor], layout: AdapterLayout, activation: str) -> Tensor:
+    """:func:`adapter` for rows of one task, whose weights are the unpacked parts ``w``."""
     d = (layout.d,)
     y = F.layer_norm(x, d, w["pre_gamma"], w["pre_beta"], EPS) if layout.pre_norm else x
     y = F.linear(activate(F.linear(y, w["down_weight"], w["down_bias"]), activation), w["up_weight"], w["up_bias"])
@@ -99,14 +110,15 @@ def _adapter_rows(x: Tensor, w: dict[str, Tensor], layout: AdapterLayout, activa
 
 @torch.no_grad()
 def fold(packed: Tensor, layout: AdapterLayout, dtype: torch.dtype) -> Folded:
-    """Fold the norms into the projections, and take the square root of the Gram matrix of the centred up-projection.
+    """Fold the norms into the projections, and compute R, the square root of the centred up-projection's Gram matrix.
 
-    Sums run in float64: the row variance is a sum of squares of R h, so R must not lose what the Gram matrix squares.
+    All sums are computed in float64: the Gram matrix squares the condition number of the up-projection, and R must keep
+    the digits that a float32 Gram matrix would lose.
 
     Args:
         packed: [..., P] of any floating dtype.
-        layout: how it lies.
-        dtype: the compute dtype, x's.
+        layout: the layout of ``packed``.
+        dtype: the compute dtype, which is the dtype of the x to come.
     """
     exact = accumulator_dtype(dtype, packed.dtype)
     w = layout.unpack(packed.double())
@@ -130,15 +142,15 @@ def fold(packed: Tensor, layout: AdapterLayout, dtype: torch.dtype) -> Folded:
 
 
 def _fresh(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """A contiguous copy, even where nothing needs converting: an op's outputs may not alias its inputs."""
+    """Return a contiguous copy in ``dtype``, even if ``t`` is one already: an op's outputs may not alias its inputs."""
     return t.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def square_root(gram: Tensor) -> Tensor:
-    """The upper triangular R with R^T R = ``gram`` [..., n, n], positive semi-definite. A pivot lost to rounding leaves
-    an empty row.
+    """Return the upper triangular R with R^T R = ``gram``, for a positive semi-definite ``gram`` [..., n, n].
 
-    Zero, duplicate and rank-one columns are legal weights, on which a library's Cholesky factorisation fails.
+    Unlike torch.linalg.cholesky it accepts a singular matrix, because zero, duplicate and rank-one columns are legal
+    weights: a pivot that is lost to rounding leaves a row of zeros.
     """
     n = gram.shape[-1]
     lower = torch.zeros_like(gram)
@@ -146,20 +158,21 @@ def square_root(gram: Tensor) -> Tensor:
     for j in range(n):
         column = gram[..., j:, j] - (lower[..., j:, :j] @ lower[..., j, :j, None]).squeeze(-1)
         pivot = column[..., :1]
-        kept = ~(pivot <= lost[..., j : j + 1])  # not `pivot > lost`: a NaN pivot must stay visible
+        kept = ~(pivot <= lost[..., j : j + 1])  # rather than `pivot > lost`: a NaN pivot must stay visible
         lower[..., j:, j] = torch.where(kept, column / pivot.sqrt(), 0.0)
     return lower.mT.contiguous()
 
 
 def _power_of_two(m: Tensor) -> Tensor:
-    """2^floor(log2 m) within float32's normal range; 1 where m is 0 or not finite."""
+    """Return 2^floor(log2 m), clamped to 2^-126 .. 2^126; 1 where m is 0 or not finite."""
     exponent = (torch.frexp(m).exponent - 1).clamp(-126, 126)
     usable = (m > 0) & m.isfinite()
     return torch.where(usable, torch.ldexp(torch.ones_like(m), exponent), 1.0)
 
 
 class _Rows:
-    """Groups the rows of x by sample, as [B, M, ...] (B = 1 without ``task_index``), and finds each group's weights."""
+    """The rows of x grouped by sample, as [B, M, ...], and the weights of each sample. Without ``task_index`` all rows
+    are one sample."""
 
     def __init__(self, x: Tensor, T: int, task_index: Tensor | None):
         self.T = T
@@ -171,18 +184,21 @@ class _Rows:
         self.task_index = task_index
 
     def group(self, t: Tensor) -> Tensor:
+        """View t [*lead, ...] as [B, M, ...], in the accumulator's dtype."""
         return t.reshape(self.B, self.M, *t.shape[len(self.lead) :]).to(self.acc)
 
     def ungroup(self, t: Tensor) -> Tensor:
+        """View t [B, M, ...] as [*lead, ...], contiguous."""
         return t.reshape(self.lead + t.shape[2:]).contiguous()
 
     def weights(self, w: Tensor) -> Tensor:
-        """The weights of each sample, [B or 1, ...], of w [T, ...]."""
+        """Pick each sample's weights from w [T, ...]: [B, ...], or [1, ...] without ``task_index``."""
         w = w.to(self.acc)
         return w if self.index is None else w[self.index]
 
     def select(self, adapted: Tensor, passed: Tensor | float) -> Tensor:
-        """``adapted`` [B, M, ...] where a task is given, ``passed`` where it is -1, NaN where it is out of range."""
+        """Return ``adapted`` [B, M, ...] for samples with a task, ``passed`` for those with -1, and NaN for those whose
+        task is out of range."""
         if self.task_index is None:
             return adapted
         shape = (-1,) + (1,) * (adapted.dim() - 1)
@@ -191,7 +207,7 @@ class _Rows:
         return torch.where((task >= self.T) | (task < -1), torch.nan, chosen)
 
     def sum_by_task(self, per_sample: Tensor) -> Tensor:
-        """The sums over each task's samples, [T, P], of [B, P]; in a fixed order, without samples that have no task."""
+        """Sum [B, P] over the samples of each task, in a fixed order, to [T, P]. Samples without a task add nothing."""
         if self.task_index is None:
             return per_sample
         out = per_sample.new_zeros(self.T, per_sample.shape[-1])
@@ -208,10 +224,20 @@ def adapter_forward(
     task_index: Tensor | None = None,
     save: bool = True,
 ) -> tuple[Tensor, Saved]:
-    """The adapter through its folded weights: out [..., d] in x's dtype, and what the backward needs (empty without
-    ``save``).
+    """Apply the adapter with its folded weights.
 
-    Arithmetic is float32 (float64 in float64); only z is rounded to x's dtype on the way, as the backward will see it.
+    Arithmetic is in float32, or in float64 if x is float64. Only z is rounded to x's dtype on the way, so that the
+    activation here has the same input as in the backward, which reads the rounded z.
+
+    Args:
+        x: [..., d], or [B, ..., d] with ``task_index``.
+        folded: the weights of T tasks, from :func:`fold`; T = 1 without ``task_index``.
+        spec: the adapter's layout and activation.
+        task_index: [B] integers; the task of each sample, -1 for none (out is x bit for bit); NaN for any other task.
+        save: whether to return what the backward needs.
+
+    Returns:
+        out [..., d] in x's dtype, and what :func:`adapter_backward` needs (empty tensors without ``save``).
     """
     layout, activation = spec.layout, spec.activation
     d, b = layout.d, layout.b
@@ -244,11 +270,12 @@ def adapter_forward(
 
 
 def _with_one(h: Tensor) -> Tensor:
+    """Append a 1 to each row: h~ = [h ; 1]."""
     return torch.cat([h, torch.ones_like(h[..., :1])], -1)
 
 
 def _root_rows(h: Tensor, root: Tensor) -> Tensor:
-    """q = R [h ; 1], row by row."""
+    """Return q = R [h ; 1] for each row h."""
     return _with_one(h) @ root.mT
 
 
@@ -264,9 +291,21 @@ def adapter_backward(
     need_dx: bool = True,
     need_dpacked: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of :func:`adapter_forward`, in closed form (docs/design.md): dx like x, dpacked [T, P] like ``packed``.
+    """Compute the gradients of :func:`adapter_forward` in closed form (docs/design.md has the formulas).
 
-    What is not needed is returned as an empty tensor.
+    Args:
+        g: [..., d], the gradient of the output.
+        x: the input of the forward.
+        saved: what the forward saved.
+        packed: [T, P], the weights that were folded.
+        folded: the folded weights.
+        spec: the adapter's layout and activation.
+        task_index: as in the forward.
+        need_dx: whether dx is needed.
+        need_dpacked: whether dpacked is needed.
+
+    Returns:
+        dx like x, and dpacked [T, P] like ``packed``; an empty tensor in place of one that is not needed.
     """
     layout, activation = spec.layout, spec.activation
     d, b = layout.d, layout.b
@@ -314,7 +353,7 @@ def _weight_gradients(
     folded: Folded,
     layout: AdapterLayout,
 ) -> dict[str, Tensor]:
-    """Per-sample gradients [B, ...] of every part of the packed adapter."""
+    """Return the gradient [B, ...] of every part of the packed adapter, for each sample."""
     w = {name: rows.weights(part) for name, part in layout.unpack(packed).items()}
     down, dbias = dz.mT @ source, dz.sum(1)
     parts = {"down_weight": down, "down_bias": dbias}

@@ -1,4 +1,5 @@
-"""The embedded default: a byte-level T5 small enough to ship, and ByT5's tokenizer, which needs no files.
+"""The default model: a byte-level T5 that is small enough to be part of the package, and ByT5's tokenizer, which needs
+no files.
 
 docs/tiny_t5.md says what the T5 was trained on.
 """
@@ -13,7 +14,10 @@ if TYPE_CHECKING:
 
 
 def load_tiny() -> tuple[T5ForConditionalGeneration, ByT5Tokenizer]:
-    """(T5 in float32 and eval mode, tokenizer). Stored in float16; nothing is fetched.
+    """Load the T5 and the tokenizer from the package; nothing is downloaded.
+
+    Returns:
+        The T5 in float32 (its file is float16) and in eval mode, and the tokenizer.
 
     Raises:
         FileNotFoundError: the package was installed without its assets.

@@ -106,7 +106,7 @@ def fold_kernel(
         WD       [n, b, d]       compute dtype; output, the down-projection, times the pre-norm's gamma if PRE
         WG       [n, b, d]       compute dtype; output, the up-projection transposed; if POST centred, times gamma,
                                  divided by SCALE
-        VECTORS  [n, V]          float32; output, per adapter the folded down bias [b] and up bias [d], and if POST beta [d]
+        VECTORS  [n, V]          float32; output, the folded down bias [b], the folded up bias [d], and if POST beta [d]
         SCALE    [n, b]          float32; output, powers of two, one per row of WG (written if POST)
         ROOT     [n, b+1, b+1]   float32; output, R with R^T R = Wa^T Wa / d (written if POST)
         MEAN     [n, b+1]        float32; output, the column means of [W_u | b_u] (written if POST)

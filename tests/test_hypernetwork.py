@@ -127,7 +127,7 @@ def test_add_task():
     assert embeddings().shape == (6, 6)
     assert torch.equal(embeddings()[3], a) and torch.allclose(embeddings()[4], (a + b) / 2)
     for name, init, message in (
-        ("cola", None, "there already"),
+        ("cola", None, "'cola' exists already: choose a name other than cola, mnli"),
         ("x", "nope", "unknown task 'nope'"),
         ("x", [], "at least one"),
     ):

@@ -291,7 +291,7 @@ def test_add_task():
     assert torch.equal(model(**inputs, task="mnli").logits, expected)
     model(**inputs, task_index=torch.tensor([5, 4, 3, 0])).loss.backward()
     assert e["fresh"].grad.abs().sum() > 0
-    for name, source, message in [("mnli", None, "there already"), ("x", "rte", "unknown task")]:
+    for name, source, message in [("mnli", None, "exists already"), ("x", "rte", "unknown task")]:
         with pytest.raises(ValueError, match=message):
             model.add_task(name, source)
     assert len(model.hyperformer_config.tasks) == len(e) == 6

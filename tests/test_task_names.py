@@ -70,5 +70,5 @@ def test_what_is_no_text_is_refused():
     ):
         with pytest.raises(error, match=message):
             HyperFormerConfig(tasks=tasks)
-    with pytest.raises(ValueError, match="there already"):
+    with pytest.raises(ValueError, match="exists already"):
         tiny_model(tasks=["a.b"]).add_task("a.b")
