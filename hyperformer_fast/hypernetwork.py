@@ -11,7 +11,7 @@ from .config import HyperFormerConfig
 from .layout import AdapterLayout
 from .names import NamedParameters
 
-#: The sublayers of a block that an adapter follows. A position's index in this tuple is its id, as in the authors' code.
+#: The sublayers of a block that an adapter follows. A position's index in the tuple is its id, as in the authors' code.
 POSITIONS = ("feed_forward", "self_attention")
 
 _INIT_STD = 1e-2  # `weight_init_range` of the authors' AdapterConfig

@@ -52,9 +52,9 @@ assert set(errors) == set(backends.backend_report()[-1]["serves"]) and max(error
     done = run(["-c", code], TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr
     for expected in (
-        "not triton: its interpreter is for tests: ask for it by name",
+        "not triton: Triton's interpreter is for tests only: ask for it by name",
         "triton None",
-        "None the inputs are on cuda, not on cpu",
+        "None the inputs are on cuda, not on cpu: move them, or use backend 'auto'",
         "None dtype torch.float64 is not",
         "None bottleneck 129 is beyond 128",
     ):

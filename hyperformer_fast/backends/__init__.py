@@ -1,4 +1,4 @@
-"""Which kernels serve a call, and why."""
+"""Backends: the sets of kernels that serve the ops, and the choice among them."""
 
 from .base import Backend, BackendError, Request, Support
 from .choice import Explanation, current_backend, explain, select, serving, use_backend

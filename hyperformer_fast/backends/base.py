@@ -1,4 +1,4 @@
-"""What a backend is: the contract that its kernels fulfil, and how it says what it serves."""
+"""The base class of backends: what their kernels compute, and how a backend says what it supports."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from torch import Tensor
 
 from ..layout import AdapterLayout, AdapterSpec, Folded, Saved
 
-#: The ops: each is a method of :class:`Backend`.
+#: The names of the ops. Each is a method of :class:`Backend`.
 OPS = ("generate_weights", "fold", "adapter_forward", "adapter_backward", "hyper_adapter")
 
-#: The largest bottleneck of the GPU kernels: beyond it R h~ (b^2 a row) is no longer small beside the two projections
-#: (2 d b). csrc/cuda has the same limit.
+#: The largest bottleneck that the GPU kernels support. For a larger one R h~, which takes b^2 multiplications a row, is
+#: no longer cheap beside the two projections, which take 2 d b. csrc/cuda has the same limit.
 LARGEST_GPU_BOTTLENECK = 128
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class BackendError(RuntimeError):
-    """A backend that was asked for by name and cannot serve; the message says why, with the cure."""
+    """Raised if a backend that was asked for by name cannot serve a call. The message says why, and names the cure."""
 
 
 class Request(NamedTuple):
-    """The static facts of a call. The choice of a backend depends on them alone, never on the number of rows."""
+    """The properties of a call on which the choice of a backend depends. The number of rows is not one of them."""
 
     op: str
     device: str
@@ -38,7 +38,7 @@ class Request(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Support:
-    """Yes, or no with the reason; true where it is yes."""
+    """Whether something is supported, and if not, why. It is true in a condition if it is supported."""
 
     reason: str | None = None
 
@@ -49,7 +49,7 @@ class Support:
 
     @classmethod
     def no(cls, reason: str) -> Support:
-        """It is not, for this reason; where there is a cure, the reason names it."""
+        """It is not supported, for this reason. If there is a cure, the reason names it."""
         return cls(reason)
 
     def __bool__(self) -> bool:
@@ -59,58 +59,62 @@ class Support:
 class Backend(abc.ABC):
     """A set of kernels.
 
-    Inputs come checked: shapes, dtypes and devices fit. Outputs are new tensors, with the shapes and dtypes of
-    ``Folded.table`` and ``Saved.table``. Autograd is not the backend's concern.
+    The methods get checked inputs, whose shapes, dtypes and devices fit together. They return new tensors with the
+    shapes and dtypes of ``Folded.table`` and ``Saved.table``. They do not deal with autograd.
 
-    A backend with kernels for some of the ops only inherits the rest from ``ReferenceBackend`` and lists its own in
-    ``serves``.
+    A backend that has kernels for only some of the ops inherits the other ops from ``ReferenceBackend``, and lists its
+    own in ``serves``.
     """
 
     name: str
-    #: The type of the device on which its kernels run; None: any.
+    #: The type of the device on which its kernels run, as "cuda"; None for any device.
     device: str | None = None
     #: The ops for which it may be chosen.
     serves: Sequence[str] = OPS
-    #: Whether its kernels failed their self-test, for which reason it is not available.
+    #: Whether its kernels failed their self-test. Such a backend is not available.
     wrong: bool = False
 
     @abc.abstractmethod
     def availability(self) -> Support:
-        """Whether anything at all can run on this machine."""
+        """Whether the backend can run on this machine at all."""
 
     @abc.abstractmethod
     def supports(self, request: Request) -> Support:
-        """Whether this request can be served. Asked only of an available backend, about an op in ``serves`` with
-        inputs on its device."""
+        """Whether the backend can serve this request. It is called only if the backend is available, the op is in
+        ``serves`` and the inputs are on its device."""
 
     def serves_by_default(self, request: Request) -> Support:
-        """Whether ``"auto"`` may take this backend for a request that it supports; no: it must be asked for by name."""
+        """Whether ``"auto"`` may choose this backend for a request that it supports. Otherwise it serves only if it is
+        asked for by name."""
         return Support.yes()
 
     @abc.abstractmethod
     def generate_weights(self, E: Tensor, G: Tensor, g0: Tensor) -> Tensor:
-        """E [Q, n, k], G [Q, P, k], g0 [Q, P], of one dtype -> packed [Q, n, P] in it."""
+        """Compute packed[q, i] = G[q] @ E[q, i] + g0[q].
+
+        E is [Q, n, k], G [Q, P, k] and g0 [Q, P], all of one dtype; packed is [Q, n, P] in that dtype.
+        """
 
     @abc.abstractmethod
     def fold(self, packed: Tensor, layout: AdapterLayout, dtype: torch.dtype) -> Folded:
-        """packed [..., P] of any floating dtype, folded for an x of ``dtype``."""
+        """Fold packed [..., P], which has any floating dtype, for an x of ``dtype``."""
 
     @abc.abstractmethod
     def adapter_forward(
         self, x: Tensor, folded: Folded, spec: AdapterSpec, task_index: Tensor | None, save: bool
     ) -> tuple[Tensor, Saved]:
-        """The adapter through its folded weights.
+        """Apply the adapter with its folded weights.
 
         Args:
-            x: [..., d], or [B, ..., d] with ``task_index``; any strides.
-            folded: of T tasks; T = 1 without ``task_index``.
-            spec: the adapter.
-            task_index: [B] int32 or int64; -1: the sample's output is its input, bit for bit; outside -1 .. T-1 (on a
-                device, where nobody looks): NaN.
-            save: whether a backward will follow; without it all of ``Saved`` is empty.
+            x: [..., d], or [B, ..., d] with ``task_index``; with any strides.
+            folded: the folded weights of T tasks; T = 1 without ``task_index``.
+            spec: the adapter's layout and activation.
+            task_index: [B] int32 or int64, the task of each sample. The output of a sample with -1 is its input, bit
+                for bit. A value outside -1 .. T-1 can occur on a GPU, where it is not checked, and gives NaN.
+            save: whether a backward will follow. If not, all fields of ``Saved`` are empty.
 
         Returns:
-            out, like x and contiguous; what the backward needs.
+            The output, contiguous and otherwise like x, and what the backward needs.
         """
 
     @abc.abstractmethod
@@ -126,11 +130,11 @@ class Backend(abc.ABC):
         need_dx: bool,
         need_dpacked: bool,
     ) -> tuple[Tensor, Tensor]:
-        """Gradients of :meth:`adapter_forward` for the output's gradient g [..., d].
+        """Compute the gradients of :meth:`adapter_forward`, given the gradient g [..., d] of its output.
 
         Returns:
-            dx like x and dpacked like ``packed`` [T, P], the whole gradient of the adapter's weights; empty where not
-            needed. The same bits at every run.
+            dx like x, and dpacked like ``packed`` [T, P], which is the whole gradient of the adapter's weights; an
+            empty tensor in place of one that is not needed. Every run gives the same bits.
         """
 
     @torch.no_grad()
@@ -144,9 +148,12 @@ class Backend(abc.ABC):
         task_index: Tensor | None,
         save: bool,
     ) -> tuple[Tensor, Saved, Tensor, Folded]:
-        """Generate, fold and apply one adapter: E [T, k], G [P, k], g0 [P] -> out, saved, packed [T, P], folded.
+        """Generate, fold and apply one adapter, from E [T, k], G [P, k] and g0 [P].
 
-        By default the other ops in turn.
+        This default calls the other ops in turn.
+
+        Returns:
+            The output, what the backward needs, packed [T, P], and the folded weights.
         """
         packed = self.generate_weights(E.unsqueeze(0), G.unsqueeze(0), g0.unsqueeze(0)).squeeze(0)
         folded = self.fold(packed, spec.layout, x.dtype)
@@ -155,14 +162,14 @@ class Backend(abc.ABC):
 
 
 def kernel_dtype(request: Request) -> Support:
-    """Whether x has one of the three dtypes that compiled kernels serve."""
+    """Whether the request has one of the three dtypes that fused kernels support."""
     if request.dtype in _KERNEL_DTYPES:
         return Support.yes()
     return Support.no(f"dtype {request.dtype} is not float32, bfloat16 or float16; use backend 'auto' or 'reference'")
 
 
 def gpu_kernel(request: Request) -> Support:
-    """Whether the Triton kernels and those of the CUDA library, which have the same limits, can serve a request."""
+    """Whether the GPU kernels can serve a request. Those in Triton and those in CUDA C++ have the same limits."""
     if request.b > LARGEST_GPU_BOTTLENECK:
         return Support.no(
             f"bottleneck {request.b} is beyond {LARGEST_GPU_BOTTLENECK}; use backend 'auto' or 'reference'"

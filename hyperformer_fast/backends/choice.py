@@ -1,12 +1,13 @@
-"""The choice of a backend for one call. The first of these that says anything decides:
+"""The choice of a backend for one call. The first of these that is set decides:
 
 1. ``impl=`` at the call of an op;
-2. :func:`use_backend`, in force in the calling thread;
-3. ``HYPERFORMER_FAST_BACKEND_<OP>``, as ``HYPERFORMER_FAST_BACKEND_ADAPTER_FORWARD``;
-4. ``HYPERFORMER_FAST_BACKEND``;
+2. :func:`use_backend` in the calling thread;
+3. the environment variable ``HYPERFORMER_FAST_BACKEND_<OP>``, for example
+   ``HYPERFORMER_FAST_BACKEND_ADAPTER_FORWARD``;
+4. the environment variable ``HYPERFORMER_FAST_BACKEND``;
 5. the ranked order: the first backend that supports the request and serves by default.
 
-The name ``"auto"`` at any of the first four stands for the fifth. The environment is read once, at the first call.
+The name ``"auto"`` at any of the first four means the fifth. The environment is read once, at the first call.
 """
 
 from __future__ import annotations
@@ -40,23 +41,25 @@ _of_thread = _OfThread()
 
 def _choose(name: str) -> None:
     if torch.compiler.is_compiling():
-        # The ops of a graph choose a backend when they run, which is after the block: it would be silently ignored.
+        # The ops of a compiled graph choose a backend when they run. That is after the block, which would silently have
+        # no effect.
         torch._dynamo.graph_break(msg="use_backend in a compiled graph: use it outside, or pass impl= to the op")
     _of_thread.name = name
 
 
-class use_backend:  # a class that is called like a function, as torch.set_grad_enabled is
-    """Choose a backend for the calls of this thread: from now on, or, as ``with use_backend(...):``, within the block.
-    It decorates a function, too.
+class use_backend:  # lower case, because it is called like a function, as is torch.set_grad_enabled
+    """Choose the backend for all later calls in this thread.
 
-    Other threads do not see the choice; HYPERFORMER_FAST_BACKEND is for the whole process.
+    ``with use_backend(...):`` restores the previous choice after the block, and ``@use_backend(...)`` makes the choice
+    for a function. Other threads are not affected; to choose for the whole process, set HYPERFORMER_FAST_BACKEND. A
+    call that the chosen backend cannot serve raises BackendError.
 
     Args:
-        name: as in :func:`backend_names`; ``"auto"``: the first that supports a call, whatever the environment says.
+        name: a name from :func:`backend_names`. ``"auto"`` chooses the first backend that supports a call, whatever the
+            environment says.
 
     Raises:
-        ValueError: there is no backend of that name. A call that the backend cannot serve raises BackendError, with
-            the cure.
+        ValueError: there is no backend of that name.
     """
 
     def __init__(self, name: str):
@@ -66,7 +69,7 @@ class use_backend:  # a class that is called like a function, as torch.set_grad_
         _choose(self._name)
 
     def __enter__(self) -> None:
-        if self._entered:  # a second block with the same object
+        if self._entered:  # the same object is used for a further block
             self._before.append(_of_thread.name)
         self._entered = True
         _choose(self._name)
@@ -77,7 +80,7 @@ class use_backend:  # a class that is called like a function, as torch.set_grad_
         _of_thread.name = self._before.pop()
 
     def __call__(self, function: _Function) -> _Function:
-        if self._before and not self._entered:  # as a decorator it chooses for the function alone
+        if self._before and not self._entered:  # used as a decorator: the choice is for the function alone
             _of_thread.name = self._before.pop()
 
         @functools.wraps(function)
@@ -89,12 +92,17 @@ class use_backend:  # a class that is called like a function, as torch.set_grad_
 
 
 def current_backend(op: str | None = None) -> str:
-    """The name that is asked for where a call has no ``impl=``: in general, or for one op."""
+    """The name of the backend that a call without ``impl=`` asks for.
+
+    Args:
+        op: the op that is called. None asks about ops in general, and leaves out the environment variables of single
+            ops.
+    """
     return _asked(op, None)[0]
 
 
 def _asked(op: str | None, impl: str | None) -> tuple[str, str]:
-    """The name asked for, and what asked."""
+    """Return the name of the backend that is asked for, and what asks for it."""
     if impl is not None:
         return registry.known(impl, "impl"), "impl="
     if _of_thread.name is not None:
@@ -113,27 +121,27 @@ def variable_of(op: str) -> str:
 
 @functools.cache
 def environment() -> dict[str, str]:
-    """The variables that choose a backend, and their values. ValueError for one that names no op."""
+    """Read the variables that choose a backend, with their values. ValueError if a variable's name has no known op."""
     found = {name: value for name, value in os.environ.items() if name.startswith(ENVIRONMENT_VARIABLE) and value}
     of_ops = [variable_of(op) for op in OPS]
     for name in found:
         if name != ENVIRONMENT_VARIABLE and name not in of_ops:
-            raise ValueError(f"{name} names no op: the variables of single ops are {', '.join(of_ops)}")
+            raise ValueError(f"{name} names no op: unset it, or use one of {', '.join(of_ops)}")
     return found
 
 
 def select(request: Request, impl: str | None = None) -> Backend:
-    """The backend that serves ``request``.
+    """Choose the backend that serves ``request``.
 
     Raises:
-        BackendError: the one asked for cannot.
-        ValueError: there is no backend of the name asked for.
+        BackendError: the backend that is asked for by name cannot serve the request.
+        ValueError: no backend has the name that is asked for.
     """
     return _select(_of_thread.name if impl is None else impl, *request)
 
 
 def serving(op: str, device: str, dtype: torch.dtype, d: int = 0, b: int = 0, impl: str | None = None) -> Backend:
-    """:func:`select` without a :class:`Request`: on the path of every eager call."""
+    """:func:`select` without making a :class:`Request`, because every eager call comes through here."""
     return _select(_of_thread.name if impl is None else impl, op, device, dtype, d, b)
 
 
@@ -151,20 +159,20 @@ def _select(name: str | None, op: str, device: str, dtype: torch.dtype, d: int, 
 
 
 def _refusal(backend: Backend, request: Request, asked: str) -> str | None:
-    """Why ``backend`` does not serve ``request`` where ``asked`` is asked for; None where it does."""
+    """Return why ``backend`` does not serve ``request`` if the backend ``asked`` is asked for, or None if it does."""
     if not (available := backend.availability()):
         return available.reason
     if request.op not in backend.serves:
         return f"it has kernels for {', '.join(backend.serves)} only; use backend 'auto' or 'reference'"
     if backend.device not in (None, request.device):
-        return f"the inputs are on {request.device}, not on {backend.device}"
+        return f"the inputs are on {request.device}, not on {backend.device}: move them, or use backend 'auto'"
     if not (support := backend.supports(request)):
         return support.reason
     return backend.serves_by_default(request).reason if asked == AUTO else None
 
 
 def forget() -> None:
-    """Read the environment anew, and ask every backend again what it serves."""
+    """Clear the caches: the next call reads the environment and asks the backends what they support again."""
     _select.cache_clear()
     environment.cache_clear()
 
@@ -174,13 +182,13 @@ registry.on_change(forget)
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """Which backend serves a request (None: the one asked for cannot), and why each other one does not."""
+    """Which backend serves a request, and why the others do not."""
 
     request: Request
-    choice: str  #: the name asked for
-    chosen: str | None
-    reasons: dict[str, str]
-    source: str = "ranked order"  #: what asked: ``impl=``, ``use_backend``, an environment variable, or this
+    choice: str  #: the name that is asked for
+    chosen: str | None  #: the backend that serves; None if the one that is asked for cannot
+    reasons: dict[str, str]  #: why each of the other backends does not serve
+    source: str = "ranked order"  #: what asks: ``impl=``, ``use_backend``, an environment variable, or ``ranked order``
 
     def __str__(self) -> str:
         request, chosen = self.request, self.chosen or "none"
@@ -199,12 +207,15 @@ def explain(
     b: int = 24,
     impl: str | None = None,
 ) -> Explanation:
-    """The backend that would serve ``op``, where that choice comes from, and why each other one was refused.
+    """Explain which backend would serve ``op``, what that choice comes from, and why the other backends do not serve.
 
     Args:
         op: ``generate_weights``, ``fold``, ``adapter_forward``, ``adapter_backward`` or ``hyper_adapter``.
-        x: an input, which stands for ``device``, ``dtype`` and ``d``.
-        device, dtype, d, b: of the input, and the adapter's bottleneck.
+        x: an input; its device, dtype and width replace ``device``, ``dtype`` and ``d``.
+        device: the device of the input.
+        dtype: the dtype of the input.
+        d: the width of the input.
+        b: the adapter's bottleneck.
         impl: as at the call of an op.
 
     Raises:

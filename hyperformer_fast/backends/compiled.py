@@ -1,4 +1,4 @@
-"""What the two compiled libraries share: the same raw ops, called the same way."""
+"""The common part of the two backends whose kernels are in a compiled library: both call the same raw ops."""
 
 from __future__ import annotations
 
@@ -16,26 +16,28 @@ from .base import Backend, Support
 
 
 class CompiledBackend(Backend):
-    """Kernels of a library built from csrc/, where the schemas of its raw ops are defined. float64 is left to the
-    reference."""
+    """A backend with the kernels of a library that is built from csrc/. The schemas of the raw ops are defined there.
+
+    float64 is not supported: it is served by the reference backend.
+    """
 
     def __init__(self) -> None:
         self._verdicts: dict[tuple[str, ...], str | None] = {}
 
     @abc.abstractmethod
     def library(self) -> Any:
-        """The raw ops; None where the library is not there."""
+        """The raw ops, or None if the library cannot be loaded."""
 
     @abc.abstractmethod
     def circumstances(self) -> tuple[str, ...]:
-        """What the results depend on beside the library's file; the kernels are tested once for each."""
+        """What the kernels' results depend on beside the library's file. The self-test runs once for each value."""
 
     def testable(self) -> bool:
-        """Whether the kernels may be tried right now."""
+        """Whether the self-test can run at this moment."""
         return True
 
     def trusted(self) -> Support:
-        """Whether the loaded library's kernels passed their self-test, which runs at the first call."""
+        """Whether the kernels of the loaded library pass their self-test, which runs at the first call."""
         file = native.library_file(self.name)
         if file is None or not self.testable():
             return Support.yes()
@@ -81,7 +83,7 @@ class CompiledBackend(Backend):
         return dx, dpacked.to(packed.dtype)
 
     def in_one_call(self, x: Tensor) -> bool:
-        """Whether the library's own ``hyper_adapter`` serves these rows; otherwise its other ops do, in turn."""
+        """Whether the library's op ``hyper_adapter`` serves x. Otherwise its other ops are called in turn."""
         return True
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""C++ kernels on a CPU."""
+"""The backend ``cpu``: C++ kernels."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from .. import native
 from .base import Request, Support, kernel_dtype
 from .compiled import CompiledBackend
 
-#: Forces an instruction set, for comparisons and tests. The default is the widest that the CPU has.
+#: The environment variable that forces an instruction set, for comparisons and tests. By default the widest one of the
+#: CPU is used.
 ISA_VARIABLE = "HYPERFORMER_FAST_CPU_ISA"
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16")
 
 
 class CpuBackend(CompiledBackend):
-    """The compiled library ``_hf_cpu``.
+    """The kernels of the compiled library ``_hf_cpu``.
 
-    Rows whose last dimension is contiguous are read where they lie; others are copied once. Weight gradients are summed
-    over fixed stretches of rows in a fixed order, whatever the number of threads.
+    A tensor whose last dimension is contiguous is read in place, whatever its other strides; another one is copied
+    once. Weight gradients are summed over fixed blocks of rows in a fixed order, whatever the number of threads.
     """
 
     name = "cpu"
@@ -44,7 +45,7 @@ class CpuBackend(CompiledBackend):
         return torch.backends.cpu.get_cpu_capability(), self.instruction_set()
 
     def instruction_set(self) -> str:
-        """The one in use."""
+        """The name of the instruction set in use."""
         return INSTRUCTION_SETS[self.library().instruction_set()]
 
     def supports(self, request: Request) -> Support:

@@ -1,4 +1,4 @@
-"""CUDA C++ kernels on an NVIDIA GPU."""
+"""The backend ``cuda``: CUDA C++ kernels for NVIDIA GPUs."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from .. import native
 from .base import Request, Support, gpu_kernel
 from .compiled import CompiledBackend
 
-#: Compute capability of the oldest architecture with cp.async and bfloat16 products (Ampere)
+#: The compute capability of Ampere, the oldest architecture with cp.async and bfloat16 tensor cores.
 OLDEST = (8, 0)
 
-#: The library's kernels, as its op ``shared_bytes`` counts them.
+#: The names of the library's kernels. The index of a kernel is its number in the library's op ``shared_bytes``.
 KERNELS = ("generate", "fold", "forward", "backward", "weight_gradients", "finish", "few_rows", "site")
 
-#: The most rows for which ``hyper_adapter`` is one launch. With more, applying the adapter takes longer than the gaps
-#: between three launches, and the forward's own kernel, which keeps the rows in registers, is faster. An estimate, to
-#: be measured on a GPU.
+#: The largest number of rows for which ``hyper_adapter`` is one launch. With more rows, applying the adapter takes
+#: longer than the gaps between three launches, and the kernel ``forward`` is faster because it keeps the rows in
+#: registers. This number is an estimate and has not been measured.
 ONE_LAUNCH_ROWS = 1024
 
 
 class CudaBackend(CompiledBackend):
-    """The compiled library ``_hf_cuda``.
+    """The kernels of the compiled library ``_hf_cuda``.
 
-    Rows with a common stride are read where they lie; others are copied once. float32 products are three tf32 products
-    each (to 2^-23, their sums rounded to nearest outside the tensor cores), whatever
-    ``torch.get_float32_matmul_precision()`` says.
+    A tensor whose rows have a common stride is read in place; another one is copied once. A float32 product is computed
+    as three tf32 products, to a relative error of 2^-23, whatever ``torch.get_float32_matmul_precision()`` says. Their
+    sums are rounded to nearest, outside of the tensor cores.
     """
 
     name = "cuda"
@@ -60,7 +60,7 @@ class CudaBackend(CompiledBackend):
         return self.trusted()
 
     def testable(self) -> bool:
-        return not torch.cuda.is_current_stream_capturing()  # a test reads results back, which ends a capture
+        return not torch.cuda.is_current_stream_capturing()  # the test reads results back, which breaks a capture
 
     def circumstances(self) -> tuple[str, ...]:
         return torch.cuda.get_device_name(), str(torch.version.cuda)
@@ -69,7 +69,7 @@ class CudaBackend(CompiledBackend):
         return gpu_kernel(request)
 
     def serves_by_default(self, request: Request) -> Support:
-        return Support.no("no measurement on a GPU says that it is faster: ask for it by name")
+        return Support.no("it has not been measured to be faster on a GPU: ask for it by name")
 
     def in_one_call(self, x: Tensor) -> bool:
         return x.numel() <= ONE_LAUNCH_ROWS * x.shape[-1]

@@ -1,4 +1,4 @@
-"""Plain PyTorch: serves everything, everywhere."""
+"""The backend ``reference``: plain PyTorch, which supports every request on every device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from .base import Backend, Request, Support
 
 
 class ReferenceBackend(Backend):
-    """The truth and the last resort. Autocast is off within it: the ops themselves define the dtype of each sum."""
+    """Calls ``hyperformer_fast.reference``. It serves what no other backend supports.
+
+    Autocast is switched off within, because the ops themselves define the dtype of every sum.
+    """
 
     name = "reference"
 

@@ -1,4 +1,4 @@
-"""The backends that there are, in the order in which ``"auto"`` prefers them."""
+"""The list of all backends, in the order in which ``"auto"`` prefers them."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ _on_change: list[Callable[[], None]] = []
 
 
 def register(backend: Backend, before: str = "reference") -> None:
-    """Add a backend: from now on it can be asked for by name, and ``"auto"`` considers it.
+    """Add a backend. From then on it can be asked for by name, and ``"auto"`` considers it.
 
     Args:
-        backend: with a ``name`` of its own.
-        before: the backend to which ``"auto"`` prefers it; by default only the reference, the last resort.
+        backend: the backend. Its ``name`` must not be taken.
+        before: the name of the backend before which it is placed in the ranked order. By default it is placed last but
+            one, before the reference.
 
     Raises:
-        TypeError: it is not a :class:`Backend`.
-        ValueError: the name is taken, or there is no backend ``before``.
+        TypeError: ``backend`` is not a :class:`Backend`.
+        ValueError: its name is taken, or there is no backend ``before``.
     """
     if not isinstance(backend, Backend):
         raise TypeError(f"backend must be an instance of hyperformer_fast.backends.Backend, got {backend!r}")
@@ -42,7 +43,8 @@ def register(backend: Backend, before: str = "reference") -> None:
 
 
 def unregister(name: str) -> None:
-    """Remove a backend that :func:`register` added. ValueError where there is none of that name, or it is our own."""
+    """Remove a backend that :func:`register` added. ValueError if there is no backend of that name, or if it comes with
+    the library."""
     removed = get(name)
     if name in _OURS:
         raise ValueError(f"{name!r} comes with the library and cannot be unregistered")
@@ -57,7 +59,7 @@ def _replace(ranked: list[Backend]) -> None:
 
 
 def on_change(forget: Callable[[], None]) -> None:
-    """Have ``forget`` called whenever a backend comes or goes."""
+    """Call ``forget`` whenever a backend is registered or unregistered."""
     _on_change.append(forget)
 
 
@@ -67,27 +69,33 @@ def ranked() -> list[Backend]:
 
 
 def backend_names() -> list[str]:
-    """Every name by which a backend can be asked for, ``"auto"`` first."""
+    """All names by which a backend can be asked for, ``"auto"`` first."""
     return [AUTO, *_backends]
 
 
 def known(name: str, source: str) -> str:
-    """``name`` where it can be asked for. ValueError otherwise, which begins with ``source``."""
+    """Return ``name`` if a backend can be asked for by it. Otherwise raise a ValueError whose message begins with
+    ``source``."""
     if name not in backend_names():
         raise ValueError(f"{source}: backend must be one of {', '.join(backend_names())}, got {name!r}")
     return name
 
 
 def get(name: str) -> Backend:
-    """The backend of this name. ValueError where there is none."""
+    """The backend of this name. ValueError if there is none."""
     if name not in _backends:
         raise ValueError(f"backend must be one of {', '.join(_backends)}, got {name!r}")
     return _backends[name]
 
 
 def backend_report() -> list[dict[str, object]]:
-    """For every backend: its name, whether it is available here, the ops it serves, the reason where it is not, and
-    whether that reason is that its kernels failed their self-test (``wrong``)."""
+    """Report on every backend.
+
+    Returns:
+        One dictionary per backend: its ``name``; whether it is ``available`` on this machine; the ops it ``serves``;
+        the ``reason`` why it is not available, empty if it is; and ``wrong``, whether that reason is that its kernels
+        failed their self-test.
+    """
     report: list[dict[str, object]] = []
     for backend in ranked():
         support = backend.availability()
@@ -104,14 +112,18 @@ def backend_report() -> list[dict[str, object]]:
 
 
 def live_check(name: str) -> dict[str, float]:
-    """Run the self-test of the backend ``name``: its ops on a small adapter.
+    """Run the self-test of a backend, which compares its ops on a small adapter with the reference in float64.
+
+    Args:
+        name: the backend's name.
 
     Returns:
-        For each op that it serves the largest error, relative to the largest number of the float64 result.
+        For each op that the backend serves, the largest absolute error divided by the largest absolute value of the
+        float64 result.
 
     Raises:
         BackendError: the backend is not available.
-        ValueError: there is none of that name.
+        ValueError: there is no backend of that name.
     """
     backend = get(name)
     if not (available := backend.availability()):

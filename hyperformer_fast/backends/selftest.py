@@ -1,4 +1,4 @@
-"""The self-test: a backend's ops on a small adapter, against the reference in float64."""
+"""The self-test of a backend: its ops on a small adapter are compared with the reference in float64."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from ..layout import AdapterLayout, AdapterSpec, accumulator_dtype
 from .base import Backend
 from .reference import ReferenceBackend
 
-#: The largest error that is allowed, relative to the largest number of the float64 result. Right kernels stay below a
-#: quarter of it (float32: below 1e-6).
+#: The largest error that is allowed, relative to the largest absolute value of the float64 result. The errors of
+#: correct kernels are below a quarter of it, and in float32 below 1e-6.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 
 SPEC = AdapterSpec(AdapterLayout(96, 12), "gelu_new")
@@ -18,9 +18,15 @@ _TASKS = (0, 1, -1, 1)
 
 
 def errors(backend: Backend, dtype: torch.dtype = torch.float32, spec: AdapterSpec = SPEC) -> dict[str, float]:
-    """For each op that ``backend`` serves the largest error, relative to the largest number of the float64 result.
+    """Compute the error of each op that ``backend`` serves.
 
-    The backend need be neither registered nor available.
+    Args:
+        backend: the backend, which need be neither registered nor available.
+        dtype: the dtype of x.
+        spec: the adapter.
+
+    Returns:
+        For each op, the largest absolute error divided by the largest absolute value of the float64 result.
     """
     device = backend.device or "cpu"
     mine, truth = _results(backend, device, dtype, spec), _results(ReferenceBackend(), device, torch.float64, spec)
@@ -28,7 +34,7 @@ def errors(backend: Backend, dtype: torch.dtype = torch.float32, spec: AdapterSp
 
 
 def faults(backend: Backend) -> list[str]:
-    """What ``backend`` computes wrongly, in words; empty where all is right. Every dtype of the kernels is tried."""
+    """Test ``backend`` in every dtype of the kernels. Returns a sentence for each op whose results are wrong."""
     cases = [
         (torch.float32, SPEC),
         (torch.bfloat16, AdapterSpec(AdapterLayout(50, 7, pre_norm=True), "silu")),
@@ -50,7 +56,7 @@ def _results(backend: Backend, device: str, dtype: torch.dtype, spec: AdapterSpe
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
 
-    # Rounded to 16 bits for the truth, too, so that the error is that of the arithmetic alone.
+    # The float64 reference gets inputs that are rounded to bfloat16, too, so that only the arithmetic causes errors.
     packed = (random(2, layout.numel) * 0.1).to(torch.bfloat16).to(device, weights)
     x, g = (random(4, 8, layout.d).to(torch.bfloat16).to(device, dtype) for _ in range(2))
     E, G, g0 = packed[:, :5], packed.mT[:, :1].repeat(1, 5), packed[0]

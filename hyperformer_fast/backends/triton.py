@@ -1,4 +1,4 @@
-"""Triton kernels on an NVIDIA or AMD GPU; in Triton's interpreter, for tests, on a CPU."""
+"""The backend ``triton``: Triton kernels for NVIDIA and AMD GPUs, and for tests in Triton's interpreter on a CPU."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from torch import Tensor
 from ..layout import AdapterLayout, AdapterSpec, Folded, Saved
 from .base import Backend, Request, Support, gpu_kernel
 
-#: Read by Triton itself when a kernel is decorated: set it before the first call.
+#: The environment variable that switches Triton's interpreter on. Triton reads it when it decorates a kernel, so it
+#: must be set before the first call.
 INTERPRET_VARIABLE = "TRITON_INTERPRET"
 
 
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter."""
+    """Whether the kernels run in Triton's interpreter."""
     return os.environ.get(INTERPRET_VARIABLE, "0").lower() in ("1", "true", "on", "yes", "y")
 
 
 @functools.cache
 def _kernels() -> Any:
-    """The kernels. Importing triton takes half a second, so only a call that needs them imports it."""
+    """Import the kernels. Only a call that needs them does so, because importing triton takes half a second."""
     from ..kernels import entry
 
     if interpreted():
@@ -36,13 +37,15 @@ def _kernels() -> Any:
 
 
 class TritonBackend(Backend):
-    """float32, bfloat16 and float16 for b up to 128; float64 is left to the reference. Rows whose last dimension is
-    contiguous are read where they lie; others are copied once."""
+    """The kernels of ``hyperformer_fast.kernels``: float32, bfloat16 and float16, with a bottleneck of at most 128.
+
+    A tensor whose rows are contiguous and have a common stride is read in place; another one is copied once.
+    """
 
     name = "triton"
 
     @property
-    def device(self) -> str:  # type: ignore[override]  # it depends on the environment
+    def device(self) -> str:  # type: ignore[override]  # a property, because it depends on the environment
         return "cpu" if interpreted() else "cuda"
 
     def availability(self) -> Support:
@@ -62,7 +65,7 @@ class TritonBackend(Backend):
 
     def serves_by_default(self, request: Request) -> Support:
         if interpreted():
-            return Support.no("its interpreter is for tests: ask for it by name")
+            return Support.no("Triton's interpreter is for tests only: ask for it by name")
         return Support.yes()
 
     def generate_weights(self, E: Tensor, G: Tensor, g0: Tensor) -> Tensor:

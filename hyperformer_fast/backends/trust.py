@@ -1,7 +1,7 @@
-"""A compiled library serves only after its kernels were right once: with this torch, on this machine.
+"""Tests the kernels of a compiled library before it is used, with the installed torch and on this machine.
 
-Flags, a compiler's fault or another CPU can make a library that loads and computes wrong numbers. The test takes some
-ten milliseconds, so what passed is remembered in a file beside the library.
+Compiler flags, a compiler's bug or another CPU can make a library that loads, but computes wrong numbers. The test
+takes about ten milliseconds, so a pass is recorded in a file beside the library and the test is not repeated.
 """
 
 from __future__ import annotations
@@ -20,18 +20,21 @@ import torch
 from . import selftest
 from .base import Backend
 
-#: Written empty by the build, so that an uninstall finds it.
+#: The file in which passes are recorded. The build creates it empty, so that an uninstall removes it.
 RECORD = "live_check.json"
 
 
 def fault(backend: Backend, library: Path, circumstances: list[str], cure: str) -> str | None:
-    """Why the kernels of ``library`` must not serve, with the cure; None where they compute what they should.
+    """Test the kernels of ``library``, unless a pass is recorded for the same file, torch and ``circumstances``.
 
     Args:
-        backend: calls the kernels.
-        library: the file they are in.
-        circumstances: what else than the file the kernels' results rest on, as the instruction set in use.
-        cure: the command that builds the library anew.
+        backend: the backend that calls the kernels.
+        library: the library's file.
+        circumstances: what the kernels' results depend on beside the file, such as the instruction set in use.
+        cure: the command that rebuilds the library.
+
+    Returns:
+        None if the kernels are right; otherwise what is wrong, with the cure. The same is said in a RuntimeWarning.
     """
     stamp = library.stat()
     key = [stamp.st_size, stamp.st_mtime_ns, torch.__version__, *circumstances]
@@ -49,8 +52,11 @@ def fault(backend: Backend, library: Path, circumstances: list[str], cure: str) 
 
 
 def _found(backend: Backend) -> str | None:
-    """What is wrong. In a thread of its own: autocast, default devices, inference and fake-tensor modes are a thread's,
-    and the caller's must not reach the test."""
+    """Run the self-test. Returns what is wrong, or None.
+
+    The test runs in a thread of its own, because autocast, the default device and the inference and fake-tensor modes
+    are settings of a thread, and those of the caller must not affect the test.
+    """
     found: list[str] = []
 
     def test() -> None:
@@ -67,6 +73,7 @@ def _found(backend: Backend) -> str | None:
 
 
 def _read(record: Path) -> dict[str, Any]:
+    """Read the recorded passes, a list of keys by backend. An unreadable file counts as empty."""
     try:
         passed = json.loads(record.read_text())
     except (OSError, ValueError):
@@ -75,7 +82,8 @@ def _read(record: Path) -> dict[str, Any]:
 
 
 def _remember(record: Path, name: str, key: list[Any]) -> None:
-    """Add ``key``, and drop what was remembered of older files. A folder that cannot be written is no fault."""
+    """Record the pass ``key``, and drop those of older files of the library. If the folder is not writable, nothing is
+    recorded, and the next process tests again."""
     passed = _read(record)
     kept = [old for old in passed.get(name, []) if isinstance(old, list) and old[:2] == key[:2]]
     text = json.dumps({**passed, name: [*kept, key]}, indent=1)

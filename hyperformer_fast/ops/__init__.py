@@ -1,4 +1,4 @@
-"""The ops: generate the weights of many adapters, fold their norms, apply them.
+"""The ops, which generate the weights of many adapters, fold the norms into them, and apply them.
 
 Letters: N rows, d width, b bottleneck, T tasks, P packed numbers per adapter, k embedding width, Q generators.
 """

@@ -1,4 +1,4 @@
-"""What the ops accept. The same checks serve the implementations and the fake kernels, whatever the backend."""
+"""The checks of the ops' arguments. Implementations and fake kernels call the same ones, whatever the backend."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _INDEX_DTYPES = (torch.int32, torch.int64)
 
 
 def _require(condition: bool | torch.SymBool, message: Callable[[], str]) -> None:
-    # torch._check_value understands a compiler's symbolic sizes. For what is simply true it is slow: a dozen calls took
-    # a third of a small eager call.
+    # torch._check_value supports a compiler's symbolic sizes. It is not called for a plain True, because it is slow: a
+    # dozen calls took a third of the time of a small eager call.
     if condition is not True:
         torch._check_value(condition, message)
 
@@ -34,7 +34,8 @@ def _floating(name: str, tensor: Tensor) -> None:
 
 
 def check_generate(E: Tensor, G: Tensor, g0: Tensor) -> None:
-    """E [Q, n, k], G [Q, P, k], g0 [Q, P], of one floating dtype on one device. ValueError otherwise."""
+    """Check the arguments of ``generate_weights``: E [Q, n, k], G [Q, P, k] and g0 [Q, P], of one floating dtype and on
+    one device. ValueError otherwise."""
     for name, tensor, dims in (("E", E, "Q, n, k"), ("G", G, "Q, P, k"), ("g0", g0, "Q, P")):
         _require(tensor.dim() == dims.count(",") + 1, lambda: f"{name} must be [{dims}], got {list(tensor.shape)}")
         _require(tensor.dtype == E.dtype, lambda: f"{name} must have E's dtype {E.dtype}, got {tensor.dtype}")
@@ -48,7 +49,8 @@ def check_generate(E: Tensor, G: Tensor, g0: Tensor) -> None:
 
 
 def check_fold(packed: Tensor, layout: AdapterLayout, dtype: torch.dtype) -> None:
-    """packed [..., P] and a compute dtype, both floating. ValueError otherwise."""
+    """Check the arguments of ``fold``: packed [..., P], and a compute dtype; both dtypes must be floating. ValueError
+    otherwise."""
     _floating("packed", packed)
     _require(dtype.is_floating_point, lambda: f"dtype must be a floating dtype, got {dtype}")
     _require(packed.dim() >= 1, lambda: "packed must be [..., P], got a scalar")
@@ -67,7 +69,8 @@ def check_adapter(
     g: Tensor | None = None,
     saved: Saved | None = None,
 ) -> None:
-    """All that an adapter's kernels rely on except the values in ``task_index``. ValueError otherwise."""
+    """Check the arguments of ``adapter``, and with ``g`` and ``saved`` those of its backward, except for the values in
+    ``task_index``. ValueError where they do not fit together."""
     _check_input(x, layout.d)
     _require(packed.dim() == 2, lambda: f"packed must be [T, P], got {list(packed.shape)}")
     check_fold(packed, layout, x.dtype)
@@ -86,7 +89,7 @@ def check_adapter(
 
 
 def _folded_table(layout: AdapterLayout, T: int, dtype: torch.dtype, packed_dtype: torch.dtype) -> Sequence[TensorSpec]:
-    # a compiler's symbols cannot be looked up in a cache
+    # A compiler's symbolic T cannot be a key of the cache.
     table = _cached_folded_table if type(T) is int else _cached_folded_table.__wrapped__
     return table(layout, T, dtype, packed_dtype)
 
@@ -113,7 +116,8 @@ def _check_table(what: str, tensors: Folded | Saved, table: Sequence[TensorSpec]
 def check_hyper_adapter(
     x: Tensor, E: Tensor, G: Tensor, g0: Tensor, layout: AdapterLayout, task_index: Tensor | None
 ) -> None:
-    """x as an adapter's, E [T, k], G [P, k], g0 [P]. ValueError otherwise."""
+    """Check the arguments of ``hyper_adapter``: x as for ``adapter``, E [T, k], G [P, k] and g0 [P]. ValueError
+    otherwise."""
     _check_input(x, layout.d)
     for name, tensor, dims in (("E", E, "T, k"), ("G", G, "P, k"), ("g0", g0, "P")):
         _require(tensor.dim() == dims.count(",") + 1, lambda: f"{name} must be [{dims}], got {list(tensor.shape)}")
@@ -131,7 +135,7 @@ def _check_input(x: Tensor, d: int) -> None:
 
 def _check_tasks(x: Tensor, T: int, task_index: Tensor | None) -> None:
     if task_index is None:
-        _require(T == 1, lambda: f"there are weights of T = {T} tasks: task_index must say which one each sample takes")
+        _require(T == 1, lambda: f"there are weights of T = {T} tasks: pass task_index, the task of each sample")
         return
     _require(task_index.dtype in _INDEX_DTYPES, lambda: f"task_index must be int32 or int64, got {task_index.dtype}")
     _require(x.dim() >= 2, lambda: f"x must be [B, ..., d] with task_index, got {list(x.shape)}")
@@ -144,11 +148,14 @@ def _check_tasks(x: Tensor, T: int, task_index: Tensor | None) -> None:
 
 
 def check_task_range(task_index: Tensor | None, T: int) -> None:
-    """ValueError where a task on the CPU is not in -1 .. T-1. Nothing is read from a device: that would stall it."""
+    """Check that the tasks are in -1 .. T-1. ValueError otherwise.
+
+    A ``task_index`` on a GPU is not checked, because reading it would wait for the GPU.
+    """
     if task_index is None or task_index.device.type != "cpu" or task_index.numel() == 0:
         return
     if torch._C._functorch.is_batchedtensor(task_index):
-        return  # under vmap there is no one value to look at
+        return  # under vmap a batched tensor has no single value to read
     low, high = (value.item() for value in torch.aminmax(task_index))
     if low < -1 or high >= T:
         raise ValueError(f"task_index must be from -1 (no adapter) to {T - 1}, got {low if low < -1 else high}")

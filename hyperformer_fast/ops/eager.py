@@ -1,6 +1,6 @@
-"""The ops in eager mode: autograd functions that call a backend directly.
+"""The ops in eager mode, as autograd functions that call a backend directly.
 
-A registered op with its autograd formula in Python costs several times as much a call (docs/design.md).
+Calling a registered op whose autograd formula is written in Python takes several times as long (docs/design.md).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .gradients import generator_gradients, refuse_second_derivative, site_gener
 
 
 class _Generate(torch.autograd.Function):
-    """``generate_weights``."""
+    """The autograd function of ``generate_weights``."""
 
     @staticmethod
     def forward(ctx: Any, E: Tensor, G: Tensor, g0: Tensor, backend: Backend) -> Tensor:
@@ -31,8 +31,11 @@ class _Generate(torch.autograd.Function):
 
 
 class _Adapter(torch.autograd.Function):
-    """``adapter``. Its backward's backend is chosen with the forward's: the backward may run on another thread, which
-    does not see a ``use_backend``."""
+    """The autograd function of ``adapter``.
+
+    The backend of the backward is chosen together with that of the forward, because the backward may run in another
+    thread, which ``use_backend`` does not affect.
+    """
 
     @staticmethod
     def forward(
@@ -59,7 +62,7 @@ class _Adapter(torch.autograd.Function):
 
 
 class _HyperAdapter(torch.autograd.Function):
-    """``hyper_adapter``."""
+    """The autograd function of ``hyper_adapter``."""
 
     @staticmethod
     def forward(

@@ -1,8 +1,8 @@
-"""The ops in plain PyTorch, for what no fused kernel serves: torch.func's transforms and forward-mode AD.
+"""The ops in plain PyTorch, for functorch transforms (torch.func) and forward-mode AD, which no fused kernel supports.
 
-A kernel sees a tensor's numbers, not the tangent or the batch dimension that functorch attaches to it, and would drop
-a tangent silently. Everything here is made of PyTorch's own operators, which vmap, grad, jvp and their nestings
-(per-sample gradients, Jacobians, second derivatives) know how to transform.
+A kernel reads the values of a tensor, not the tangent or the batch dimension that functorch attaches to it, so it would
+silently drop a tangent. The functions here consist of PyTorch's own operators, which vmap, grad, jvp and their nestings
+(per-sample gradients, Jacobians, second derivatives) can transform.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..layout import EPS, AdapterSpec, accumulator_dtype
 
 
 def in_force() -> bool:
-    """Whether a torch.func transform or a forward-mode AD level is in force."""
+    """Whether the call is inside a functorch transform or a level of forward-mode AD."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
@@ -28,9 +28,9 @@ def has_tangent(t: Tensor) -> bool:
 
 
 def refuse_kernels(op: str, impl: str | None) -> None:
-    """BackendError where a backend with kernels is asked for by name: it could not serve the call.
+    """Raise BackendError if a backend other than the reference is asked for by name, because it cannot serve the call.
 
-    While a compiler traces only ``impl`` is looked at, for the other choices are made when the graph runs.
+    While a compiler traces, only ``impl`` is considered: the other ways to choose a backend apply when the graph runs.
     """
     name = impl if impl is not None or torch.compiler.is_compiling() else backends.current_backend(op)
     if name not in (None, "auto", "reference"):
@@ -41,15 +41,16 @@ def refuse_kernels(op: str, impl: str | None) -> None:
 
 
 def generate_weights(E: Tensor, G: Tensor, g0: Tensor) -> Tensor:
-    """``ops.generate_weights`` of checked arguments."""
+    """``ops.generate_weights``; the arguments must have been checked."""
     with torch.autocast(E.device.type, enabled=False):
         return reference.generate_weights(E, G, g0)
 
 
 def adapter(x: Tensor, packed: Tensor, spec: AdapterSpec, task_index: Tensor | None) -> Tensor:
-    """``ops.adapter`` of checked arguments, in float32 (float64 in float64) and rounded once at the end.
+    """``ops.adapter``; the arguments must have been checked.
 
-    A task out of range gives NaN where its value could not be checked.
+    Everything is computed in float32 (or float64, if x is float64) and rounded once at the end. A task that is out of
+    range, where that could not be checked, gives NaN.
     """
     layout, activation = spec
     exact = accumulator_dtype(x.dtype)
@@ -68,13 +69,13 @@ def _by_task(
     task_index: Tensor,
     T: int,
 ) -> Tensor:
-    # The reference's loop over samples reads task_index, which neither vmap nor a compiler can do.
+    # The loop over samples in reference.adapter reads the values of task_index, which vmap and a compiler do not allow.
     layout, activation = spec
     if x.shape[0] == 0 or T == 0:
         return x.clone()
     task = task_index.long().view(-1, *[1] * (x.dim() - 1))
     w = {name: part[task_index.long().clamp(0, T - 1)] for name, part in parts.items()}
-    # A sample without an adapter becomes zeros: otherwise its NaN would reach the gradients, for 0 * NaN is NaN.
+    # Replace a sample without a task by zeros: if it contained a NaN, 0 * NaN = NaN would reach the gradients.
     rows = torch.where(task < 0, 0.0, wide).reshape(x.shape[0], -1, layout.d)
     y = _norm(rows, w["pre_gamma"], w["pre_beta"]) if layout.pre_norm else rows
     z = y @ w["down_weight"].mT + w["down_bias"].unsqueeze(1)

@@ -1,4 +1,4 @@
-"""What the eager autograd functions and those of the registered ops share."""
+"""The parts of the backward that the eager autograd functions and the registered ops share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,17 @@ from .functorch import has_tangent
 
 
 def generator_gradients(g: Tensor, E: Tensor, G: Tensor, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
-    """Gradients of E [Q, n, k], G [Q, P, k] and g0 [Q, P] for that of packed, g [Q, n, P]; None where not needed."""
+    """Compute the gradients of ``generate_weights``.
+
+    Args:
+        g: [Q, n, P], the gradient of packed.
+        E: [Q, n, k] embeddings.
+        G: [Q, P, k] generators.
+        needs: whether the gradients of E, of G and of g0 are needed.
+
+    Returns:
+        The gradients of E, G and g0; None in place of one that is not needed.
+    """
     with torch.autocast(g.device.type, enabled=False):
         return (
             torch.bmm(g, G) if needs[0] else None,
@@ -21,7 +31,7 @@ def generator_gradients(g: Tensor, E: Tensor, G: Tensor, needs: Sequence[bool]) 
 
 
 def site_generator_gradients(dpacked: Tensor, E: Tensor, G: Tensor, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
-    """The same for the generator of one site: E [T, k], G [P, k], g0 [P], dpacked [T, P]."""
+    """:func:`generator_gradients` for the generator of one site: dpacked [T, P], E [T, k] and G [P, k]."""
     if not any(needs):
         return None, None, None
     gradients = generator_gradients(dpacked.unsqueeze(0), E.unsqueeze(0), G.unsqueeze(0), needs)
@@ -29,9 +39,10 @@ def site_generator_gradients(dpacked: Tensor, E: Tensor, G: Tensor, needs: Seque
 
 
 def refuse_second_derivative(g: Tensor) -> None:
-    """RuntimeError where the backward itself is to be differentiated.
+    """Raise RuntimeError if the backward itself is to be differentiated.
 
-    torch's ``once_differentiable`` does not do: it silently detaches the gradient where g itself needs none.
+    torch's ``once_differentiable`` cannot replace this: if g does not require a gradient, it silently detaches the
+    result.
     """
     if torch.is_grad_enabled():
         raise RuntimeError(
@@ -40,6 +51,6 @@ def refuse_second_derivative(g: Tensor) -> None:
         )
     if has_tangent(g):
         raise RuntimeError(
-            "the adapter's backward has no forward-mode derivative: run its forward, too, within the dual level, "
+            "the adapter's backward has no forward-mode derivative: run the forward within the dual level, too, "
             "or use torch.func.jvp over torch.func.grad"
         )

@@ -1,9 +1,9 @@
-"""The functions through which the ops are called.
+"""The public functions of the ops.
 
-A call takes one of three ways to the same numbers. In eager mode an autograd function calls the backend directly
+A call takes one of three paths, which compute the same. In eager mode an autograd function calls the backend directly
 (eager.py). Under a compiler, and with tensor subclasses, the registered op ``hyperformer_fast::*`` is called
-(registered.py). Under torch.func's transforms and forward-mode AD plain PyTorch serves, for a kernel would drop the
-tangents (functorch.py).
+(registered.py). Under functorch transforms and forward-mode AD the op runs in plain PyTorch, because a kernel would
+drop the tangents (functorch.py).
 """
 
 from __future__ import annotations
@@ -30,13 +30,15 @@ _cached_spec = functools.lru_cache(maxsize=256)(_spec)
 
 
 def _spec_of(layout: AdapterLayout, activation: str) -> AdapterSpec:
-    # a compiler would trace through the cache, with a warning; what is no string may not be hashable
+    # Do not use the cache under a compiler, which would warn and trace through it, or for an activation of a wrong
+    # type, which may not be hashable.
     cached = isinstance(activation, str) and not torch.compiler.is_compiling()
     return (_cached_spec if cached else _spec)(layout, activation)
 
 
 def _traced(*tensors: Tensor) -> bool:
-    """Whether to call the registered op: under a compiler, or with tensor subclasses (fake, distributed, ...)."""
+    """Whether to call the registered op: under a compiler, or if an argument is a tensor subclass (fake tensors,
+    distributed tensors, ...)."""
     if torch.compiler.is_compiling():
         return True
     for t in tensors:
@@ -58,14 +60,14 @@ def generate_weights(E: Tensor, G: Tensor, g0: Tensor, *, impl: str | None = Non
         E: [Q, n, k] embeddings.
         G: [Q, P, k] generators, one per q.
         g0: [Q, P] their biases.
-        impl: the name of the backend to run it with; None: that of :func:`hyperformer_fast.use_backend`, of the
-            environment, or the first that serves (``hyperformer_fast.backends.choice`` has the order).
+        impl: the name of the backend to use. With None, :func:`hyperformer_fast.use_backend`, the environment or the
+            ranked order decides (``hyperformer_fast.backends.choice`` explains how).
 
     Returns:
         packed [Q, n, P], in the inputs' dtype.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, naming both; an unknown ``impl``.
+        ValueError: shapes, dtypes or devices do not fit together (the message names both), or ``impl`` is unknown.
         BackendError: the backend that is asked for by name cannot serve the call.
     """
     if functorch.in_force():
@@ -82,17 +84,18 @@ def generate_weights(E: Tensor, G: Tensor, g0: Tensor, *, impl: str | None = Non
 
 
 def fold(packed: Tensor, layout: AdapterLayout, dtype: torch.dtype, *, impl: str | None = None) -> Folded:
-    """Fold the norms of many adapters into their projections, once per step (docs/design.md). No gradient flows through
-    it.
+    """Fold the norms of many adapters into their projections (docs/design.md); it is done once per training step.
+
+    The result has no gradient: :func:`adapter` computes that of ``packed``.
 
     Args:
         packed: [..., P].
-        layout: how it lies.
+        layout: the layout of ``packed``.
         dtype: the dtype of the x to come.
         impl: as in :func:`generate_weights`.
 
     Raises:
-        ValueError: the last dimension is not P, or a dtype is not floating; an unknown ``impl``.
+        ValueError: the last dimension is not P, a dtype is not floating, or ``impl`` is unknown.
         BackendError: the backend that is asked for by name cannot serve the call.
     """
     return Folded(*torch.ops.hyperformer_fast.fold(packed.detach(), *layout.arguments, dtype, impl=impl))
@@ -108,24 +111,25 @@ def adapter(
     *,
     impl: str | None = None,
 ) -> Tensor:
-    """``x + norm_post(up(act(down(norm_pre(x)))))`` (paper section 2) with the packed weights of one site.
+    """Apply the adapters of one site: ``x + norm_post(up(act(down(norm_pre(x)))))`` (paper section 2).
 
     Args:
-        x: [..., d] in float32, bfloat16, float16 or float64; [B, ..., d] with ``task_index``.
-        packed: [T, P] the site's weights; T = 1 without ``task_index``. Gradients reach it, whatever ``folded`` is.
-        layout: how ``packed`` lies.
+        x: [..., d], or [B, ..., d] with ``task_index``, in float32, bfloat16, float16 or float64.
+        packed: [T, P], the site's weights of T tasks; T = 1 without ``task_index``. It gets a gradient even if
+            ``folded`` is passed.
+        layout: the layout of ``packed``.
         activation: ``gelu_new``, ``gelu``, ``relu`` or ``silu``.
-        folded: ``fold(packed, layout, x.dtype)``, for a caller who has it already; otherwise it is made here.
-        task_index: [B] int32 or int64 on x's device: the task of each sample; -1 for no adapter (out is x, bit for
-            bit).
-        impl: as in :func:`generate_weights`; for the fold and the backward, too.
+        folded: ``fold(packed, layout, x.dtype)``, if the caller has it already. By default it is computed here.
+        task_index: [B] int32 or int64 on x's device, the task of each sample. The output of a sample with -1 is its
+            input, bit for bit. Another value outside of 0 .. T-1 is an error on the CPU; on a GPU, where it is not
+            checked, the sample's output is NaN.
+        impl: as in :func:`generate_weights`; it also applies to the fold and the backward.
 
     Returns:
-        A new tensor of x's shape and dtype. A task_index outside -1 .. T-1 is an error on the CPU; on a device those
-        samples are NaN.
+        A new tensor of x's shape and dtype.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, naming both; an unknown ``impl``.
+        ValueError: shapes, dtypes or devices do not fit together (the message names both), or ``impl`` is unknown.
         BackendError: the backend that is asked for by name cannot serve the call.
     """
     spec = _spec_of(layout, activation)
@@ -166,16 +170,19 @@ def hyper_adapter(
 
     Args:
         x: [..., d], or [B, ..., d] with ``task_index``.
-        E: [T, k] embeddings; T = 1 without ``task_index``.
-        G: [P, k] generator.
-        g0: [P] its bias.
-        layout, activation, task_index, impl: as in :func:`adapter`.
+        E: [T, k], the embeddings of T tasks; T = 1 without ``task_index``.
+        G: [P, k], the generator.
+        g0: [P], the generator's bias.
+        layout: as in :func:`adapter`.
+        activation: as in :func:`adapter`.
+        task_index: as in :func:`adapter`.
+        impl: as in :func:`adapter`.
 
     Returns:
-        What :func:`adapter` returns with ``packed = E @ G.T + g0``.
+        The result of :func:`adapter` with ``packed = E @ G.T + g0``.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, naming both; an unknown ``impl``.
+        ValueError: shapes, dtypes or devices do not fit together (the message names both), or ``impl`` is unknown.
         BackendError: the backend that is asked for by name cannot serve the call.
     """
     spec = _spec_of(layout, activation)

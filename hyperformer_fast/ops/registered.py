@@ -1,9 +1,9 @@
-"""The registered ops ``hyperformer_fast::*``: for each its schema, implementation and fake kernel, side by side; then
-their autograd formulas.
+"""The registered ops ``hyperformer_fast::*``: schema, implementation and fake kernel of each side by side, followed by
+the autograd formulas.
 
-They are called under ``torch.compile``, under ``torch.export`` and with tensor subclasses, and choose the backend when
-they run. What travels together (layout.py) is one argument of the functions here and several of a schema; ``_Op``
-translates.
+These ops are called under ``torch.compile`` and ``torch.export`` and with tensor subclasses. They choose the backend
+when they run. A bundle (a type of layout.py, such as ``Folded``) is one argument of the functions in this file, but
+several arguments of a schema; ``_Op`` converts between the two.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..layout import LAYOUT_SCHEMA, SPEC_SCHEMA, AdapterLayout, AdapterSpec, Fol
 from .checks import check_adapter, check_fold, check_generate, check_hyper_adapter, check_task_range
 from .gradients import generator_gradients, refuse_second_derivative, site_generator_gradients
 
-#: How each kind of bundle is written in a schema, and made of so many arguments.
+#: For each bundle, its arguments in a schema and the function that makes the bundle from them.
 _BUNDLES: dict[str, tuple[str, Callable[..., Any]]] = {
     "layout": (LAYOUT_SCHEMA, AdapterLayout.from_arguments),
     "spec": (SPEC_SCHEMA, AdapterSpec.from_arguments),
@@ -28,12 +28,18 @@ _BUNDLES: dict[str, tuple[str, Callable[..., Any]]] = {
     "saved": (", ".join(f"Tensor {field}" for field in Saved._fields), Saved),
 }
 
-#: The schema of each op. All end with the backend that is asked for, ``impl``.
+#: The schema of each op. All end with ``impl``, the name of the backend that is asked for.
 SCHEMAS: dict[str, str] = {}
 
 
 class _Op:
-    """One registered op. ``inputs`` and ``outputs`` are written as in a schema, with bundles by name in braces."""
+    """One registered op.
+
+    Args:
+        name: its name, without the namespace.
+        inputs: its arguments as in a schema, except that a bundle is its name in braces.
+        outputs: its results, written likewise.
+    """
 
     def __init__(self, name: str, inputs: str, outputs: str):
         self.name = f"hyperformer_fast::{name}"
@@ -44,7 +50,7 @@ class _Op:
         self.count = SCHEMAS[name].partition(", *")[0].count(",") + 1
 
     def bundled(self, arguments: Sequence[Any]) -> Iterator[Any]:
-        """The arguments of a call, each bundle as one."""
+        """Convert the arguments of a call: those that belong to a bundle become the bundle."""
         at = 0
         for argument in self._inputs:
             if argument.startswith("{"):
@@ -75,8 +81,13 @@ class _Op:
         return function
 
     def differentiate(self, setup: Callable[..., None], backward: Callable[..., Any]) -> None:
-        """Register ``setup(ctx, bundled inputs, outputs)`` and ``backward(ctx, gradient of the first output)``, which
-        returns the gradients of the first inputs; the others have none."""
+        """Register the autograd formula.
+
+        Args:
+            setup: called as ``setup(ctx, inputs, outputs)``, where bundles are one input each.
+            backward: called as ``backward(ctx, g)`` with the gradient of the first output. It returns the gradients of
+                the first inputs; the other inputs have none.
+        """
 
         def setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:
             ctx.impl = keyword_only_inputs["impl"]
@@ -90,6 +101,7 @@ class _Op:
 
 
 def _flat(outputs: Any) -> Any:
+    """Convert a function's results to those of the op: each bundle becomes its tensors."""
     if not isinstance(outputs, tuple):
         return outputs
     return tuple(t for output in outputs for t in (output if isinstance(output, tuple) else (output,)))
@@ -100,7 +112,8 @@ def _backend(op: str, like: Tensor, dtype: torch.dtype, layout: AdapterLayout, i
 
 
 def request_dtype(dtype: torch.dtype, weights: torch.dtype) -> torch.dtype:
-    """The dtype for which a backend is chosen: x's, but float64 weights, too, ask for float64 sums."""
+    """The dtype for which a backend is chosen. It is float64 if the weights are, because the sums then must be float64;
+    otherwise it is the dtype of x."""
     return torch.float64 if weights == torch.float64 else dtype
 
 
