@@ -27,7 +27,7 @@ COPIED = ("build_tools", "csrc", "hyperformer_fast", "tests", "setup.py", "pypro
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
 TESTS = ("test_cpu_backend.py", "test_cpu_hostile.py", "test_native.py", "test_ops.py", "test_registered_ops.py")
 #: The CUDA kernels in the emulator.
-EMULATED, EMULATED_TESTS = "cuda", ("test_cuda_emulated.py",)
+EMULATED, EMULATED_TESTS = "cuda", ("test_cuda_emulated.py", "test_cuda_emulated_edges.py")
 #: Deselected: nothing of the library's, and minutes where every allocation is watched.
 SLOW = "not compile and not opcheck_generate and not first_import"
 SWEEP = "60"
