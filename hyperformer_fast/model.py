@@ -130,7 +130,7 @@ class HyperFormerModel(T5Delegate):
         }
         given = {name: value for name, value in given.items() if value is not None}
         t5 = self._base
-        if torch._C._is_tracing():
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]  # torch.jit lists no exports
             raise RuntimeError(
                 "torch.jit.trace would take this forward's task and weights for constants: use torch.compile or "
                 "torch.export"
