@@ -190,8 +190,10 @@ class HyperNetwork(nn.Module):
         parts = [task, self._per_site(self.layer_embeddings.weight.repeat(len(POSITIONS), 1), T)]
         if self.config.variant == "hyperformer++":
             parts.append(self._per_site(self.position_embeddings.weight.repeat_interleave(self.num_layers, 0), T))
-        joint = self.projector(torch.cat(parts, -1))
-        return joint if self.embedding_norm is None else self.embedding_norm(joint)
+        joint: torch.Tensor = self.projector(torch.cat(parts, -1))
+        if self.embedding_norm is not None:
+            joint = self.embedding_norm(joint)
+        return joint
 
     @staticmethod
     def _per_site(embeddings: torch.Tensor, T: int) -> torch.Tensor:
@@ -204,7 +206,7 @@ class HyperNetwork(nn.Module):
         """
         with torch.autocast(task_embeddings.device.type, enabled=False):
             e = self.embeddings(task_embeddings.to(self.generator.weight.dtype))
-            packed = self.generator(e.reshape(self.generator.weight.shape[0], -1, e.shape[-1]))
+            packed: torch.Tensor = self.generator(e.reshape(self.generator.weight.shape[0], -1, e.shape[-1]))
         return packed.view(self.num_sites, -1, self.layout.numel)
 
 

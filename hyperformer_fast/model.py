@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.jit._trace import is_tracing
 
 from . import pretrained
 from .checkpoint import CheckpointError
@@ -130,7 +131,7 @@ class HyperFormerModel(T5Delegate):
         }
         given = {name: value for name, value in given.items() if value is not None}
         t5 = self._base
-        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]  # torch.jit lists no exports
+        if is_tracing():
             raise RuntimeError(
                 "torch.jit.trace would take this forward's task and weights for constants: use torch.compile or "
                 "torch.export"
@@ -192,7 +193,8 @@ class HyperFormerModel(T5Delegate):
 
     def __getstate__(self) -> dict[str, Any]:
         # What is compiled belongs to this very instance, as in torch.nn.Module. Another forward may be accelerate's.
-        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        parent: Any = super()  # its __getstate__ has no annotations
+        state: dict[str, Any] = parent.__getstate__()
         compiled = state.pop("_compiled_forward", None)
         if compiled is not None and state.get("forward") is compiled:
             del state["forward"]
