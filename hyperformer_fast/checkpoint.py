@@ -26,6 +26,7 @@ from torch import Tensor, uint8
 
 from .atomic import explain_unwritable, recover_directory, write_file
 from .atomic import write_directory as write_directory  # its name here is public
+from .json_files import parse
 
 WEIGHTS_NAME = "hyperformer.safetensors"
 CONFIG_NAME = "hyperformer_config.json"
@@ -149,31 +150,21 @@ def _digest(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> st
 
 def _parsed(text: str, path: Path) -> dict[str, Any]:
     try:
-        description = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        description = parse(text, max_depth=_MAX_DEPTH)
+    except ValueError as error:
         raise CheckpointError(f"{path}: the header's {_HEADER!r} is not JSON: {error}") from error
     if not isinstance(description, dict):
         raise CheckpointError(
             f"{path}: the header's {_HEADER!r} must be a JSON object, got {type(description).__name__}"
         )
-    level: list[Any] = [description]
-    for _ in range(_MAX_DEPTH):
-        level = [
-            inner
-            for outer in level
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-            if isinstance(inner, (dict, list))
-        ]
-    if level:
-        raise CheckpointError(f"{path}: the header's {_HEADER!r} is nested more than {_MAX_DEPTH} deep")
     return description
 
 
 def _compare_copy(copy: Path, description: dict[str, Any], path: Path) -> None:
     try:
         # is_file: reading a FIFO would wait for its other end
-        same = copy.is_file() and json.loads(copy.read_text(encoding="utf-8")) == description
-    except (OSError, ValueError, RecursionError):
+        same = copy.is_file() and parse(copy.read_text(encoding="utf-8")) == description
+    except (OSError, ValueError):
         same = False
     if not same:
         warnings.warn(

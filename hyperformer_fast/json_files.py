@@ -12,29 +12,30 @@ from typing import Any
 MAX_DEPTH = 100
 
 
-def parse(text: str, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+def parse(text: str, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None, max_depth: int = MAX_DEPTH) -> Any:
     """``json.loads``, all of whose failures are ValueErrors.
 
     Args:
         text: JSON.
         pairs: ``object_pairs_hook`` of ``json.loads``.
+        max_depth: largest allowed nesting of lists and objects.
 
     Raises:
         ValueError: it is not JSON, is nested too deeply, or holds a number of thousands of digits.
     """
     try:
         value = json.loads(text, object_pairs_hook=pairs)
-        too_deep = text.count("[") + text.count("{") > MAX_DEPTH and _is_too_deep(value)
+        too_deep = text.count("[") + text.count("{") > max_depth and _is_too_deep(value, max_depth)
     except RecursionError:
         too_deep = True
     if too_deep:
-        raise ValueError(f"lists or objects are nested more than {MAX_DEPTH} deep")
+        raise ValueError(f"lists or objects are nested more than {max_depth} deep")
     return value
 
 
-def _is_too_deep(value: Any) -> bool:
+def _is_too_deep(value: Any, max_depth: int) -> bool:
     level = [value]
-    for _ in range(MAX_DEPTH + 1):
+    for _ in range(max_depth + 1):
         inner: list[Any] = []
         for each in level:
             if isinstance(each, (dict, list)):

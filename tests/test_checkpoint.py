@@ -141,6 +141,11 @@ BROKEN = {
         CheckpointError,
         "another T5: d_model was 512, this one's is 32",
     ),
+    "a deep description": (
+        lambda d: _edit(d, config=json.loads("[" * 100 + "]" * 100)),
+        CheckpointError,
+        "hyperformer.safetensors: the header's 'hyperformer' .*nested more than 16 deep",
+    ),
     "no base": (lambda d: _edit(d, base_model=None), CheckpointError, "another T5: model_type was None"),
     "a missing norm": (
         lambda d: _edit(d, lambda t: {n: v for n, v in t.items() if n != "t5.encoder.final_layer_norm.weight"}),
@@ -185,6 +190,15 @@ def test_a_checkpoint_that_does_not_fit_is_named_and_nothing_changes(saved, kind
     with pytest.raises((error, CheckpointError)):
         model.load_weights(directory)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[" * 200 + "]" * 200])
+def test_a_deep_copy_of_the_description_is_only_another_one(saved, text):
+    directory, _ = saved
+    (directory / "hyperformer_config.json").write_text(text)
+    with pytest.warns(UserWarning, match="hyperformer_config.json is absent, or differs"):
+        tensors, description = checkpoint.load_checkpoint(directory)
+    assert tensors and description["format_version"] == 1
 
 
 def test_another_t5_of_the_same_size_is_refused(saved):

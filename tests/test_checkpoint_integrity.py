@@ -216,7 +216,7 @@ DEEP = '{"format_version": 1, "config": ' + "[" * 100_000 + "]" * 100_000 + "}"
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (DEEP, "is not JSON: maximum recursion|nested more than 16 deep"),
+        (DEEP, "nested more than 16 deep"),
         ('{"a": ' + "[" * 500 + "]" * 500 + "}", "nested more than 16 deep"),
         ("[" + "1" * 5000 + "]", "is not JSON: Exceeds|must be a JSON object, got list"),
         ("[]", "must be a JSON object, got list"),

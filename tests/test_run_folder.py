@@ -294,6 +294,16 @@ def test_an_evaluation_that_cannot_be_written_is_printed(run, capsys):
     assert out.index("majority class") < out.index("warning: the results above are not in evaluation.json: ")
 
 
+@pytest.mark.parametrize("depth", [200, 100_000])
+def test_a_run_json_that_is_nested_too_deeply_is_named(run, capsys, depth):
+    (run / "run.json").write_text('{"format_version": ' + "[" * depth + "]" * depth + "}")
+    for command in (["evaluate", str(run)], ["train", "--resume", "--output-dir", str(run)]):
+        assert main(command) == 1
+        err = capsys.readouterr().err
+        assert f"cannot read {run / 'run.json'}: lists or objects are nested more than 100 deep" in err
+        assert "unexpected" not in err
+
+
 def test_a_failed_plot_fails_no_run(train, tmp_path, capsys, monkeypatch):
     def plot(*_):
         raise RuntimeError("no font")

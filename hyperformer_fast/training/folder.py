@@ -14,6 +14,7 @@ from .. import __version__
 from ..atomic import recover_directory, sweep_leftovers, write_file
 from ..checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from ..data import TaskData, TaskSpec
+from ..json_files import parse
 from .arguments import MAY_CHANGE, RunConfig
 
 RUN_NAME = "run.json"
@@ -160,7 +161,7 @@ def read_run(folder: str | Path) -> tuple[RunConfig, dict[str, TaskSpec], dict[s
     """(arguments, specs, data fingerprints) of ``run.json``. RunError where it is absent or not a run's."""
     path = Path(folder) / RUN_NAME
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RunError(f"{folder} is not the folder of a run: it has no {RUN_NAME}") from None
     except (OSError, ValueError) as error:

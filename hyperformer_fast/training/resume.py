@@ -7,7 +7,6 @@ and a wrong one corrupts memory. The weights are checked where they are loaded (
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerState, trainer
 
 from ..checkpoint import CheckpointError
+from ..json_files import parse
 from .folder import rng_files
 
 OPTIMIZER_NAME, SCHEDULER_NAME, STATE_NAME = "optimizer.pt", "scheduler.pt", "trainer_state.json"
@@ -43,8 +43,8 @@ def check_trainer_state(checkpoint: Path, steps: int) -> int:
     """
     path = checkpoint / STATE_NAME
     try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        state = parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} must be a JSON object, got {type(state).__name__}")
