@@ -9,7 +9,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,54 +17,60 @@ from .extras import MissingPackage, require
 
 USAGE, FAILURE, INTERRUPTED = 2, 1, 130
 
-#: Options of ``train`` that are fields of a run, with their help; the defaults are RunConfig's.
+#: Options of ``train`` that set a field of RunConfig, which has their defaults; each has its metavar and help text.
 _TEXT = {
-    "model": ("PATH_OR_NAME", "a T5 (default: the embedded tiny one)"),
-    "data-dir": ("DIR", "<task>/{train,validation,test}.jsonl, or hub:glue (default: the built-in tasks)"),
-    "output-dir": ("DIR", "folder of the run (default: hyperformer-output)"),
-    "schedule": ("NAME", "of the learning rate: linear, cosine or constant"),
+    "model": ("PATH_OR_NAME", "folder or Hub name of the T5 (default: the embedded tiny T5)"),
+    "data-dir": ("DIR", "folder of <task>/{train,validation,test}.jsonl, or hub:glue (default: the built-in tasks)"),
+    "output-dir": ("DIR", "run folder (default: hyperformer-output)"),
+    "schedule": ("NAME", "learning rate schedule: linear, cosine or constant"),
 }
 _WHOLE = {
-    "steps": "optimizer steps",
-    "batch-size": "examples of a micro-batch on one process",
-    "gradient-accumulation": "micro-batches of an optimizer step",
-    "warmup-steps": "of the learning rate",
-    "max-source-length": "tokens; longer sources are cut",
-    "max-train-rows": "rows of each task at the most",
-    "max-eval-rows": "rows of each task at the most",
-    "eval-batch-size": "of every evaluation",
-    "eval-steps": "between two evaluations on validation (0: none)",
-    "eval-rows": "of each task in those evaluations",
-    "logging-steps": "between two points of the loss curve",
-    "save-steps": "between two checkpoints (0: none)",
-    "save-total-limit": "checkpoints that are kept",
-    "seed": "of new parameters, sampling and dropout",
+    "steps": "number of optimizer steps",
+    "batch-size": "examples per micro-batch and process",
+    "gradient-accumulation": "micro-batches per optimizer step",
+    "warmup-steps": "optimizer steps over which the learning rate warms up",
+    "max-source-length": "longest source, in tokens; longer ones are truncated",
+    "max-train-rows": "use at most N training rows of each task",
+    "max-eval-rows": "evaluate on at most N rows of each task",
+    "eval-batch-size": "batch size of every evaluation",
+    "eval-steps": "evaluate on validation every N optimizer steps (0: never)",
+    "eval-rows": "validation rows of each task in these evaluations",
+    "logging-steps": "log the training loss every N optimizer steps",
+    "save-steps": "save a checkpoint every N optimizer steps (0: never)",
+    "save-total-limit": "keep only the newest N checkpoints",
+    "seed": "random seed of the new parameters, the task sampling and dropout",
 }
 _NUMBERS = {
-    "learning-rate": "peak of AdamW's",
-    "weight-decay": "of AdamW",
-    "label-smoothing": "of the cross-entropy",
-    "temperature": "tasks are drawn with p ~ n^(1/temperature)",
+    "learning-rate": "AdamW's peak learning rate",
+    "weight-decay": "AdamW's weight decay",
+    "label-smoothing": "label smoothing of the cross-entropy",
+    "temperature": "a task of n rows is sampled with probability proportional to n^(1/X)",
 }
 _SWITCHES = {
-    "keep-best": "keep the weights of the best evaluation, not the last",
-    "gradient-checkpointing": "less memory, more time",
-    "bf16": "autocast to bfloat16",
+    "keep-best": "keep the weights of the best evaluation instead of the last ones",
+    "gradient-checkpointing": "recompute activations in the backward pass: less memory, more time",
+    "bf16": "train under autocast in bfloat16",
 }
 
 
 class _Names(argparse.Action):
-    """``--tasks a b --tasks c`` and ``--tasks a,b,c`` alike."""
+    """Accepts both ``--tasks a b --tasks c`` and ``--tasks a,b,c``."""
 
-    def __call__(self, parser, namespace, values, option_string=None):
-        names = [name.strip() for value in values for name in value.split(",")]
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        names = [name.strip() for value in values or () for name in value.split(",")]
         if not all(names):
-            parser.error(f"{option_string}: an empty name in {' '.join(values)!r}")
+            parser.error(f"{option_string}: an empty name in {' '.join(values or ())!r}")
         setattr(namespace, self.dest, [*(getattr(namespace, self.dest) or []), *names])
 
 
 def _setting(text: str) -> tuple[str, Any]:
-    """``KEY=VALUE``; the value is JSON, or text where it is none."""
+    """Parse ``KEY=VALUE``. A value that is not JSON is taken as text."""
     key, equals, value = text.partition("=")
     if not key or not equals:
         raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
@@ -81,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     common = argparse.ArgumentParser(add_help=False)
-    # SUPPRESS: a subcommand's default would undo the option before it
+    # SUPPRESS: otherwise a subcommand's default would overwrite the option given before the subcommand.
     for each in (parser, common):
         each.add_argument(
             "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
@@ -91,45 +97,50 @@ def _parser() -> argparse.ArgumentParser:
     def command(name: str, short: str, longer: str | None = None) -> argparse.ArgumentParser:
         return commands.add_parser(name, help=short, description=longer or short, parents=[common], allow_abbrev=False)
 
-    _train_options(
-        command("train", "train, evaluate, report", "Without arguments: the embedded tiny T5 on the built-in tasks.")
-    )
+    longer = "Without arguments, trains the embedded tiny T5 on the built-in tasks."
+    _train_options(command("train", "train, evaluate, report", longer))
     evaluate = command("evaluate", "evaluate a saved run")
     evaluate.add_argument("run_dir", metavar="RUN_DIR")
     evaluate.add_argument(
-        "--split", choices=("train", "validation", "test"), help="default: test, or validation where there is none"
+        "--split",
+        choices=("train", "validation", "test"),
+        help="split to evaluate (default: test if there is one, else validation)",
     )
-    evaluate.add_argument("--tasks", nargs="+", action=_Names, metavar="TASK", help="of the run's (default: all)")
+    evaluate.add_argument(
+        "--tasks", nargs="+", action=_Names, metavar="TASK", help="tasks to evaluate (default: all of the run's)"
+    )
     evaluate.add_argument("--model", metavar="PATH_OR_NAME", help="where the run's T5 is now")
     evaluate.add_argument("--data-dir", metavar="DIR", help="where the run's data is now")
 
     predict = command(
         "predict",
         "label new rows with a saved run",
-        "Writes each row with two more columns, 'prediction' and the generated 'text'. Where the rows have columns of "
-        "these names, theirs stay and ours are 'hyperformer_prediction' and 'hyperformer_text'.",
+        "Writes each row with two more columns, 'prediction' and the generated 'text'. If the rows already have such a "
+        "column, it is kept, and the new one is named 'hyperformer_prediction' or 'hyperformer_text'.",
     )
     predict.add_argument("run_dir", metavar="RUN_DIR")
-    predict.add_argument("--task", required=True, help="one of the run's")
+    predict.add_argument("--task", required=True, help="one of the run's tasks")
     source = predict.add_mutually_exclusive_group(required=True)
     source.add_argument("--input", metavar="FILE.jsonl", help="rows with the task's columns")
-    source.add_argument("--text", nargs="+", metavar="TEXT", help="one row: the text of each column, in order")
+    source.add_argument("--text", nargs="+", metavar="TEXT", help="a single row, as the text of each column in order")
     predict.add_argument("--output", metavar="FILE.jsonl", help="default: standard output")
     predict.add_argument("--model", metavar="PATH_OR_NAME", help="where the run's T5 is now")
 
-    command("params", "what each variant trains on T5-small and T5-base")
-    tune = command(
-        "tune", "find the fastest tiles of the Triton kernels on this GPU", "Writes a table that later runs read."
-    )
+    command("params", "parameter counts of each variant on T5-small and T5-base")
+    tune = command("tune", "find the fastest Triton tiles on this GPU", "Writes a table of tiles that later runs read.")
     tune.add_argument("--d", type=int, nargs="+", default=[768], metavar="N", help="widths of the T5 (default: 768)")
     tune.add_argument("--b", type=int, nargs="+", default=[24], metavar="N", help="bottlenecks (default: 24)")
     tune.add_argument("--dtypes", nargs="+", default=["bf16"], choices=("bf16", "fp16", "fp32"), help="default: bf16")
-    tune.add_argument("--pre-norm", action="store_true", help="adapters with a norm before them")
-    tune.add_argument("--rows", type=int, default=16384, metavar="N", help="to time with (default: 16384)")
-    tune.add_argument("--out", metavar="FILE.json", help="default: the table that runs read")
-    doctor = command("doctor", "versions, what was built, which backend serves what")
-    doctor.add_argument("--json", action="store_true", help="one JSON object")
-    doctor.add_argument("--no-check", action="store_true", help="do not run the backends against the reference")
+    tune.add_argument("--pre-norm", action="store_true", help="tune for adapters with a layer norm before them")
+    tune.add_argument(
+        "--rows", type=int, default=16384, metavar="N", help="number of rows to time with (default: 16384)"
+    )
+    tune.add_argument(
+        "--out", metavar="FILE.json", help="where to write the table (default: the file that later runs read)"
+    )
+    doctor = command("doctor", "show versions, the built libraries and what each backend serves")
+    doctor.add_argument("--json", action="store_true", help="print one JSON object")
+    doctor.add_argument("--no-check", action="store_true", help="do not compare the backends with the reference")
     return parser
 
 
@@ -139,14 +150,18 @@ def _train_options(train: argparse.ArgumentParser) -> None:
     )
     for name, (metavar, text) in _TEXT.items():
         train.add_argument(f"--{name}", metavar=metavar, help=text)
-    train.add_argument("--tasks", nargs="+", action=_Names, metavar="TASK", help="one or more (default: all there are)")
+    train.add_argument(
+        "--tasks", nargs="+", action=_Names, metavar="TASK", help="tasks to train (default: all tasks in the data)"
+    )
     for options, kind in ((_WHOLE, int), (_NUMBERS, float)):
         for name, text in options.items():
             train.add_argument(f"--{name}", type=kind, metavar="N" if kind is int else "X", help=text)
     for name, text in _SWITCHES.items():
         train.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=None, help=text)
-    train.add_argument("--variant", help="hyperformer++, hyperformer-shared or hyperformer")
-    train.add_argument("--reduction-factor", type=int, metavar="N", help="bottleneck = width // N")
+    train.add_argument("--variant", help="one of hyperformer++, hyperformer-shared and hyperformer")
+    train.add_argument(
+        "--reduction-factor", type=int, metavar="N", help="the adapters' bottleneck is the T5's width // N"
+    )
     train.add_argument(
         "--hyperformer",
         nargs="+",
@@ -155,7 +170,7 @@ def _train_options(train: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="other fields of HyperFormerConfig",
     )
-    train.add_argument("--resume", action="store_true", help="go on with the run in the output folder")
+    train.add_argument("--resume", action="store_true", help="continue the run in the output folder")
     train.add_argument("--overwrite", action="store_true", help="replace the run in the output folder")
 
 
@@ -175,7 +190,7 @@ def _train(options: argparse.Namespace) -> None:
         from .training.folder import read_run
 
         folder = Path(given.get("output_dir", arguments.RunConfig.output_dir))
-        # what is not said anew is as it was; what is said must agree, which train_run checks
+        # Options that are not given keep the run's values. train_run refuses those that differ from the run's.
         given = arguments.merge(read_run(folder)[0].to_dict(), {**given, "output_dir": str(folder)})
     run = arguments.RunConfig.from_dict(given)
 
@@ -202,7 +217,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 def _predict(options: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from .checkpoint import write_file
+    from .atomic import write_file
     from .training.predict import predict_run, row_of_texts
     from .training.progress import say
 
@@ -220,8 +235,8 @@ def _predict(options: argparse.Namespace) -> None:
     say(console, f"{len(labelled)} rows in {options.output}")
 
 
-def _line(row: Any, encoding: str) -> str:
-    """One line of JSON; its text as it is where the encoding has it, and else escaped."""
+def _line(row: dict[str, Any], encoding: str) -> str:
+    """One line of JSON, with escapes only if the encoding cannot represent its text."""
     line = json.dumps(row, ensure_ascii=False)
     try:
         line.encode(encoding)
@@ -231,7 +246,7 @@ def _line(row: Any, encoding: str) -> str:
 
 
 def _quiet() -> None:
-    """transformers' own bars and warnings would stand between ours."""
+    """Silence transformers' progress bars and warnings, which would be printed between ours."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -245,7 +260,7 @@ def _params(options: argparse.Namespace) -> None:
     from .parameters import table
 
     console = Console()
-    # below this width the numbers are cut
+    # rich truncates the numbers of a narrower table.
     console.width = max(console.width, 116)
     console.print(table())
 
@@ -263,15 +278,15 @@ def _tune(options: argparse.Namespace) -> None:
     tune(options.d, options.b, options.dtypes, options.pre_norm, options.rows, out)
 
 
-_COMMANDS = {
+_COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "train": _train, "evaluate": _evaluate, "predict": _predict, "params": _params, "doctor": _doctor, "tune": _tune,
 }  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code.
+    """Run the command and return its exit code.
 
-    0, 1 for an error (said in one message), 2 for wrong usage, 130 for Ctrl-C.
+    The exit code is 0 for success, 1 for an error (reported in one message), 2 for wrong usage and 130 for Ctrl-C.
     """
     options = _parser().parse_args(arguments)
     try:
@@ -280,7 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\nhyperformer-fast: {str(error) or 'interrupted'}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        # the reader of our output went away, as `head` does
+        # The reader of our output has gone, as with `| head`.
         sys.stderr.close()
         return FAILURE
     except MissingPackage as error:
@@ -302,17 +317,18 @@ def _is_usage(error: Exception) -> bool:
 
 
 def _message(error: Exception) -> str:
-    """The message alone where it was written for users, else also its class and how to find its cause."""
+    """Return the message alone if it was written for users; otherwise add its class and how to find its cause."""
     if _is_users(error):
         return str(error) or "out of memory"
     return f"{type(error).__name__}: {error} (unexpected; --debug shows where it comes from)"
 
 
 def _is_users(error: Exception) -> bool:
-    """Whether the settings, the data or the machine are at fault, not the program.
+    """Return whether the settings, the data or the machine are at fault, and not the program.
 
-    That is so of the classes of errors that this package documents, of files and of memory. A plain ValueError is one
-    where this package raised it, as it does for wrong values; one from inside another library is not.
+    They are for the error classes that this package documents, for file errors and for lack of memory. A plain
+    ValueError counts only if this package raised it, which it does for wrong values; one raised inside another library
+    does not.
     """
     from torch import OutOfMemoryError
 

@@ -1,4 +1,4 @@
-"""What a HyperFormer is: one validated, JSON-serialisable description, under the authors' field names."""
+"""HyperFormerConfig: the validated, JSON-serialisable description of a model, under the authors' field names."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from .json_files import read_object
 
 VARIANTS = ("hyperformer++", "hyperformer-shared", "hyperformer")
 
-#: (unique_hyper_net, efficient_unique_hyper_net) of each variant; the efficient flag wins over the other in the
-#: authors' code.
+#: (unique_hyper_net, efficient_unique_hyper_net) of each variant. In the authors' code the efficient flag takes
+#: precedence.
 _FLAGS = {"hyperformer++": (False, True), "hyperformer-shared": (True, False), "hyperformer": (False, False)}
 
 
@@ -25,14 +25,14 @@ _FLAGS = {"hyperformer++": (False, True), "hyperformer-shared": (True, False), "
 class HyperFormerConfig:
     """Configuration of the hypernetworks and adapters of one model.
 
-    The defaults are those of the authors' ``hyperformer++.json``, not of their ``MetaAdapterConfig`` class (swish, 16,
-    512).
+    The defaults are those of the authors' ``hyperformer++.json``, not those of their ``MetaAdapterConfig`` class (which
+    has swish, reduction factor 16 and 512-d task embeddings).
 
     Args:
         tasks: names of the tasks, in the order of their indices. Required, not empty, unique.
         variant: what the adapters of a stack share: ``"hyperformer++"`` one set of generators for all of them,
             ``"hyperformer-shared"`` one for the feed-forward and one for the self-attention adapters, ``"hyperformer"``
-            none (a set per block and position; the paper's HyperFormer). None: from the two flags below.
+            none (a set per block and position; the paper's HyperFormer). None: derived from the two flags below.
         task_embedding_dim: width of a task's own embedding (and of the layer and position embeddings).
         projected_task_embedding_dim: width k of the embedding that the generators read (64 in the paper).
         task_hidden_dim: hidden width of the network between the two (128 in the paper).
@@ -41,15 +41,15 @@ class HyperFormerConfig:
             ``swish``).
         add_layer_norm_before_adapter: normalise the adapter's input.
         add_layer_norm_after_adapter: normalise the adapter's output, before the skip is added.
-        conditional_layer_norm: generate the norms' parameters. Read by variant ``"hyperformer"`` only: the two shared
-            variants always generate them, as in the authors' code.
+        conditional_layer_norm: generate the norms' parameters. The two shared variants always do so, as in the authors'
+            code, and ignore this field.
         unique_hyper_net: the authors' flag for ``"hyperformer-shared"``.
-        efficient_unique_hyper_net: the authors' flag for ``"hyperformer++"``; wins over ``unique_hyper_net``.
-        unique_hyper_net_layer_norm: layer norm (eps 1e-6) on the joint embedding. Not read by variant
-            ``"hyperformer"``.
+        efficient_unique_hyper_net: the authors' flag for ``"hyperformer++"``; takes precedence over the other.
+        unique_hyper_net_layer_norm: apply a layer norm (eps 1e-6) to the joint embedding. Variant ``"hyperformer"``
+            ignores this field.
         train_task_embeddings: project the task embeddings through a network of their own before anything else reads
             them.
-        task_to_embeddings: task -> name of the embedding it uses; tasks may share one. None: each task its own.
+        task_to_embeddings: task -> name of the embedding it uses; tasks may share one. None: each task has its own.
         unfreeze_layer_norms: train T5's own layer norms.
         unfreeze_lm_head: train T5's output head.
 
@@ -67,7 +67,7 @@ class HyperFormerConfig:
             "help": (
                 'what the adapters of a stack share: "hyperformer++" one set of generators for all of them, '
                 '"hyperformer-shared" one for the feed-forward and one for the self-attention adapters, "hyperformer"'
-                " none (a set per block and position; the paper's HyperFormer). None: from the two flags below."
+                " none (a set per block and position; the paper's HyperFormer). None: derived from the two flags below."
             )
         },
     )
@@ -97,8 +97,8 @@ class HyperFormerConfig:
         default=True,
         metadata={
             "help": (
-                'generate the norms\' parameters. Read by variant "hyperformer" only: the two shared variants always '
-                "generate them, as in the authors' code."
+                "generate the norms' parameters. The two shared variants always do so, as in the authors' code, and "
+                "ignore this field."
             )
         },
     )
@@ -106,11 +106,13 @@ class HyperFormerConfig:
         default=None, metadata={"help": 'the authors\' flag for "hyperformer-shared".'}
     )
     efficient_unique_hyper_net: bool | None = dataclasses.field(
-        default=None, metadata={"help": 'the authors\' flag for "hyperformer++"; wins over unique_hyper_net.'}
+        default=None, metadata={"help": 'the authors\' flag for "hyperformer++"; takes precedence over the other.'}
     )
     unique_hyper_net_layer_norm: bool = dataclasses.field(
         default=True,
-        metadata={"help": 'layer norm (eps 1e-6) on the joint embedding. Not read by variant "hyperformer".'},
+        metadata={
+            "help": 'apply a layer norm (eps 1e-6) to the joint embedding. Variant "hyperformer" ignores this field.'
+        },
     )
     train_task_embeddings: bool = dataclasses.field(
         default=False,
@@ -120,7 +122,7 @@ class HyperFormerConfig:
     )
     task_to_embeddings: dict[str, str] | None = dataclasses.field(
         default=None,
-        metadata={"help": "task -> name of the embedding it uses; tasks may share one. None: each task its own."},
+        metadata={"help": "task -> name of the embedding it uses; tasks may share one. None: each task has its own."},
     )
     unfreeze_layer_norms: bool = dataclasses.field(default=True, metadata={"help": "train T5's own layer norms."})
     unfreeze_lm_head: bool = dataclasses.field(default=False, metadata={"help": "train T5's output head."})
@@ -203,26 +205,26 @@ class HyperFormerConfig:
 
     @property
     def generates_norms(self) -> bool:
-        """Whether norm parameters are generated; False: plain trained norms (variant ``"hyperformer"`` only)."""
+        """Whether norm parameters are generated, as they always are except in variant ``"hyperformer"``."""
         return self.conditional_layer_norm or self.variant != "hyperformer"
 
     @property
     def embedding_names(self) -> list[str]:
-        """Names of the embeddings that exist, in order of first use."""
+        """Names of the task embeddings, in order of first use."""
         return list(dict.fromkeys(self.embedding_of(task) for task in self.tasks))
 
     def embedding_of(self, task: str) -> str:
-        """Name of the embedding that ``task`` uses."""
+        """Return the name of the embedding that ``task`` uses."""
         return task if self.task_to_embeddings is None else self.task_to_embeddings[task]
 
     def task_id(self, task: str) -> int:
-        """Index of ``task``, as ``task_index`` counts them. ValueError for a task that is not one of ``tasks``."""
+        """Return the index of ``task``, as ``task_index`` counts tasks. Raises ValueError for an unknown task."""
         if task not in self.tasks:
             raise ValueError(f"unknown task {task!r}; this model has {', '.join(self.tasks)}")
         return self.tasks.index(task)
 
     def bottleneck(self, d: int) -> int:
-        """Bottleneck b of an adapter of width d. ValueError where nothing would be left of it."""
+        """Return the bottleneck b of an adapter of width d. Raises ValueError if it would be 0."""
         b = d // self.reduction_factor
         if b < 1:
             raise ValueError(
@@ -231,7 +233,7 @@ class HyperFormerConfig:
         return b
 
     def replace(self, **changes: Any) -> HyperFormerConfig:
-        """A validated copy with ``changes``. Changing ``variant`` also drops the two flags that spell it."""
+        """Return a validated copy with ``changes``. Changing ``variant`` also resets the two flags that encode it."""
         fields = self.to_dict()
         if "variant" in changes:
             fields["unique_hyper_net"] = fields["efficient_unique_hyper_net"] = None
@@ -240,12 +242,12 @@ class HyperFormerConfig:
         return type(self).from_dict({**fields, **changes})
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, as plain JSON types; shares nothing with this instance."""
+        """Return all fields as plain JSON types, copied so that changing them does not change this instance."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> HyperFormerConfig:
-        """The inverse of :meth:`to_dict`. ValueError names unknown or missing keys."""
+        """Build a configuration from what :meth:`to_dict` returns. Raises ValueError for unknown or missing keys."""
         if not isinstance(fields, Mapping):
             raise TypeError(f"a configuration must be a mapping of field names to values, got {type(fields).__name__}")
         known = {field.name for field in dataclasses.fields(cls)}
@@ -253,24 +255,25 @@ class HyperFormerConfig:
         if unknown:
             raise ValueError(f"unknown configuration fields {unknown}; known are {sorted(known)}")
         if "tasks" not in fields:
-            raise ValueError("the configuration does not say its tasks")
+            raise ValueError("the configuration lacks the field 'tasks'")
         return cls(**fields)
 
     @classmethod
     def from_official(cls, fields: Mapping[str, Any] | str | os.PathLike[str], **changes: Any) -> HyperFormerConfig:
-        """From a configuration of the authors' code: what of it says how the model is made.
+        """Build a configuration from the fields of the authors' configuration that describe the model.
 
-        Absent fields have the authors' defaults, not ours; one with neither flag is variant ``"hyperformer"``. A
-        warning names the fields that are not read, as the training arguments of their JSON files.
+        Absent fields have the authors' defaults, not ours; without either variant flag the variant is
+        ``"hyperformer"``. A warning names the fields that are ignored, such as the training arguments in their JSON
+        files.
 
         Args:
             fields: their configuration, or the path of their JSON file.
-            changes: fields of ours to replace.
+            changes: fields of HyperFormerConfig that override the translated ones.
 
         Raises:
-            ValueError: it configures another method (fine-tuning, plain adapters), or asks for what no variant here
-                does; the field is named.
-            TypeError: a value, or ``fields`` itself, is of a wrong type.
+            ValueError: the configuration is of another method (fine-tuning, plain adapters), or sets a field to a value
+                that no variant here supports; the message names the field.
+            TypeError: a value, or ``fields`` itself, has a wrong type.
             OSError: the file cannot be read.
         """
         path = None
@@ -289,22 +292,25 @@ class HyperFormerConfig:
             raise ValueError(f"{path}: {error}") from error
 
     def save(self, path: str | Path) -> None:
-        """Write as JSON."""
+        """Write the configuration to a JSON file."""
         Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> HyperFormerConfig:
-        """Read from JSON: a file of :meth:`save`, or the ``hyperformer_config.json`` of a saved model or its folder.
+        """Read a configuration from JSON.
+
+        Args:
+            path: a file that :meth:`save` wrote, or the ``hyperformer_config.json`` of a saved model or its folder.
 
         Raises:
-            ValueError: names the file, and what it holds instead of a configuration.
-            OSError: it cannot be read.
+            ValueError: the file holds no configuration; the message names it and says what it seems to hold.
+            OSError: the file cannot be read.
         """
         path = Path(path)
         if path.is_dir():
             path /= CONFIG_NAME
         content = read_object(path)
-        # A saved model's file describes more than the configuration.
+        # A saved model's file has the configuration in its field "config", beside a description of the T5.
         wrapped = isinstance(content.get("config"), dict) and "tasks" not in content
         try:
             return cls.from_dict(content["config"] if wrapped else content)
@@ -313,7 +319,7 @@ class HyperFormerConfig:
 
 
 def _what_else(content: Mapping[str, Any]) -> str:
-    """The end of a message: what a file is that was taken for a configuration."""
+    """Say what a file that is no configuration seems to hold, as the end of an error message."""
     if "model_type" in content:
         return f" (the file is transformers' configuration of a {content['model_type']})"
     if "arguments" in content:
@@ -321,12 +327,12 @@ def _what_else(content: Mapping[str, Any]) -> str:
     if isinstance(content.get("hyperformer"), dict):
         return " (the file configures a run, as `hyperformer-fast train` takes it; its 'hyperformer' holds our fields)"
     if {"model_name_or_path", "train_adapters", "adapter_config_name"} & content.keys():
-        return " (the file is of the authors' code: HyperFormerConfig.from_official reads it)"
+        return " (the file belongs to the authors' code: HyperFormerConfig.from_official reads it)"
     return ""
 
 
 def variant_of_flags(unique_hyper_net: bool, efficient_unique_hyper_net: bool) -> str:
-    """The variant that the authors' two flags select (``efficient_unique_hyper_net`` wins)."""
+    """Return the variant that the authors' two flags select; ``efficient_unique_hyper_net`` takes precedence."""
     return (
         "hyperformer++" if efficient_unique_hyper_net else "hyperformer-shared" if unique_hyper_net else "hyperformer"
     )
@@ -336,4 +342,4 @@ def _check_name(field: str, name: Any) -> None:
     if not isinstance(name, str) or not name:
         raise TypeError(f"{field}: a name must be a non-empty string, got {name!r}")
     if any("\ud800" <= character <= "\udfff" for character in name):
-        raise ValueError(f"{field}: {name!r} holds half of a surrogate pair, which no file can")
+        raise ValueError(f"{field}: {name!r} contains half of a surrogate pair, which UTF-8 cannot encode")

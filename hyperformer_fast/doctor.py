@@ -1,4 +1,4 @@
-"""What runs here and why: versions, what was built, each backend with its reason and, where available, a live check."""
+"""Diagnose an installation: versions, built libraries, and each backend's availability with a live check."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ _PACKAGES = ("torch", "transformers", "triton", "accelerate", "datasets", "safet
 
 
 def diagnose(check: bool = True) -> dict[str, Any]:
-    """Collect the whole report, in types that JSON can hold.
+    """Collect the report as JSON-serialisable types.
 
     Args:
-        check: also run each available backend against the reference.
+        check: also compare each available backend with the reference.
 
     Returns:
-        ``ok`` (no live check failed, of those made now and of those at the first load), ``problems`` (lines for a
-        person), ``versions``, ``cpu``, ``gpus``, ``native`` (library -> its status), ``build_info``, and ``backends``:
-        name, available, serves, reason, ``wrong`` (its kernels failed their test, which is the reason), and
-        ``check`` (op -> relative error) or ``check_error``.
+        A dict with ``ok`` (no live check failed, neither now nor when a library was first loaded), ``problems``
+        (messages for the user), ``versions``, ``cpu``, ``gpus``, ``native`` (the status of each library),
+        ``build_info`` and ``backends``. Each backend has ``name``, ``available``, ``serves``, ``reason``, ``wrong``
+        (its kernels failed their self-test, as the reason says), and ``check`` (op -> relative error) or
+        ``check_error``.
     """
     import torch
 
@@ -105,7 +106,7 @@ def _check(entry: dict[str, Any]) -> None:
     tolerance = selftest.TOLERANCE[torch.float32]
     try:
         errors = live_check(entry["name"])
-    except Exception as error:  # the doctor reports what is broken; it does not break on it
+    except Exception as error:  # the doctor must report a broken backend and not fail itself
         entry["check_error"] = f"{type(error).__name__}: {error}"
         return
     entry["check"] = errors
@@ -115,7 +116,7 @@ def _check(entry: dict[str, Any]) -> None:
 
 
 def _print(report: dict[str, Any]) -> None:
-    """The report as text, in plain print: the doctor must run where only the core's packages are installed."""
+    """Print the report as text. The extras may not be installed, so rich cannot be used."""
     cpu = report["cpu"]
     facts = {name: version or "not installed" for name, version in report["versions"].items()}
     facts["cpu"] = f"{cpu['machine']}, {cpu['capability']}, {cpu['threads']} threads"
@@ -146,12 +147,13 @@ def _describe(library: dict[str, Any], built: dict[str, Any] | None) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; 0 where no live check failed, else 1."""
+    """Run the command line. Returns 0 if no live check failed, else 1."""
     parser = argparse.ArgumentParser(
-        prog="python -m hyperformer_fast", description="Versions, builds and backends of this installation."
+        prog="python -m hyperformer_fast",
+        description="Show the versions, built libraries and backends of this installation.",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--no-check", action="store_true", help="do not run the backends against the reference")
+    parser.add_argument("--no-check", action="store_true", help="do not compare the backends with the reference")
     options = parser.parse_args(arguments)
     report = diagnose(check=not options.no_check)
     if options.json:

@@ -1,16 +1,16 @@
-"""The packages that only parts of the library need, asked for by name where they are missing."""
+"""Check for the optional packages that only parts of the library need."""
 
 from __future__ import annotations
 
 import importlib.util
 import sys
 
-#: The name to install, where it is not the name to import.
+#: Import name -> name to install, for packages whose names differ.
 _DISTRIBUTIONS = {"sklearn": "scikit-learn"}
 
 
 class MissingPackage(ImportError):
-    """An optional package is not installed; the message says which, what needs it, and how to get it."""
+    """An optional package is not installed; the message names it, what needs it and how to install it."""
 
 
 def require(what: str, *modules: str) -> None:
@@ -18,7 +18,7 @@ def require(what: str, *modules: str) -> None:
 
     Args:
         what: what needs them, as the subject of a sentence ("training").
-        modules: names to import, all of them in the extra ``train``.
+        modules: import names of packages that the extra ``train`` installs.
     """
     missing = [_DISTRIBUTIONS.get(module, module) for module in modules if not _importable(module)]
     if missing:

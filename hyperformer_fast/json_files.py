@@ -1,4 +1,4 @@
-"""JSON that a person wrote: read so that every fault in it is a ValueError which names the file."""
+"""Read JSON that may be malformed or hostile; every fault in it is a ValueError."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-#: Deeper values than these lists and objects within one another are refused: Python's recursion limit, which
-#: depends on the caller, would else decide where reading, showing or writing them fails.
+#: Largest allowed nesting of lists and objects. Beyond it, whether reading, printing or writing a value fails would
+#: depend on Python's recursion limit and on how deep the caller is.
 MAX_DEPTH = 100
 
 
 def parse(text: str, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None, max_depth: int = MAX_DEPTH) -> Any:
-    """``json.loads``, all of whose failures are ValueErrors.
+    """Parse JSON like ``json.loads``, but raise only ValueError.
 
     Args:
-        text: JSON.
-        pairs: ``object_pairs_hook`` of ``json.loads``.
+        text: the JSON text.
+        pairs: the ``object_pairs_hook`` of ``json.loads``.
         max_depth: largest allowed nesting of lists and objects.
 
     Raises:
-        ValueError: it is not JSON, is nested too deeply, or holds a number of thousands of digits.
+        ValueError: the text is not JSON, is nested too deeply, or has a number with thousands of digits.
     """
     try:
         value = json.loads(text, object_pairs_hook=pairs)
@@ -45,16 +45,16 @@ def _is_too_deep(value: Any, max_depth: int) -> bool:
 
 
 def read_object(path: str | Path) -> dict[str, Any]:
-    """The one JSON object that a file holds.
+    """Read a file that holds one JSON object.
 
     Raises:
-        ValueError: it is not UTF-8, not JSON or not an object.
-        OSError: it cannot be read.
+        ValueError: the file is not UTF-8, not JSON or not an object; the message names it.
+        OSError: the file cannot be read.
     """
     try:
         content = parse(Path(path).read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{path}: not JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: a JSON object was expected, got {type(content).__name__}")
+        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content

@@ -1,12 +1,13 @@
-"""The authors' checkpoints, in and out.
+"""Load and export checkpoints of the authors' code.
 
-Their code (github.com/rabeehk/hyperformer) holds one ``nn.Linear`` per generated tensor; ours packs all rows of a
-generator into one tensor. One table of correspondences (:func:`_stack_entries`) serves loading, exporting and the
+Their code (github.com/rabeehk/hyperformer) has one ``nn.Linear`` per generated tensor; ours packs all rows of a
+generator into one tensor. :func:`_stack_entries` maps their names to ours, for loading and for exporting weights and
 gradients.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,15 +25,16 @@ if TYPE_CHECKING:
 _TASKS = "task_embedding_controller."
 _NET = "adapter_layers_hyper_net."
 
-#: Module of each generated part in a shared stack, and in the per-block variant; and whether it makes a weight or a
-#: bias.
+#: Their modules that generate the down and up projections, in the shared variants and in the per-block variant, and
+#: the kind of tensor that a part of ours is to them.
 _SHARED = {"down": "down_sampler_hyper_net", "up": "up_sampler_hyper_net"}
 _PER_BLOCK = {"down": "meta_down_sampler", "up": "meta_up_sampler"}
 _KIND = {"weight": "weight", "gamma": "weight", "bias": "bias", "beta": "bias"}
 
 
-class _Entry(NamedTuple):
-    """One tensor of an official checkpoint: rows ``rows`` of ``parameter[index]``, or all of ``parameter``."""
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """Maps a tensor of an official checkpoint to rows ``rows`` of ``parameter[index]``, or to all of ``parameter``."""
 
     name: str
     parameter: str
@@ -40,7 +42,7 @@ class _Entry(NamedTuple):
     rows: slice | None = None
 
     def view(self, tensor: Tensor) -> Tensor:
-        """The part of our parameter (or of its gradient) that this entry names."""
+        """Return the part of our parameter (or of its gradient) that this entry maps to."""
         return tensor if self.index is None else tensor[self.index, self.rows]
 
 
@@ -57,7 +59,12 @@ def _projector_entries(prefix: str) -> Iterator[_Entry]:
 
 
 def _stack_entries(net: HyperNetwork, block_name: Callable[[int, str], str]) -> Iterator[_Entry]:
-    """Every tensor of one stack. ``block_name(layer, position)`` prefixes the modules of the per-block variant."""
+    """Yield an entry for every tensor of a stack.
+
+    Args:
+        net: the hypernetwork of the stack.
+        block_name: a function of (layer, position) that returns the prefix of their module in the per-block variant.
+    """
     variant = net.config.variant
     if variant == "hyperformer":
         for position in POSITIONS:
@@ -96,7 +103,7 @@ def _generator_entries(
 
 
 class _Part(NamedTuple):
-    """A module of ours, and where its entries lie in the official state dict."""
+    """A module of ours, and the prefix of its entries in the official state dict."""
 
     module: nn.Module
     prefix: str
@@ -105,7 +112,7 @@ class _Part(NamedTuple):
 
 @torch.no_grad()
 def _load(parts: list[_Part], state: Mapping[str, Tensor]) -> None:
-    """Copy every entry, all or none. ValueError names what is missing or of another shape."""
+    """Copy all entries, or none: raises ValueError if a tensor is missing or has another shape."""
     copies, missing = [], []
     for part in parts:
         parameters = dict(part.module.named_parameters())
@@ -121,7 +128,7 @@ def _load(parts: list[_Part], state: Mapping[str, Tensor]) -> None:
                 copies.append((target, state[name]))
     if missing:
         raise ValueError(
-            f"the checkpoint lacks {len(missing)} tensors that this configuration has, the first of them {missing[0]}"
+            f"the checkpoint lacks {len(missing)} tensors that this configuration needs; the first is {missing[0]}"
         )
     for target, value in copies:
         target.copy_(value)
@@ -139,13 +146,11 @@ def _export(parts: list[_Part], read: Callable[[Tensor], Tensor]) -> dict[str, T
 def _refuse_unknown(state: Mapping[str, Tensor], known: set[str], where: str) -> None:
     unknown = sorted(set(state) - known)
     if unknown:
-        raise ValueError(
-            f"the checkpoint has {len(unknown)} tensors unknown to {where}, the first of them {unknown[0]}"
-        )
+        raise ValueError(f"the checkpoint has {len(unknown)} tensors unknown to {where}; the first is {unknown[0]}")
 
 
 class OfficialStack(nn.Module):
-    """The task embeddings and the hypernetworks of one stack, addressed as the authors' code addresses them."""
+    """The task embeddings and the hypernetworks of one stack, called with the arguments of the authors' code."""
 
     def __init__(self, config: HyperFormerConfig, d: int, num_layers: int):
         super().__init__()
@@ -154,7 +159,7 @@ class OfficialStack(nn.Module):
         self.hypernetwork = HyperNetwork(config, d, num_layers)
 
     def forward(self, x: Tensor, task: str, layer: int, position: str) -> Tensor:
-        """The output (skip included) of the adapter behind ``position`` of block ``layer``: x [..., d] -> [..., d]."""
+        """Apply the adapter after ``position`` of block ``layer``, with the skip connection: x [..., d] -> [..., d]."""
         net = self.hypernetwork
         site = net.site(layer, position)
         task_id = self.config.task_id(task)
@@ -170,19 +175,19 @@ class OfficialStack(nn.Module):
 
 
 def build_stack(config: Mapping[str, Any], num_layers: int, state_dict: Mapping[str, Tensor]) -> OfficialStack:
-    """One stack from the authors' configuration and state dict.
+    """Build one stack from the authors' configuration and state dict.
 
     Args:
-        config: official field names, with ``input_dim`` (d).
-        num_layers: blocks of the stack.
-        state_dict: ``task_embedding_controller.*`` and ``adapter_layers_hyper_net.*``; per block,
-            ``adapter_layers_hyper_net.<layer>_<position>.*``. Its dtype becomes the stack's.
+        config: the configuration under the authors' field names, with ``input_dim`` (d).
+        num_layers: number of blocks of the stack.
+        state_dict: the tensors ``task_embedding_controller.*`` and ``adapter_layers_hyper_net.*`` (in the per-block
+            variant ``adapter_layers_hyper_net.<layer>_<position>.*``). The stack takes their dtype.
 
     Raises:
-        ValueError: a tensor is missing, unknown or of another shape; the first is named.
+        ValueError: a tensor is missing, unknown or has another shape; the message names the first.
     """
     if "input_dim" not in config:
-        raise ValueError("the configuration does not say input_dim, the width of the stack")
+        raise ValueError("the configuration lacks input_dim, the width of the stack")
     fields = {name: value for name, value in config.items() if name != "input_dim"}
     stack = OfficialStack(HyperFormerConfig.from_official(fields), config["input_dim"], num_layers)
     dtypes = {tensor.dtype for tensor in state_dict.values()}
@@ -196,14 +201,15 @@ def build_stack(config: Mapping[str, Any], num_layers: int, state_dict: Mapping[
 
 
 def export_gradients(stack: OfficialStack) -> dict[str, Tensor]:
-    """The gradients that the stack's parameters hold, under the official names; zeros where there is none."""
+    """Return the gradients of the stack's parameters under the official names; zeros for a parameter without one."""
     return _export(stack.parts(), lambda p: torch.zeros_like(p) if p.grad is None else p.grad)
 
 
 def _model_parts(model: HyperFormerModel) -> list[_Part]:
     parts = [_Part(model.task_embeddings, "", list(_task_entries(model.task_embeddings)))]
     for stack, net in model.hypernetworks.items():
-        last = 2 if stack == "decoder" else 1  # the decoder's block has cross-attention between the two
+        assert isinstance(net, HyperNetwork)  # a ModuleDict does not know the class of its values
+        last = 2 if stack == "decoder" else 1  # the decoder has cross-attention at index 1
         block_name = lambda layer, position, last=last: (  # noqa: E731
             f"block.{layer}.layer.{0 if position == 'self_attention' else last}.adapter_controller."
         )
@@ -213,24 +219,24 @@ def _model_parts(model: HyperFormerModel) -> list[_Part]:
 
 @torch.no_grad()
 def load_state_dict(model: HyperFormerModel, state_dict: Mapping[str, Tensor], load_frozen: bool = False) -> None:
-    """Load an official T5 checkpoint into a model of the same configuration: all of it, or none.
+    """Load an official T5 checkpoint into a model of the same configuration. On an error nothing is changed.
 
     Args:
-        model: a :class:`HyperFormerModel`.
-        state_dict: as ``torch.load(..., weights_only=True)`` or safetensors give it. The adapters and every T5 weight
-            that the configuration trains are taken from it.
-        load_frozen: also overwrite the frozen T5 weights. Otherwise they must equal the model's own, bit for bit:
-            another T5 below the adapters would be silently wrong.
+        model: the :class:`HyperFormerModel` to load into.
+        state_dict: the checkpoint, as ``torch.load(..., weights_only=True)`` or safetensors return it. The adapters and
+            every T5 weight that the configuration trains are taken from it.
+        load_frozen: also overwrite the frozen T5 weights. Otherwise they must equal the model's own bit for bit,
+            because adapters on top of another T5 would be silently wrong.
 
     Raises:
-        ValueError: naming the first tensor that is missing, unknown, of another shape, (frozen) of other values, or
-            (one parameter under several names) of two values.
+        ValueError: a tensor is missing, unknown or has another shape, a frozen one has other values, or one parameter
+            has different values under two names; the message names the first.
     """
     parts = _model_parts(model)
-    own = model.t5.state_dict()
-    # With their aliases: a head that is tied to the embeddings is one parameter of several names.
-    parameters = dict(model.t5.named_parameters(remove_duplicate=False))
-    # T5 of transformers 3.5 had a position bias in cross-attention that its own forward no longer reads.
+    own = model._base.state_dict()
+    # Keep duplicates: a head that is tied to the embeddings is one parameter with several names.
+    parameters = dict(model._base.named_parameters(remove_duplicate=False))
+    # The T5 of transformers 3.5 saves a position bias of cross-attention that its forward does not use.
     dead = {"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"}
     known = {part.prefix + entry.name for part in parts for entry in part.entries} | set(own) | dead
     _refuse_unknown(state_dict, known, "this model")
@@ -248,7 +254,7 @@ def load_state_dict(model: HyperFormerModel, state_dict: Mapping[str, Tensor], l
         if trained or load_frozen:
             first, _, other = copies.setdefault(id(tensor if parameter is None else parameter), (name, tensor, value))
             if not torch.equal(value, other):
-                raise ValueError(f"{first} and {name} are one tensor in this model, but differ in the checkpoint")
+                raise ValueError(f"{first} and {name} are the same tensor in this model, but differ in the checkpoint")
         elif not torch.equal(value.to(tensor.device, tensor.dtype), tensor):
             raise ValueError(
                 f"{name} is frozen, but differs between the checkpoint and this model's T5: start from the T5 that the "
@@ -260,6 +266,6 @@ def load_state_dict(model: HyperFormerModel, state_dict: Mapping[str, Tensor], l
 
 
 def export(model: HyperFormerModel) -> dict[str, Tensor]:
-    """The whole model as an official T5 state dict: the T5's own names, and the adapters under the authors'."""
-    exported = {name: tensor.detach().clone() for name, tensor in model.t5.state_dict().items()}
+    """Return the whole model as an official state dict, with the adapters under the authors' names."""
+    exported = {name: tensor.detach().clone() for name, tensor in model._base.state_dict().items()}
     return exported | _export(_model_parts(model), lambda p: p.detach())

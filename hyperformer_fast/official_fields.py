@@ -1,7 +1,7 @@
-"""What the fields of the authors' JSON files mean here: honoured, without effect, another method, or the trainer's.
+"""Translate the fields of the authors' JSON files: some are used, some ignored with a warning, some refused.
 
-Their files hold the arguments of a whole training run (github.com/rabeehk/hyperformer, ``training_args.py``), and
-also configure methods that are not HyperFormer: plain adapters and fine-tuning.
+Their files have the arguments of a whole training run (github.com/rabeehk/hyperformer, ``training_args.py``) and can
+also configure methods other than HyperFormer: plain adapters and fine-tuning.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
 
-#: Defaults of the authors' MetaAdapterConfig and ModelArguments where they are not ours.
+#: Defaults of the authors' MetaAdapterConfig and ModelArguments that differ from ours.
 DEFAULTS = {
     "non_linearity": "swish",
     "reduction_factor": 16,
@@ -23,13 +23,13 @@ DEFAULTS = {
 
 _OF_THE_T5 = "belongs to the T5: set it in the configuration of the T5 that you pass"
 
-#: Fields that change the model or what of it is trained, in ways that we do not serve, and why or what to do instead.
-#: Absent, null or false they change nothing.
+#: Fields that change the model, or which of its parameters are trained, in ways that are not supported here, with what
+#: they do and what to do instead. They have no effect if they are absent, null or false.
 _UNSERVED = {
-    "unfreeze_model": "trains the whole T5, which stays frozen here but for its layer norms and its head",
+    "unfreeze_model": "trains the whole T5, which is frozen here except for its layer norms and its head",
     "freeze_model": "freezes the hypernetworks too: call requires_grad_(False) on the wrapped model instead",
     "freeze_model_but_lm_head": "freezes the hypernetworks too: call requires_grad_(False) on them instead",
-    "freeze_model_but_task_embeddings": "freezes all but the task embeddings: call "
+    "freeze_model_but_task_embeddings": "freezes everything except the task embeddings: call "
     "model.hypernetworks.requires_grad_(False) on the wrapped model instead",
     "freeze_encoder": "freezes the encoder's hypernetwork too: call "
     "model.hypernetworks['encoder'].requires_grad_(False) on the wrapped model instead",
@@ -40,15 +40,15 @@ _UNSERVED = {
     "attention_dropout": _OF_THE_T5,
 }
 
-#: Fields that :func:`_refuse_another_method` has read, and one that asks for what is always so.
+#: Fields that are checked by other functions, and ``freeze_embeds``, which asks for what is always done here.
 _CHECKED = {"train_adapters", "adapter_config_name", "train_adapters_blocks", "task_embeddings", "freeze_embeds"}
 
-#: Fields that the authors' hypernetworks never look at.
+#: Fields that the authors' hypernetworks never read.
 _WITHOUT_EFFECT = set(
     "hidden_dim weight_init_range adapters task_to_adapter parametric_task_embedding task_embedding_dir device".split()
 )
 
-#: Fields of their trainer, data and T5, with those of transformers 3.5.1's TrainingArguments.
+#: Fields that configure their training, data or T5, including the TrainingArguments of transformers 3.5.1.
 _OF_TRAINING = set(
     """
     model_name_or_path not_load_t5_checkpoint config_name tokenizer_name cache_dir input_dim eval_tasks
@@ -68,30 +68,30 @@ _OF_TRAINING = set(
 
 
 def translate(fields: Mapping[str, Any], ours: Collection[str]) -> dict[str, Any]:
-    """The fields of a HyperFormerConfig that the authors' ``fields`` stand for, absent ones with their defaults.
+    """Translate the authors' ``fields`` into fields of HyperFormerConfig; absent ones get the authors' defaults.
 
-    Warns of the fields that are not read, by name.
+    A warning names the fields that are ignored.
 
     Args:
-        fields: their configuration.
-        ours: names of the fields that mean the same here.
+        fields: the authors' configuration.
+        ours: names of the fields that mean the same in HyperFormerConfig.
 
     Raises:
-        ValueError: it is of another method, or holds what would make another model than ours.
-        TypeError: it is no mapping.
+        ValueError: the configuration is of another method, or a field has a value that is not supported here.
+        TypeError: ``fields`` is not a mapping.
     """
     if not isinstance(fields, Mapping):
         raise TypeError(
             f"the authors' configuration must be a mapping, or the path of a JSON file, got {type(fields).__name__}"
         )
     if "variant" in fields or "format_version" in fields:
-        raise ValueError("this is a configuration of this library, which HyperFormerConfig.load reads")
+        raise ValueError("this is a configuration of this library: read it with HyperFormerConfig.load")
     if isinstance(fields.get("hyperformer"), Mapping):
-        raise ValueError("this is a run's configuration of this library, which `hyperformer-fast train` takes")
+        raise ValueError("this is a run's configuration of this library: pass it to `hyperformer-fast train`")
     _refuse_another_method(fields)
     for name, reason in _UNSERVED.items():
         if fields.get(name):
-            raise ValueError(f"{name}={fields[name]!r} is not served: it {reason}, and take the field out")
+            raise ValueError(f"{name}={fields[name]!r} is not supported: it {reason}, and remove the field")
     picked = {name: value for name, value in fields.items() if name in ours}
     if fields.get("task_embeddings") is not None:
         picked["task_to_embeddings"] = _task_to_embeddings(fields)
@@ -104,13 +104,15 @@ def _refuse_another_method(fields: Mapping[str, Any]) -> None:
         if not isinstance(fields.get(name, True), bool):
             raise ValueError(f"{name} must be true or false, got {fields[name]!r}")
     kind = fields.get("adapter_config_name", "meta-adapter")
-    # model_name_or_path is required of a whole run, where their default of train_adapters counts
+    # Only the configuration of a whole run has model_name_or_path. Its default of train_adapters is false.
     whole_run = "model_name_or_path" in fields
     if not fields.get("train_adapters", not whole_run):
-        said = "train_adapters=False" if "train_adapters" in fields else "train_adapters is absent, so false"
+        said = (
+            "train_adapters=False" if "train_adapters" in fields else "train_adapters is absent and defaults to false"
+        )
         method = f"fine-tuning of the whole T5 ({said})"
     elif kind == "adapter":
-        method = "plain adapters, whose weights are no hypernetwork's (adapter_config_name='adapter')"
+        method = "plain adapters without a hypernetwork (adapter_config_name='adapter')"
     elif kind != "meta-adapter":
         method = f"adapter_config_name={kind!r}"
     elif not fields.get("train_adapters_blocks", True):
@@ -118,14 +120,14 @@ def _refuse_another_method(fields: Mapping[str, Any]) -> None:
     else:
         return
     raise ValueError(
-        f"this configures another method of the authors' code, {method}; this library has HyperFormer alone: "
+        f"this configures another method of the authors' code, {method}; this library has only HyperFormer: "
         "adapter_config_name='meta-adapter' with train_adapters=True, in the variants hyperformer++, "
         "hyperformer-shared and hyperformer"
     )
 
 
 def _task_to_embeddings(fields: Mapping[str, Any]) -> dict[str, str]:
-    """``task_embeddings`` names the embedding of each of ``tasks``, in their order."""
+    """Map each of ``tasks`` to its embedding, whose names ``task_embeddings`` lists in the same order."""
     tasks, names = fields.get("tasks"), fields["task_embeddings"]
     if not isinstance(names, (list, tuple)) or not isinstance(tasks, (list, tuple)) or len(names) != len(tasks):
         raise ValueError(
@@ -134,17 +136,17 @@ def _task_to_embeddings(fields: Mapping[str, Any]) -> dict[str, str]:
     mapping = dict(zip(tasks, names, strict=True))
     if fields.get("task_to_embeddings", mapping) not in (None, mapping):
         raise ValueError(
-            f"task_to_embeddings={fields['task_to_embeddings']!r} and task_embeddings={names!r} disagree: give one"
+            f"task_to_embeddings={fields['task_to_embeddings']!r} and task_embeddings={names!r} disagree: set only one"
         )
     return mapping
 
 
 def _warn_of_the_rest(rest: set[str]) -> None:
     kinds = (
-        ("they say how the authors' code trains, not what the model is", rest & _OF_TRAINING),
+        ("they configure the authors' training, not the model", rest & _OF_TRAINING),
         ("no hypernetwork of the authors' code reads them", rest & _WITHOUT_EFFECT),
-        ("the authors' code does not know them (misspelt?)", rest - _OF_TRAINING - _WITHOUT_EFFECT),
+        ("unknown to the authors' code (misspelt?)", rest - _OF_TRAINING - _WITHOUT_EFFECT),
     )
     found = [f"{', '.join(sorted(names))}: {reason}" for reason, names in kinds if names]
     if found:
-        warnings.warn(f"fields of the authors' configuration that are not read: {'; '.join(found)}", stacklevel=4)
+        warnings.warn(f"fields of the authors' configuration that are ignored: {'; '.join(found)}", stacklevel=4)

@@ -1,4 +1,4 @@
-"""How many parameters each variant trains, from configurations alone (paper table 1)."""
+"""Count the parameters that each variant trains, from its configuration alone (table 1 of the paper)."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 GLUE = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte")
 
-#: The shapes of the published checkpoints.
+#: Fields of T5Config for the published T5 checkpoints.
 T5_SHAPES = {
     "T5-small": {"d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6, "num_heads": 8},
     "T5-base": {"d_model": 768, "d_kv": 64, "d_ff": 3072, "num_layers": 12, "num_heads": 12},
 }
 
-#: What the paper reports, percent of T5 trained per task.
+#: Trained parameters per task in percent of the T5, as the paper reports them.
 PAPER = {
     ("hyperformer++", "T5-small"): 0.50,
     ("hyperformer++", "T5-base"): 0.29,
@@ -32,7 +32,7 @@ PAPER = {
 
 
 class ParameterCount(NamedTuple):
-    """How many parameters a HyperFormer trains, by part, and how many its T5 has."""
+    """Numbers of parameters that a HyperFormer trains, by part, and of those that its T5 has."""
 
     hypernetworks: int
     task_embeddings: int
@@ -51,7 +51,7 @@ class ParameterCount(NamedTuple):
 
 
 def count(config: HyperFormerConfig, t5_config: T5Config) -> ParameterCount:
-    """Count the parameters of a configuration. Everything is built on the meta device, so no weight is allocated."""
+    """Count the parameters of a configuration on the meta device, without allocating any weight."""
     from transformers import T5ForConditionalGeneration
 
     def numel(module: nn.Module) -> int:
@@ -73,10 +73,10 @@ def count(config: HyperFormerConfig, t5_config: T5Config) -> ParameterCount:
 
 
 def published_config(variant: str) -> HyperFormerConfig:
-    """The paper's setting of a variant: reduction 32, eight GLUE tasks.
+    """Return the paper's configuration of a variant: reduction factor 32 and eight GLUE tasks.
 
-    Its per-block HyperFormer kept the authors' default of 512-d task embeddings, projected to 64; the shared variants
-    have 64-d ones.
+    The paper's per-block HyperFormer has the authors' default of 512-d task embeddings, projected to 64; the shared
+    variants have 64-d task embeddings.
     """
     per_block = variant == "hyperformer"
     return HyperFormerConfig(
@@ -89,7 +89,7 @@ def published_config(variant: str) -> HyperFormerConfig:
 
 
 def rows() -> list[tuple[str, str, ParameterCount, float | None]]:
-    """(variant, T5, count, the paper's percentage or None) of every variant on T5-small and T5-base."""
+    """Return (variant, T5, count, the paper's percentage or None) for every variant on T5-small and T5-base."""
     from transformers import T5Config
 
     from .config import VARIANTS
@@ -102,7 +102,7 @@ def rows() -> list[tuple[str, str, ParameterCount, float | None]]:
 
 
 def table() -> Table:
-    """The rows as a table for a terminal."""
+    """Return the counts as a table for the terminal."""
     from rich.table import Table
 
     out = Table("variant", "T5", title="Trained parameters, 8 tasks, reduction factor 32")

@@ -1,7 +1,7 @@
-"""``hyperformer-fast tune``: try tiles of the Triton kernels on this GPU, and save the fastest in a table.
+"""``hyperformer-fast tune``: time tiles of the Triton kernels on this GPU, and save the fastest in a table.
 
-The table's key is (kernel, d, b, dtype, pre-norm, architecture). It is measured with one number of rows and used for
-all of them; nothing is ever tuned within a call.
+The table's key is (kernel, d, b, dtype, pre-norm, architecture). Tiles are timed with one number of rows and used for
+any number; no call of an op ever tunes.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,14 +20,17 @@ from .backends.triton import TritonBackend
 from .extras import require
 from .layout import AdapterLayout, AdapterSpec
 
+if TYPE_CHECKING:
+    from .kernels.tiles import Tile
+
 #: Replace the rule's tile only if the new one takes under 97 % of its time; smaller gains are noise.
 GAIN = 0.97
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def candidates(kernel: str) -> list:
-    """The tiles to try for a kernel of ``kernels/tiles.py``."""
+def candidates(kernel: str) -> list[Tile]:
+    """Return the tiles to try for a kernel of ``kernels/tiles.py``."""
     from .kernels.tiles import Tile
 
     plain = [Tile(*shape) for shape in itertools.product((16, 32, 64), (32, 64, 128), (4, 8), (1, 2, 3))]
@@ -36,7 +40,7 @@ def candidates(kernel: str) -> list:
 
 
 def on_the_gpu(call: Callable[[], object]) -> float:
-    """Median seconds of a call, by events, after a warm-up."""
+    """Return the median seconds of a call, measured with CUDA events after a warm-up."""
     for _ in range(5):
         call()
     times = []
@@ -51,7 +55,7 @@ def on_the_gpu(call: Callable[[], object]) -> float:
 
 
 def calls(layout: AdapterLayout, dtype: torch.dtype, rows: int, device: str) -> dict[str, Callable[[], list[Tensor]]]:
-    """For each kernel of ``kernels/tiles.py``, a function that runs it and returns its results."""
+    """Return, for each kernel of ``kernels/tiles.py``, a function that runs it and returns its results."""
     backend = TritonBackend()
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
@@ -73,7 +77,7 @@ def calls(layout: AdapterLayout, dtype: torch.dtype, rows: int, device: str) -> 
 
 
 def _agrees(mine: list[Tensor], expected: list[Tensor], dtype: torch.dtype) -> bool:
-    """Whether two tiles' results agree up to the order of sums and one rounding, every number being finite."""
+    """Return whether two tiles' results are finite and agree up to the order of summation and one rounding."""
     near = lambda a, b: (a.double() - b.double()).norm() <= 4 * torch.finfo(dtype).eps * b.double().norm()  # noqa: E731
     return all(bool(near(a, b)) for a, b in zip(mine, expected, strict=True))
 
@@ -84,20 +88,21 @@ def tune(
     rows: int,
     timer: Callable[[Callable[[], object]], float] = on_the_gpu,
     device: str = "cuda",
-    tiles_of: Callable[[str], list] = candidates,
+    tiles_of: Callable[[str], list[Tile]] = candidates,
     tried: Callable[[str], object] = lambda line: None,
-) -> dict[str, dict]:
-    """Find the tiles that beat the rules' on this GPU, as entries of a table. A tile that does not compile, does not
-    fit on the GPU or computes something else is passed over.
+) -> dict[str, dict[str, Any]]:
+    """Find the tiles that are faster than the rule's on this GPU, and return them as entries of a table.
+
+    A tile that does not compile, does not fit on the GPU or gives other results is skipped.
 
     Args:
         layout: the adapter's layout.
         dtype: dtype of x.
         rows: the number of rows N to time with.
-        timer: a function that returns the seconds a call takes.
-        device: where to run.
-        tiles_of: the tiles to try for a kernel.
-        tried: called with one line of text for each tile that was tried.
+        timer: a function that returns the seconds that a call takes.
+        device: the device to run on.
+        tiles_of: a function that returns the tiles to try for a kernel.
+        tried: a function that is called with one line of text for each tile that was tried.
     """
     from .kernels import tiles
 
@@ -112,7 +117,7 @@ def tune(
             with tiles.forced(kernel, tile):
                 try:
                     seconds = timer(call) if _agrees(call(), expected, dtype) else None
-                except Exception as error:  # Triton's own, ptxas's, out of shared memory: all mean "not this one"
+                except Exception as error:  # an error of Triton or ptxas, or lack of shared memory
                     tried(f"{kernel} {tuple(tile)}: {type(error).__name__}")
                     continue
             tried(
@@ -125,8 +130,8 @@ def tune(
     return entries
 
 
-def merge(path: Path, entries: dict[str, dict], device: str) -> int:
-    """Merge ``entries`` into the table at ``path``, atomically. Returns how many entries the table then has."""
+def merge(path: Path, entries: dict[str, dict[str, Any]], device: str) -> int:
+    """Merge ``entries`` into the table at ``path`` atomically. Returns how many entries the table then has."""
     from .kernels import tiles
 
     everything = {name: tile._asdict() for name, tile in tiles.read(path).items()} | entries
@@ -143,7 +148,7 @@ def main(
     """Tune every combination and write the table.
 
     Raises:
-        ValueError: there is no GPU to tune for, or the table that is there is not one.
+        ValueError: there is no GPU to tune for, or the file that the table would be merged into is not a table.
     """
     require("tuning", "rich")
     from rich.progress import Progress, TaskID
@@ -155,7 +160,7 @@ def main(
     from .kernels import tiles
 
     path = out or tiles.table_path()
-    tiles.read(path)  # an unreadable one should be known of now, not after minutes
+    tiles.read(path)  # fail on an unreadable table before tuning for minutes
     combinations = list(itertools.product(widths, bottlenecks, dtypes))
     with Progress() as progress:
         total = sum(len(candidates(kernel)) for kernel in ("forward", "backward", "weights"))
@@ -167,5 +172,5 @@ def main(
 
             entries = tune(AdapterLayout(d, b, pre_norm), DTYPES[dtype], rows, tried=tried)
             count = merge(path, entries, torch.cuda.get_device_name())
-            progress.update(task, description=f"d={d} b={b} {dtype}: {len(entries)} of 3 better than the rules")
+            progress.update(task, description=f"d={d} b={b} {dtype}: {len(entries)} of 3 kernels faster than the rules")
     print(f"{path}: {count} tiles; read at the next start" + (f" with {tiles.TABLE_VARIABLE}={path}" if out else ""))

@@ -146,9 +146,9 @@ def test_specs_that_cannot_be_are_refused():
     for fields, message in (
         ({"labels": None, "metrics": ["accuracy"]}, "'accuracy' does not fit"),
         ({"labels": ["0", "1"], "metrics": ["bleu"]}, "accuracy, f1.*got 'bleu'"),
-        ({"labels": ["0", "1", "2"], "metrics": ["f1"]}, "f1 is of two classes"),
+        ({"labels": ["0", "1", "2"], "metrics": ["f1"]}, "f1 needs two classes"),
         ({"labels": ["0", "0"]}, "two different texts"),
-        ({"labels": ["0", "1"], "label_names": ["a"]}, "label_names must be as many"),
+        ({"labels": ["0", "1"], "label_names": ["a"]}, "label_names must have one name per label"),
     ):
         with pytest.raises(ValueError, match=message):
             TaskSpec(name="mine", columns=columns, **fields)

@@ -39,7 +39,9 @@ def silently(fields, **changes):
 def test_their_hyperformers_are_read_from_a_mapping_or_a_path(tmp_path, name, variant):
     path = tmp_path / f"{name}.json"
     path.write_text(json.dumps(COMMON | FILES[name]))
-    with pytest.warns(UserWarning, match="eval_tasks, evaluation_strategy, .*tokenizer_name: .* how the authors") as w:
+    with pytest.warns(
+        UserWarning, match="eval_tasks, evaluation_strategy, .*tokenizer_name: they configure the authors"
+    ) as w:
         configs = [HyperFormerConfig.from_official(given) for given in (COMMON | FILES[name], path, str(path))]
     assert {warning.filename for warning in w} == {__file__}
     assert configs[0] == configs[1] == configs[2]
@@ -64,14 +66,14 @@ def test_their_other_methods_are_refused_by_name(tmp_path, name):
         ({"train_adapters": "yes"}, "train_adapters must be true or false, got 'yes'"),
         ({"adapter_config_name": "prefix"}, "adapter_config_name='prefix'"),
         ({"train_adapters_blocks": False}, "training without adapters"),
-        ({"unfreeze_model": True}, "unfreeze_model=True is not served: it trains the whole T5"),
+        ({"unfreeze_model": True}, "unfreeze_model=True is not supported: it trains the whole T5"),
         ({"freeze_model_but_task_embeddings": True}, r"model.hypernetworks.requires_grad_\(False\)"),
-        ({"freeze_encoder": True}, "freeze_encoder=True is not served"),
+        ({"freeze_encoder": True}, "freeze_encoder=True is not supported"),
         ({"generate_classifier_weights": True}, "generates the output head"),
-        ({"dropout": 0.2}, "dropout=0.2 is not served: it belongs to the T5"),
+        ({"dropout": 0.2}, "dropout=0.2 is not supported: it belongs to the T5"),
         ({"task_embeddings": ["rte"]}, r"an embedding for each of tasks, got \['rte'\]"),
         ({"task_embeddings": TASKS, "task_to_embeddings": dict(zip(TASKS, TASKS[::-1]))}, "disagree"),
-        ({"variant": "hyperformer"}, "HyperFormerConfig.load reads"),
+        ({"variant": "hyperformer"}, "HyperFormerConfig.load"),
         ({"hyperformer": {"variant": "hyperformer++"}}, "a run's configuration of this library"),
     ],
 )
@@ -94,8 +96,8 @@ def test_fields_without_effect_and_unknown_ones_are_told_apart():
     with pytest.warns(UserWarning) as found:
         HyperFormerConfig.from_official({"tasks": TASKS, "hidden_dim": 3, "seed": 1, "reduction_facter": 16})
     (said,) = map(str, (warning.message for warning in found))
-    assert "seed: they say how the authors' code trains" in said
-    assert "hidden_dim: no hypernetwork" in said and "reduction_facter: the authors' code does not know" in said
+    assert "seed: they configure the authors' training" in said
+    assert "hidden_dim: no hypernetwork" in said and "reduction_facter: unknown to the authors' code" in said
 
 
 def test_a_saved_models_description_loads_as_a_configuration(tmp_path):
@@ -113,7 +115,7 @@ def test_what_else_a_file_is_is_said(tmp_path):
         (RunConfig().to_dict(), "configures a run"),
         (COMMON, "HyperFormerConfig.from_official reads it"),
         ({"config": {"tasks": ["a"], "reduction": 3}, "format_version": 1}, r"unknown .* \['reduction'\]"),
-        ([1], "a JSON object was expected, got list"),
+        ([1], "expected a JSON object, got list"),
     ):
         path.write_text(json.dumps(content))
         with pytest.raises(ValueError, match=f"some.json: .*{message}"):
@@ -148,7 +150,7 @@ def test_one_of_a_tied_tensors_names_is_enough_and_two_values_are_refused():
     official.load_state_dict(fresh, alone)
     torch.testing.assert_close(fresh.t5.shared.weight, trained.t5.shared.weight, rtol=0, atol=0)
     before = {name: value.clone() for name, value in fresh.state_dict().items()}
-    with pytest.raises(ValueError, match="shared.weight and lm_head.weight are one tensor .* differ"):
+    with pytest.raises(ValueError, match="shared.weight and lm_head.weight are the same tensor .* differ"):
         official.load_state_dict(fresh, {**state, "lm_head.weight": state["lm_head.weight"] + 1})
     del alone["lm_head.weight"]
     with pytest.raises(ValueError, match="lacks .*weight, which this configuration trains"):

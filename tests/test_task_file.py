@@ -89,7 +89,7 @@ def test_labels_with_one_reading_are_still_read():
 def test_a_text_column_that_names_the_row_is_not_fed_to_the_model(tmp_path, column):
     found = [{column: f"train-{i}", "text": f"some words {i}", "label": i % 2} for i in range(4)]
     root = folder(tmp_path, found)
-    with pytest.raises(DataError, match=rf"'{column}' of 'mine' seems to name the row.*task.json: .*\[\"text\"\]"):
+    with pytest.raises(DataError, match=rf"'{column}' of 'mine' seems to identify the row.*task.json: .*\[\"text\"\]"):
         load_tasks(root)
     folder(tmp_path, found, fields={"columns": ["text"]})
     assert load_tasks(root)["mine"].splits["train"][1].source == "text: some words 1"
@@ -99,7 +99,7 @@ def test_a_text_column_that_names_the_row_is_not_fed_to_the_model(tmp_path, colu
 
 def test_columns_that_name_rows_are_known_by_their_values_too():
     many = [{"doc": f"a{i:03d}", "text": f"some words {i}", "label": i % 2} for i in range(30)]
-    with pytest.raises(DataError, match="column 'doc' of 'mine' seems to name the row"):
+    with pytest.raises(DataError, match="column 'doc' of 'mine' seems to identify the row"):
         infer_spec("mine", many, "here")
     words = [{"word": f"word{i}", "label": i % 2} for i in range(30)]
     assert list(infer_spec("mine", words, "here").columns) == ["word"]
@@ -134,13 +134,13 @@ def test_a_wrong_task_file_is_named(tmp_path):
         ({"labels": "01"}, "labels must be a list of texts, or null .*got '01'"),
         ({"label_names": [True, False]}, "label_names must be a list of texts or whole numbers"),
         ({"labels": ["0", "1"], "metrics": ["pearson"]}, "metric 'pearson' does not fit"),
-        ({"label_names": ["a", "a"]}, "label_names must differ"),
+        ({"label_names": ["a", "a"]}, "label_names must be unique"),
         ({"labels": None, "low": 5, "high": 0}, "low must be below high"),
         ({"labels": None, "step": 0.01}, "step a multiple of 0.1"),
         ({"labels": None, "high": float("inf")}, "high must be a number, got inf"),
-        ({"name": "yours"}, "leave the field 'name' out"),
+        ({"name": "yours"}, "remove the field 'name'"),
         ({"columns": ["t\ud800"]}, "columns is not text"),
-        ([], "a JSON object was expected"),
+        ([], "expected a JSON object"),
     ):
         root = folder(tmp_path, texts([0, 1]), fields=fields)
         with pytest.raises(DataError, match=f"mine/task.json: .*{message}"):

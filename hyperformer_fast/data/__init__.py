@@ -1,4 +1,4 @@
-"""Tasks as text: what each looks like, where its rows come from, how they are sampled and batched."""
+"""Text-to-text tasks: their specifications, where their rows are read from, and how they are sampled and batched."""
 
 from .collate import Collator, EncodedExamples
 from .jsonl import read_jsonl

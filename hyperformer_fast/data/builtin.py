@@ -1,7 +1,7 @@
-"""Tasks made by code: a multi-task corpus that needs no download, one task at least of each output format.
+"""The built-in tasks: a synthetic multi-task corpus that needs no download and covers every output format.
 
-Sentences come from small grammars over the lexicons below. A row depends on (task, split, seed) alone. The three
-splits of a task are disjoint, and so are their first sentences.
+Small grammars over the lexicons below produce the sentences. A row depends only on (task, split, seed). The three
+splits of a task are disjoint, and no first sentence of a row occurs in two splits.
 """
 
 from __future__ import annotations
@@ -9,6 +9,10 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable, Iterator
+from typing import Any
+
+#: A row by column: the texts, and the label under "label".
+Row = dict[str, Any]
 
 PEOPLE = "Anna Tom Maria Peter Lucy Omar Nina Carl Ivy Hugo".split()
 PEOPLE += "Lena Boris Clara Felix Rosa Simon Vera Max Edith Paul".split()
@@ -50,14 +54,15 @@ TOPICS = {
 
 SINGULAR = "dog cat boy girl teacher nurse farmer sailor bird horse".split()
 VERBS = "sleep walk sing swim jump work wait dance read shout".split()
-WHERE = ("near the lake", "in the park", "at home", "by the river", "in the yard", "at school")
+WHERE: tuple[str, ...] = ("near the lake", "in the park", "at home", "by the river", "in the yard", "at school")
 WHERE += ("on the hill", "near the gate")
 
 SIZES = {"train": 2000, "validation": 250, "test": 250}
 
 _PAIR = ("sentence1", "sentence2")
-#: kind, columns, the texts of the labels (None: a number) and metrics of each task, as `data.tasks` reads them.
-BUILTIN_SPECS: dict[str, dict] = {
+#: Kind, columns, target texts of the labels (None: the label is a number) and metrics of each task.
+#: :func:`~hyperformer_fast.data.tasks.builtin_spec` makes a TaskSpec of them.
+BUILTIN_SPECS: dict[str, dict[str, Any]] = {
     "sentiment": {"kind": "single", "columns": ("sentence",), "labels": ("0", "1"), "metrics": ("accuracy",)},
     "topic": {"kind": "single", "columns": ("sentence",), "labels": ("0", "1", "2", "3"), "metrics": ("accuracy",)},
     "grammar": {"kind": "single", "columns": ("sentence",), "labels": ("0", "1"), "metrics": ("matthews",)},
@@ -67,8 +72,8 @@ BUILTIN_SPECS: dict[str, dict] = {
 BUILTIN_TASKS = tuple(BUILTIN_SPECS)
 
 
-def _sentiment(draw: random.Random) -> dict:
-    """A review of one clause; `not` turns its sense, and positive ones are three in five."""
+def _sentiment(draw: random.Random) -> Row:
+    """A review of one clause, in which ``not`` reverses the sentiment. Three in five are positive."""
     positive = draw.random() < 0.6
     negated = draw.random() < 0.35
     word = draw.choice(GOOD if positive != negated else BAD)
@@ -77,15 +82,15 @@ def _sentiment(draw: random.Random) -> dict:
     return {"sentence": f"{start} {'not ' if negated else ''}{degree}{word}", "label": int(positive)}
 
 
-def _topic(draw: random.Random) -> dict:
+def _topic(draw: random.Random) -> Row:
     label = draw.choices(range(len(TOPICS)), weights=(4, 3, 2, 1))[0]
     who, did, what = list(TOPICS.values())[label]
     time = draw.choice(("", f" {draw.choice(TIMES)}", f" in {draw.choice(PLACES)}"))
     return {"sentence": f"the {draw.choice(who)} {draw.choice(did)} the {draw.choice(what)}{time}", "label": label}
 
 
-def _grammar(draw: random.Random) -> dict:
-    """Does the verb agree with its subject? Two in three do."""
+def _grammar(draw: random.Random) -> Row:
+    """Whether the verb agrees with its subject. About two in three do."""
     plural, right = draw.random() < 0.5, draw.random() < 0.65
     subject = draw.choice(SINGULAR) + ("s" if plural else "")
     verb = draw.choice(VERBS)
@@ -96,7 +101,7 @@ def _grammar(draw: random.Random) -> dict:
 
 
 def _event(draw: random.Random) -> list[str]:
-    """who, did, colour, thing, where."""
+    """Draw an event: [who, did, colour, thing, where]."""
     return [draw.choice(part) for part in (PEOPLE, sorted(DEALS), COLOURS, THINGS, PLACES)]
 
 
@@ -105,8 +110,8 @@ def _other(draw: random.Random, slot: int, value: str) -> str:
     return draw.choice([word for word in pool if word != value])
 
 
-def _entailment(draw: random.Random) -> dict:
-    """The second sentence leaves parts of the first out; label 1 ("no"): it also changes one. Two in five follow."""
+def _entailment(draw: random.Random) -> Row:
+    """The second sentence omits parts of the first. Label 1 ("no"): it also changes one. Two in five are entailed."""
     event = _event(draw)
     kept = [True, True, draw.random() < 0.5, True, draw.random() < 0.5]
     claimed = list(event)
@@ -122,8 +127,8 @@ def _say(event: list[str], kept: list[bool]) -> str:
     return f"{who} {did} a {colour + ' ' if kept[2] else ''}{thing}{' in ' + place if kept[4] else ''}"
 
 
-def _similarity(draw: random.Random) -> dict:
-    """5 for the same event, one less for each of its five parts that differs; a word order of its own costs 0.2."""
+def _similarity(draw: random.Random) -> Row:
+    """5 for the same event, less 1 for each of its five parts that differs, and less 0.2 for another word order."""
     first = _event(draw)
     second, different = list(first), draw.choices(range(6), weights=(2, 3, 3, 2, 2, 2))[0]
     for slot in draw.sample(range(5), different):
@@ -137,7 +142,7 @@ def _similarity(draw: random.Random) -> dict:
     return {"sentence1": sentences[0], "sentence2": sentences[1], "label": label}
 
 
-_MAKERS: dict[str, Callable[[random.Random], dict]] = {
+_MAKERS: dict[str, Callable[[random.Random], Row]] = {
     "sentiment": _sentiment,
     "topic": _topic,
     "grammar": _grammar,
@@ -146,24 +151,24 @@ _MAKERS: dict[str, Callable[[random.Random], dict]] = {
 }
 
 
-def load_builtin(task: str, split: str, seed: int = 0) -> list[dict]:
-    """The rows of one split, as a JSON-lines file would hold them.
+def load_builtin(task: str, split: str, seed: int = 0) -> list[Row]:
+    """Generate the rows of one split, in the form in which a JSON-lines file would hold them.
 
     Args:
         task: one of ``BUILTIN_TASKS``.
         split: ``train`` (2,000 rows), ``validation`` or ``test`` (250 each).
-        seed: another seed is another corpus.
+        seed: a different seed gives a different corpus.
 
     Raises:
-        ValueError: an unknown task or split.
+        ValueError: the task or the split is unknown.
     """
     if task not in _MAKERS:
         raise ValueError(f"unknown built-in task {task!r}; there are {', '.join(BUILTIN_TASKS)}")
     if split not in SIZES:
         raise ValueError(f"split must be one of {', '.join(SIZES)}, got {split!r}")
-    # random.Random seeded with a string hashes it with SHA-512: the same rows in every process.
+    # random.Random hashes a string seed with SHA-512, so every process generates the same rows.
     draw = random.Random(f"{task} {seed}")
-    rows: dict[str, list[dict]] = {name: [] for name in SIZES}
+    rows: dict[str, list[Row]] = {name: [] for name in SIZES}
     seen = set()
     while any(len(rows[name]) < size for name, size in SIZES.items()):
         row = _MAKERS[task](draw)
@@ -176,13 +181,13 @@ def load_builtin(task: str, split: str, seed: int = 0) -> list[dict]:
 
 
 def _home(text: tuple[str, ...]) -> str:
-    """The split of a text: a property of its first sentence, so that no sentence stands in two of them."""
+    """Return the split of a text. The first sentence alone decides, so that it never occurs in two splits."""
     share = hashlib.sha256(text[0].encode()).digest()[0]
     return "test" if share < 28 else "validation" if share < 56 else "train"
 
 
 def unlabelled_text(seed: int = 0) -> Iterator[str]:
-    """The sentences of the train splits without their labels, and without those that also stand in another split."""
+    """Yield the sentences of the train splits, except those that also occur in another split."""
 
     def sentences(split: str) -> Iterator[str]:
         for task in BUILTIN_TASKS:

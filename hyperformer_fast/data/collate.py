@@ -1,9 +1,9 @@
-"""Examples to padded batches of ids."""
+"""Tokenise examples and collate them into padded batches."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,17 +11,20 @@ from torch.utils.data import Dataset
 
 from .sources import Example
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-class EncodedExamples(Dataset):
-    """Examples as ids, each encoded when first asked for.
+
+class EncodedExamples(Dataset[dict[str, Any]]):
+    """A dataset of tokenised examples. Each is tokenised when it is first accessed.
 
     Args:
-        examples: of any tasks.
-        tokenizer: a Hugging Face tokenizer of a T5 or ByT5.
-        max_source_length: longer sources are cut, in tokens. Targets are never cut.
+        examples: examples of any tasks.
+        tokenizer: the Hugging Face tokenizer of a T5 or ByT5.
+        max_source_length: longest source, in tokens; longer ones are truncated. Targets are never truncated.
     """
 
-    def __init__(self, examples: Sequence[Example], tokenizer, max_source_length: int):
+    def __init__(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_source_length: int):
         self.examples, self.tokenizer, self.max_source_length = list(examples), tokenizer, max_source_length
         self._encoded: dict[int, dict[str, Any]] = {}
 
@@ -39,20 +42,21 @@ class EncodedExamples(Dataset):
         return self._encoded[index]
 
 
-def encode(tokenizer, text: str, max_length: int | None = None) -> list[int]:
-    """Ids of ``text`` and of the end of the sequence."""
-    return tokenizer(text, truncation=max_length is not None, max_length=max_length).input_ids
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, max_length: int | None = None) -> list[int]:
+    """Return the token ids of ``text``, with the end-of-sequence token."""
+    ids: list[int] = tokenizer(text, truncation=max_length is not None, max_length=max_length).input_ids
+    return ids
 
 
 class Collator:
-    """Pads to the longest of a batch.
+    """Collates tokenised examples into a batch, padded to the longest of them.
 
-    Returns ``input_ids`` and ``attention_mask`` [B, L], ``labels`` [B, M] with -100 where there is none, and ``task``:
-    a name where all examples have one task, else a list of names.
+    Returns ``input_ids`` and ``attention_mask`` [B, L], ``labels`` [B, M] padded with -100, and ``task``: one name if
+    all examples are of the same task, else a list of names.
 
     Args:
-        pad_token_id: the T5's.
-        multiple_of: L is rounded up to a multiple of it (8: tensor cores' tiles).
+        pad_token_id: the id that the T5 uses for padding.
+        multiple_of: round L up to a multiple of this number (8 fits the tiles of tensor cores).
     """
 
     def __init__(self, pad_token_id: int, multiple_of: int = 1):

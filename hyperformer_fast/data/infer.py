@@ -1,4 +1,4 @@
-"""What a task is that is not known by name: read from its training rows where there is one way to read them."""
+"""Infer the specification of an unknown task from its training rows, if they can be read in one way only."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 from .task_file import TASK_FILE
 from .tasks import KNOWN, NUMBER, DataError, TaskSpec, check_text, shown_value
 
-#: Columns that name a row: id, idx, pair_id, pairID, guid, ...
+#: Names of columns that identify a row: id, idx, pair_id, pairID, guid, ...
 _ROW_NAME = re.compile(
     r"(.*[_\-. ])?(?i:id|idx|index|guid|uuid|uid|hash)|.*[a-z](ID|Id|Idx)|__index_level_\d+__|Unnamed: 0"
 )
 
-#: With more rows than this, labels of which no two are the same are no labels.
+#: If there are more rows than this and every row has a different "label", the column is taken for a row's id.
 _MANY_ROWS = 20
 _MAX_CLASSES = 100
 
@@ -25,21 +25,22 @@ _MAX_CLASSES = 100
 def infer_spec(
     name: str, rows: Sequence[Mapping[str, Any]], where: str, given: Mapping[str, Any] | None = None
 ) -> TaskSpec:
-    """The spec of a task that is not known by name, from its training rows.
+    """Infer the specification of a task that is not known by name from its training rows.
 
-    One or two text columns and one label: integers 0 to n-1 (classes), texts (classes, in alphabetical order; whole
-    numbers written as text in the order of the numbers), or numbers from 0 to 5 (similarity) that are not all whole.
+    The rows must have one or two text columns and one label. The labels are integers 0 to n-1 (classes), texts
+    (classes, in alphabetical order; if all are whole numbers written as text, in numerical order), or numbers from 0 to
+    5 that are not all whole (similarity).
 
     Args:
-        name: of the task.
+        name: name of the task.
         rows: the training rows.
-        where: the task's folder, for messages.
-        given: fields of the spec that are not to be inferred (:func:`read_task_file`).
+        where: the task's folder, for error messages.
+        given: fields of the TaskSpec that are known and not inferred; see :func:`read_task_file`.
 
     Raises:
-        DataError: the columns or the labels can be read in no way or in more than one; it names the readings, and how
-            to choose one in the task's ``task.json``.
-        ValueError: ``given`` fields do not fit together.
+        DataError: the columns or labels can be read in no way, or in more than one. The message names the possible
+            readings and says how to choose one in the task's ``task.json``.
+        ValueError: the ``given`` fields contradict each other.
     """
     given = dict(given or {})
     label = given["label_columns"][0] if "label_columns" in given else _label_column(name, rows[0], where, given)
@@ -65,7 +66,7 @@ def _label_column(name: str, row: Mapping[str, Any], where: str, given: Mapping[
         raise _cannot_tell(name, row, where)
     if _ROW_NAME.fullmatch(candidates[0]):
         raise DataError(
-            f"{where}: the label of {name!r} would be its column {candidates[0]!r}, which by its name tells the row; "
+            f"{where}: the label of {name!r} would be its column {candidates[0]!r}, whose name is that of a row's id; "
             + _say(where, "which column is the label", {"label_columns": ["COLUMN"]})
         )
     return candidates[0]
@@ -79,8 +80,8 @@ def _text_columns(name: str, rows: Sequence[Mapping[str, Any]], where: str, labe
         if _ROW_NAME.fullmatch(column) or len(texts) > 1 and _names_rows([row.get(column) for row in rows]):
             rest = [each for each in texts if each != column]
             raise DataError(
-                f"{where}: the column {column!r} of {name!r} seems to name the row rather than to be a text for the "
-                "model; " + _say(where, "which columns are text", {"columns": rest or [column]})
+                f"{where}: the column {column!r} of {name!r} seems to identify the row rather than to be a text for "
+                "the model; " + _say(where, "which columns are text", {"columns": rest or [column]})
             )
     if others or not 1 <= len(texts) <= 2:
         raise _cannot_tell(name, row, where)
@@ -90,7 +91,7 @@ def _text_columns(name: str, rows: Sequence[Mapping[str, Any]], where: str, labe
 
 
 def _names_rows(values: list[Any]) -> bool:
-    """Whether texts look like names of rows: many, each one word with a digit in it, and no two the same."""
+    """Return whether the texts look like ids of rows: many of them, each a single word with a digit, all different."""
     word = re.compile(r"(?=\D*\d)\S+")
     return (
         len(values) > _MANY_ROWS
@@ -100,12 +101,12 @@ def _names_rows(values: list[Any]) -> bool:
 
 
 def _classes(name: str, found: list[Any], where: str) -> dict[str, Any]:
-    """``labels``, ``label_names`` and ``metrics`` from the labels of the training rows."""
+    """Infer ``labels``, ``label_names`` and ``metrics`` from the labels of the training rows."""
     values = {value for value in found if not isinstance(value, (list, dict))}
     kinds = {type(value) for value in values}
     if len(found) > _MANY_ROWS and len(values) == len(found) and kinds & {int, str}:
         raise DataError(
-            f"{where}: no two rows of {name!r} have the same label, so it seems to name the row; "
+            f"{where}: no two rows of {name!r} have the same label, so it seems to identify the row; "
             + _say(where, "which column is the label", {"label_columns": ["COLUMN"]})
         )
     if kinds == {int} and len(values) > 1 and values == set(range(len(values))):
@@ -128,7 +129,7 @@ def _classes(name: str, found: list[Any], where: str) -> dict[str, Any]:
 
 
 def _in_order(name: str, values: set[str], where: str) -> list[str]:
-    """Texts in alphabetical order, or, where all are whole numbers, in the order of the numbers."""
+    """Sort texts alphabetically, or numerically if all of them are whole numbers."""
     for value in values:
         check_text(value, f"{where}: the label {value!r}")
     if not all(NUMBER.fullmatch(value) for value in values):

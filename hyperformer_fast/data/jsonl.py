@@ -1,4 +1,4 @@
-"""JSON-lines files, whose every fault is named with its file and line."""
+"""Read JSON-lines files; every error names the file and the line."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from .tasks import DataError
 
 
 def read_jsonl(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
-    """All rows, each with its place ``"file:line"``. Empty lines are skipped.
+    """Return all rows of a file, each with its place ``"file:line"``. Empty lines are skipped.
 
     Raises:
-        DataError: a line is not UTF-8 or not a JSON object, names a column twice, or the file holds no rows.
-        OSError: it cannot be read.
+        DataError: a line is not UTF-8, is not a JSON object or has a column twice, or the file has no rows.
+        OSError: the file cannot be read.
     """
     rows = []
     with open(path, "rb") as file:

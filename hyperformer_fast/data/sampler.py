@@ -1,35 +1,39 @@
-"""Which task each step trains, and on which of its examples."""
+"""Choose which task each optimizer step trains, and on which of its examples."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 
-def task_probabilities(sizes: Sequence[int], temperature: float) -> np.ndarray:
-    """p ~ n^(1/T): T = 1 samples by size, a large T all tasks alike (the paper: 10). float64 [T]."""
-    weights = (np.asarray(sizes, dtype=np.float64) / sum(sizes)) ** (1.0 / temperature)
-    return weights / weights.sum()
+def task_probabilities(sizes: Sequence[int], temperature: float) -> NDArray[np.float64]:
+    """Return the probability of each task, proportional to n^(1/T), as a float64 array.
+
+    With T = 1 tasks are sampled in proportion to their sizes n, with a large T uniformly. The paper uses T = 10.
+    """
+    weights: NDArray[np.float64] = (np.asarray(sizes, dtype=np.float64) / sum(sizes)) ** (1.0 / temperature)
+    return np.asarray(weights / weights.sum(), dtype=np.float64)
 
 
 class TaskBatchSampler:
-    """Micro-batches of indices into the concatenated tasks, all of an optimizer step's of one task.
+    """Yields micro-batches of indices into the concatenated tasks; all micro-batches of a step are of the same task.
 
-    A step draws a task, then the next ``batch_size * world_size * accumulation`` of its examples; the accumulated
-    micro-batches and the ranks share them out. So the same seed gives the same steps however they are cut: 4 x 2
-    accumulated, 2 ranks x 4 or 1 x 8. Each task goes through all of its examples, in an order of its own, before it
-    repeats one. The stream depends on ``seed`` and the data alone, never on its length: a resumed run skips what it has
-    had.
+    Each optimizer step draws a task, then takes the next ``batch_size * world_size * accumulation`` of its examples and
+    divides them among the accumulated micro-batches and the ranks. The same seed therefore gives the same steps for
+    4 examples x 2 accumulated micro-batches, 4 examples x 2 ranks, or 8 examples at once. Each task's examples are
+    shuffled anew for every pass over them. The indices depend only on ``seed`` and ``sizes``, never on ``steps``: a
+    resumed run skips those that it has already trained on.
 
     Args:
-        sizes: number of examples of each task, none 0.
-        batch_size: examples of one micro-batch on one rank.
-        steps: optimizer steps.
+        sizes: number of examples of each task, each at least 1.
+        batch_size: examples per micro-batch on one rank.
+        steps: number of optimizer steps.
         temperature: see :func:`task_probabilities`.
-        seed: of the stream.
-        accumulation: micro-batches of an optimizer step.
-        rank, world_size: this process, of how many.
+        seed: seed of the random choices.
+        accumulation: micro-batches per optimizer step.
+        rank, world_size: rank of this process, and the number of processes.
     """
 
     def __init__(

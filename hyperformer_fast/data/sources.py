@@ -1,4 +1,4 @@
-"""Where rows come from: folders of JSON lines, the built-in tasks, or GLUE from the Hub."""
+"""Load tasks from folders of JSON-lines files, from the built-in data, or (GLUE) from the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from .tasks import GLUE, KNOWN, DataError, TaskSpec, builtin_spec, check_text
 
 SPLITS = ("train", "validation", "test")
 
-#: The only data set that is fetched, and only when asked for by this name.
+#: The only dataset that is ever downloaded, and only if ``data_dir`` is this name.
 HUB_GLUE = "hub:glue"
 
 
 class UnknownTask(ValueError):
-    """A task that the data does not have; the message lists those it has."""
+    """A task is not in the data; the message lists the tasks that are."""
 
 
 class Example(NamedTuple):
-    """One row, as text."""
+    """One row of a task as text: what the model reads and what it is to write."""
 
     task: str
     source: str
@@ -35,18 +35,18 @@ class Example(NamedTuple):
 
 @dataclasses.dataclass
 class TaskData:
-    """One task: its spec, and the examples of each split that it has."""
+    """A task's specification, and the examples of each of its splits."""
 
     spec: TaskSpec
     splits: dict[str, list[Example]]
 
     @property
     def report_split(self) -> str:
-        """The split that results are reported on: ``test`` where there is one with labels, else ``validation``."""
+        """The split that results are reported on: ``test`` if there is one with labels, else ``validation``."""
         return "test" if "test" in self.splits else "validation"
 
     def fingerprint(self) -> dict[str, dict[str, Any]]:
-        """Rows and SHA-256 of each split, to tell later whether the data is the same."""
+        """Return the number of rows and a SHA-256 of each split, which tell a resumed run whether the data changed."""
         prints = {}
         for split, examples in self.splits.items():
             digest = hashlib.sha256(repr([tuple(example) for example in examples]).encode("utf-8", "surrogatepass"))
@@ -55,10 +55,10 @@ class TaskData:
 
 
 def available_tasks(data_dir: str | None) -> list[str]:
-    """The names of the tasks that a data directory (None: the built-in data) has.
+    """Return the names of the tasks in a data directory (None: the built-in data).
 
     Raises:
-        DataError: it is no directory, or no task is in it.
+        DataError: ``data_dir`` is not a directory, or holds no task.
     """
     if data_dir is None:
         from .builtin import BUILTIN_TASKS
@@ -83,18 +83,18 @@ def load_tasks(
     splits: Sequence[str] = SPLITS,
     specs: dict[str, TaskSpec] | None = None,
 ) -> dict[str, TaskData]:
-    """Read and check tasks.
+    """Load tasks and check all of their rows.
 
     Args:
-        data_dir: a directory of ``<task>/<split>.jsonl`` (and, where columns or labels can be read in two ways,
-            ``<task>/task.json``), ``"hub:glue"``, or None for the built-in tasks.
-        tasks: names; None for all there are.
-        splits: train and validation must be there, test may be absent.
-        specs: of tasks already known (a saved run's), which win over this module's knowledge.
+        data_dir: a directory of ``<task>/<split>.jsonl`` (and ``<task>/task.json``, if columns or labels can be read in
+            two ways), ``"hub:glue"``, or None for the built-in tasks.
+        tasks: names of the tasks to load; None for all.
+        splits: splits to load. Only ``test`` may be absent from the data.
+        specs: specifications of tasks, such as a saved run's; they take precedence over all other knowledge of a task.
 
     Raises:
-        UnknownTask: naming it, and those that there are.
-        DataError: naming file and line.
+        UnknownTask: a task is not in the data; the message names it and lists the tasks that are.
+        DataError: a row cannot be used; the message names the file and the line.
     """
     there = available_tasks(data_dir)
     wanted = there if tasks is None else list(tasks)
@@ -113,7 +113,7 @@ def _load(data_dir: str | None, task: str, splits: Sequence[str], spec: TaskSpec
 
 
 def _spec_of(data_dir: str | None, task: str, train: list[tuple[str, dict[str, Any]]]) -> TaskSpec:
-    """What is known of a task by name, unless its ``task.json`` says otherwise; the rest from its training rows."""
+    """Return a task's specification: the known one of its name, changed by its ``task.json``, or an inferred one."""
     if data_dir is None:
         return builtin_spec(task)
     folder = Path(data_dir) / task
@@ -132,7 +132,7 @@ def _spec_of(data_dir: str | None, task: str, train: list[tuple[str, dict[str, A
 
 
 def examples(spec: TaskSpec, rows: list[tuple[str, dict[str, Any]]]) -> list[Example]:
-    """Rows, each with its place, as text. DataError for the first that does not fit."""
+    """Turn rows, each with its place, into examples. Raises DataError for the first that does not fit the task."""
     found = []
     for where, row in rows:
         label = spec.label(row, where)
@@ -156,7 +156,7 @@ def _rows(data_dir: str | None, task: str, split: str) -> list[tuple[str, dict[s
 
 
 def _hub_rows(task: str, split: str) -> list[tuple[str, dict[str, Any]]]:
-    """GLUE as ``nyu-mll/glue``. Its test splits are without labels, so there is none."""
+    """Download rows of GLUE from the dataset ``nyu-mll/glue``. Its test splits have no labels and are not used."""
     if split == "test":
         return []
     require("GLUE from the Hub", "datasets")
@@ -165,6 +165,6 @@ def _hub_rows(task: str, split: str) -> list[tuple[str, dict[str, Any]]]:
     name = "validation_matched" if (task, split) == ("mnli", "validation") else split
     try:
         rows = load_dataset("nyu-mll/glue", task, split=name)
-    except Exception as error:  # whatever the network or the library says
+    except Exception as error:  # the network and the library raise errors of many classes
         raise DataError(f"GLUE's {task} ({name}) could not be fetched from the Hub: {error}") from error
     return [(f"{HUB_GLUE} {task} {name}:{i}", dict(row)) for i, row in enumerate(rows, 1)]

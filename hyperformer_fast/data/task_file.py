@@ -1,4 +1,4 @@
-"""``task.json`` beside a task's splits: fields of its TaskSpec, for what the rows alone do not tell."""
+"""Read ``task.json``, which gives the fields of a task's TaskSpec that its rows alone do not determine."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _is_names(value: Any) -> bool:
     return isinstance(value, list) and all(map(each, value))
 
 
-#: What each field may be: a test, and its words for a message.
+#: For each field, a test of its value, and what an error message says that it must be.
 ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "columns": (_is_columns, 'a list of text columns, or an object {"shown": "column in the file"}'),
     "labels": (lambda value: value is None or _is_texts(value), "a list of texts, or null where the label is a number"),
@@ -51,10 +51,10 @@ ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def read_task_file(folder: Path) -> dict[str, Any]:
-    """The fields that the task in ``folder`` is given, and those that follow from them; none where there is no file.
+    """Read the fields in the task's ``task.json``, and add those that follow from them. Without a file there are none.
 
     Raises:
-        DataError: names the file and the field.
+        DataError: the file cannot be used; the message names it and the field.
     """
     path = folder / TASK_FILE
     try:
@@ -64,7 +64,7 @@ def read_task_file(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise DataError(str(error)) from error
     if content.pop("name", folder.name) != folder.name:
-        raise DataError(f"{path}: a task's name is that of its folder, {folder.name!r}: leave the field 'name' out")
+        raise DataError(f"{path}: the task is named after its folder, {folder.name!r}: remove the field 'name'")
     for field, value in content.items():
         if field not in ALLOWED:
             raise DataError(f"{path}: unknown field {field!r}; known are {', '.join(ALLOWED)}")

@@ -1,7 +1,7 @@
-"""What a task is: its columns, its labels as text, its metrics; and the tasks that are known by name.
+"""TaskSpec, which describes a task's columns, labels and metrics; and the tasks that are known by name.
 
-Sources and targets are those of the authors' code (``hyperformer/data/tasks.py``): every column behind its name, no
-task prefix (the adapters know the task), and the index of the class as the target.
+Sources and targets are those of the authors' code (``hyperformer/data/tasks.py``): each column is preceded by its name,
+there is no task prefix because the adapters know the task, and the target of a class is its index.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-#: Metrics by name; the paper's of a task are in its spec.
+#: Names of the metrics that a TaskSpec may list.
 METRICS = ("accuracy", "f1", "matthews", "pearson", "spearman")
 
 #: A number written as text.
@@ -20,7 +20,7 @@ NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)")
 
 
 class DataError(ValueError):
-    """A data file or a row that cannot be used; the message says where."""
+    """A data file or a row cannot be used; the message says where it is."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,20 +28,20 @@ class TaskSpec:
     """One text-to-text task.
 
     Args:
-        name: of the task, and of its folder.
-        columns: the text columns in order; each under the name it is shown to the model by, with the names that a file
-            may have it under.
-        labels: the target text of every class. None: the label is a number.
-        label_columns: the names that a file may have the label under, the first found wins.
-        label_names: what a row may hold in place of the index of a class (``"entailment"``); as many as ``labels``, or
-            none. Where any of them is a number, a number in a row is a name and never an index.
-        metrics: of :data:`METRICS`.
-        low, high, step: a number's range, and what it is rounded to before it becomes text (T5 and the paper: STS-B in
-            steps of 0.2); ``step`` is a multiple of 0.1, for one digit is written.
-        rows_have_names: the training rows hold names, not indices, and so will predictions.
+        name: name of the task and of its folder.
+        columns: the text columns in order. A key is the name that the model sees; its value lists the names that the
+            column may have in a file.
+        labels: the target text of each class. None: the label is a number.
+        label_columns: names that the label's column may have in a file; the first that is found is used.
+        label_names: names that rows may hold instead of the index of a class (``"entailment"``), one for each of
+            ``labels``, or none at all. If any name is a number, a number in a row is a name and never an index.
+        metrics: names from :data:`METRICS`.
+        low, high, step: the range of a numeric label, and the step that it is rounded to before it is written as text
+            (0.2 for STS-B, in T5 and in the paper). ``step`` is a multiple of 0.1, because one decimal is written.
+        rows_have_names: the training rows hold names instead of indices; predictions then do too.
 
     Raises:
-        ValueError: naming the field.
+        ValueError: a field is invalid; the message names it.
     """
 
     name: str
@@ -64,19 +64,19 @@ class TaskSpec:
         numeric = {"pearson", "spearman"}
         for metric in self.metrics:
             if metric not in METRICS:
-                raise ValueError(f"task {self.name}: metrics must be of {', '.join(METRICS)}, got {metric!r}")
+                raise ValueError(f"task {self.name}: metrics must be among {', '.join(METRICS)}, got {metric!r}")
             if (metric in numeric) != (self.labels is None):
                 raise ValueError(f"task {self.name}: metric {metric!r} does not fit labels={self.labels!r}")
-        if "f1" in self.metrics and len(self.labels) != 2:
-            raise ValueError(f"task {self.name}: f1 is of two classes, got labels={self.labels!r}")
+        if "f1" in self.metrics and len(self.labels or ()) != 2:
+            raise ValueError(f"task {self.name}: f1 needs two classes, got labels={self.labels!r}")
         if not self.columns or not self.metrics:
             raise ValueError(f"task {self.name}: columns and metrics must not be empty")
         if self.labels is not None and (len(self.labels) < 2 or len(set(self.labels)) < len(self.labels)):
             raise ValueError(f"task {self.name}: labels must be at least two different texts, got {self.labels!r}")
         if self.label_names and len(self.label_names) != len(self.labels or ()):
-            raise ValueError(f"task {self.name}: label_names must be as many as labels, got {self.label_names!r}")
+            raise ValueError(f"task {self.name}: label_names must have one name per label, got {self.label_names!r}")
         if len(set(self._names)) < len(self._names):
-            raise ValueError(f"task {self.name}: label_names must differ, got {self.label_names!r}")
+            raise ValueError(f"task {self.name}: label_names must be unique, got {self.label_names!r}")
         if not (self.low < self.high and self.step > 0 and abs(self.step * 10 - round(self.step * 10)) < 1e-9):
             raise ValueError(
                 f"task {self.name}: low must be below high, and step a multiple of 0.1, "
@@ -92,8 +92,11 @@ class TaskSpec:
         return any(NUMBER.fullmatch(name) for name in self._names)
 
     def source(self, row: Mapping[str, Any], where: str) -> str:
-        """The model's input: ``"sentence1: It rains. sentence2: It is wet."``. DataError names ``where`` and the
-        column."""
+        """Return the model's input for a row, such as ``"sentence1: It rains. sentence2: It is wet."``.
+
+        Raises:
+            DataError: a column is absent or holds no text; the message names ``where`` and the column.
+        """
         parts = []
         for shown, aliases in self.columns.items():
             column = _first(row, aliases, where)
@@ -104,7 +107,11 @@ class TaskSpec:
         return " ".join(parts)
 
     def label(self, row: Mapping[str, Any], where: str) -> int | float:
-        """The index of the row's class, or its number. DataError names ``where``, the value and what is allowed."""
+        """Return the index of the row's class, or its numeric label.
+
+        Raises:
+            DataError: the label is absent or invalid; the message names ``where``, the value and what is allowed.
+        """
         column = _first(row, self.label_columns, where)
         value = row[column]
         if self.labels is None:
@@ -132,64 +139,71 @@ class TaskSpec:
             return None
         if self.label_names and str(value) in self._names:
             return self._names.index(str(value))
-        is_index = isinstance(value, int) and 0 <= value < len(self.labels) and not self._numbers_are_names
-        return value if is_index else None
+        if isinstance(value, int) and 0 <= value < len(self.labels or ()) and not self._numbers_are_names:
+            return value
+        return None
 
     def holds_name(self, row: Mapping[str, Any]) -> bool:
-        """Whether a row has its label by name."""
+        """Return whether a row gives its label by name and not by index."""
         value = next((row[column] for column in self.label_columns if column in row), None)
         return self._numbers_are_names or isinstance(value, str) and value in self._names
 
     def answer(self, label: int | float | None, by_name: bool) -> int | float | str | None:
-        """A label as rows hold it: a class by its name, where it has one and ``by_name``, else by its index."""
+        """Return a label as rows hold it: the name of a class if ``by_name`` is set and it has one, else its index."""
         return self.label_names[int(label)] if by_name and self.label_names and label is not None else label
 
     def target(self, label: int | float) -> str:
-        """The text that the model is to write."""
+        """Return the text that the model should write for a label."""
         if self.labels is not None:
             return self.labels[int(label)]
-        return f"{round(label / self.step) * self.step + 0.0:.1f}"  # + 0.0: no "-0.0"
+        return f"{round(label / self.step) * self.step + 0.0:.1f}"  # + 0.0 turns -0.0 into 0.0
 
     def targets(self) -> list[str]:
-        """Every text that the model may be asked to write."""
+        """Return every text that can be a target."""
         if self.labels is not None:
             return list(self.labels)
         count = round((self.high - self.low) / self.step)
         return [self.target(self.low + i * self.step) for i in range(count + 1)]
 
     def parse(self, text: str) -> int | float | None:
-        """The label that the model wrote, or None where it is none."""
+        """Return the label that the model wrote, or None if ``text`` is no label."""
         text = text.strip()
         if self.labels is not None:
             return self.labels.index(text) if text in self.labels else None
         return float(text) if NUMBER.fullmatch(text) and math.isfinite(float(text)) else None
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON types."""
+        """Return all fields as plain JSON types."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> TaskSpec:
-        """The inverse of :meth:`to_dict`, also of one without ``rows_have_names``: then a task that is not known by
-        name can only have its ``label_names`` from its rows."""
+        """Build a TaskSpec from what :meth:`to_dict` returns.
+
+        Earlier versions wrote no ``rows_have_names``. It is then true for a task that has ``label_names`` and is not
+        known by name, because those names can only have come from its rows.
+        """
         had_names = bool(fields.get("label_names")) and fields.get("name") not in KNOWN
         return cls(**{"rows_have_names": had_names, **fields})
 
 
 def shown_value(value: Any) -> str:
-    """A value for a message, no longer than a line."""
+    """Return the repr of a value for an error message, shortened to at most a line."""
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:80]}... ({len(text)} characters)"
 
 
 def check_text(text: str, what: str) -> None:
-    """DataError where ``text`` holds half of a surrogate pair, which JSON and a command line can, and UTF-8 cannot."""
+    """Raise DataError if ``text`` contains half of a surrogate pair.
+
+    JSON and a command line can contain one, but UTF-8 cannot encode it.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{what} is not text: {text[error.start]!r} at position {error.start} is half of a surrogate pair, as a "
-            "wrong conversion to UTF-8 leaves it"
+            f"{what} is not text: {text[error.start]!r} at position {error.start} is half of a surrogate pair, which "
+            "a wrong conversion to UTF-8 leaves behind"
         ) from None
 
 
@@ -203,7 +217,15 @@ def _first(row: Mapping[str, Any], names: tuple[str, ...], where: str) -> str:
 
 
 def _spec(name: str, columns: str, classes: int | None, metrics: str, **fields: Any) -> TaskSpec:
-    """``columns``: "shown=alias|alias other"; a column without aliases is found under its own name."""
+    """Build a TaskSpec from short notation.
+
+    Args:
+        name: name of the task.
+        columns: the columns in order, separated by spaces: ``shown=alias|alias``, or just the name.
+        classes: number of classes; None if the label is a number.
+        metrics: names of the metrics, separated by spaces.
+        fields: further fields of the TaskSpec.
+    """
     found = {}
     for column in columns.split():
         shown, _, aliases = column.partition("=")
@@ -241,7 +263,7 @@ KNOWN: dict[str, TaskSpec] = {
 
 
 def builtin_spec(name: str) -> TaskSpec:
-    """The spec of a built-in task. KeyError for another name."""
+    """Return the TaskSpec of a built-in task. Raises KeyError for another name."""
     from .builtin import BUILTIN_SPECS
 
     fields = BUILTIN_SPECS[name]
