@@ -1,4 +1,4 @@
-"""Files and directories that a killed process cannot break: written under another name, then renamed in one step."""
+"""Write files and directories atomically: under a temporary name first, then renamed in one step."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from pathlib import Path
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
-#: What a file system answers to an operation that it does not have. EBADF: NFS locks only what is open for writing,
-#: which a directory cannot be.
+#: Errors of a file system that does not support an operation. EBADF: NFS can lock only what is open for writing, which
+#: a directory cannot be.
 UNSUPPORTED = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.EBADF}
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
-#: What torch.save raises where a write fell short; it does not say why.
+#: Messages of torch.save's errors if a write failed; they do not give the reason.
 _TORCH_WRITE_FAILED = re.compile(r"unexpected pos \d+|file write failed|PytorchStreamWriter failed")
 _PROBE_BYTES = 1 << 20
 
@@ -31,13 +31,14 @@ _LEFTOVER = re.compile(r"\..+\.partial-[0-9a-f]{12}", re.DOTALL)
 
 @contextlib.contextmanager
 def write_file(path: str | Path) -> Iterator[Path]:
-    """Write one file whole or not at all.
+    """Write one file completely or not at all.
 
-    Yields the name of a temporary file beside ``path`` to write to. On a clean exit it is flushed to the disk and takes
-    ``path``'s name in one step; on an exception it is removed. What killed writers left is swept up by the next one.
+    Yields the path of a temporary file beside ``path`` to write to. On a clean exit it is flushed to the disk and
+    renamed to ``path`` in one step; on an exception it is removed. Each writer also removes the temporary files that
+    killed writers of the same path left.
 
     Raises:
-        OSError: the file cannot be made, or the disk is full; an old file is intact.
+        OSError: the file cannot be created, or the disk is full; an old file is intact.
     """
     path = Path(os.path.realpath(path))
     if path.is_dir():
@@ -60,14 +61,13 @@ def write_file(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def write_directory(path: str | Path) -> Iterator[Path]:
-    """Write a whole directory or nothing: at any moment, also under kill -9, ``path`` is the old or the new one.
+    """Write a directory completely or not at all: even after kill -9, ``path`` is either the old or the new one.
 
-    Yields a temporary directory beside ``path`` (so on the same file system) to write into. On a clean exit everything
-    in it is flushed to the disk, and it takes ``path``'s place; on an exception it is removed and ``path`` is as
-    before. An old directory is replaced WITH ALL ITS CONTENTS, by ``renameat2(RENAME_EXCHANGE)``, one step of the
-    kernel; where that is not to be had (not Linux, an old file system), by two renames, between which ``path`` is
-    absent: a kill just there is mended by :func:`recover_directory`, which the next writer calls, and every loader
-    should.
+    Yields a temporary directory beside ``path`` (so on the same file system) to write into. On a clean exit its
+    contents are flushed to the disk and it replaces ``path``; on an exception it is removed and ``path`` is unchanged.
+    An old directory is replaced WITH ALL ITS CONTENTS by ``renameat2(RENAME_EXCHANGE)``, which is a single step of the
+    kernel. Where it is not available (not Linux, an old file system), two renames are used, between which ``path`` is
+    absent. :func:`recover_directory` repairs a kill between the two; the next writer calls it, and every loader should.
 
     Raises:
         OSError: the parent cannot be written, ``path`` is a file, or the disk is full.
@@ -94,26 +94,26 @@ def write_directory(path: str | Path) -> Iterator[Path]:
             _sync(path.parent)
     finally:
         os.close(handle)
-        # After an exchange this is the old directory.
+        # After an exchange the temporary name belongs to the old directory.
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def recover_directory(path: str | Path) -> Path:
-    """Mend what a kill between the two renames of :func:`write_directory` left, and return ``path``.
+    """Repair a kill between the two renames of :func:`write_directory`, and return ``path``.
 
-    Where ``path`` is absent and the old directory stands aside, it gets its name back. Nothing happens otherwise.
+    If ``path`` is absent and the old directory still exists under its temporary name, it is renamed back.
     """
     real = Path(os.path.realpath(path))
     if not real.exists() and _aside(real).is_dir():
-        with contextlib.suppress(FileNotFoundError):  # another process mended it first
+        with contextlib.suppress(FileNotFoundError):  # another process repaired it first
             os.rename(_aside(real), real)
     return Path(path)
 
 
 def sweep_leftovers(folder: str | Path) -> None:
-    """Remove all that killed writers left half-written in ``folder``, whatever it was to become.
+    """Remove all temporary files and directories that killed writers left in ``folder``.
 
-    A living writer's is left alone. On a file system without locks nobody can tell the two apart, and nothing goes.
+    Those of live writers stay. On a file system without locks the two cannot be told apart, and nothing is removed.
     """
     folder = Path(folder)
     for path in folder.iterdir() if folder.is_dir() else ():
@@ -123,13 +123,13 @@ def sweep_leftovers(folder: str | Path) -> None:
 
 @contextlib.contextmanager
 def explain_full_disk(path: str | Path) -> Iterator[None]:
-    """Around anything that writes ``path``: where the disk is full, say so, and what it was that could not be written.
+    """Wrap code that writes ``path``, so that an error because of a full disk says so and names ``path``.
 
-    torch.save does not pass the system's error on ("unexpected pos 704 vs 598"), so the disk is asked again.
+    torch.save hides the system's error ("unexpected pos 704 vs 598"), so a probe file is written to find it.
 
     Raises:
-        OSError: no space is left, a quota is used up, or a file would grow beyond its limit. Other errors pass as they
-            are.
+        OSError: no space is left, a quota is exhausted, or a file would exceed its size limit. Other errors are raised
+            unchanged.
     """
     path = Path(path)
     try:
@@ -151,12 +151,12 @@ def _cannot_write(path: Path, number: int | None) -> OSError:
     if number in _DISK_FULL:
         with contextlib.suppress(OSError):
             cure = f", {shutil.disk_usage(path.parent).free:,} bytes are free there"
-        cure += ": make room, or write elsewhere"
+        cure += ": free some space, or write to another disk"
     return OSError(number, f"cannot write {path}: {os.strerror(number)} ({name}){cure}", str(path.parent))
 
 
 def _probe(folder: Path) -> int | None:
-    """The error that writing a file in ``folder`` gives now, if any."""
+    """Write a probe file in ``folder`` and return the error number, or None if it succeeds."""
     probe = _partial(folder / "probe")
     try:
         with open(probe, "xb", buffering=0) as file:
@@ -189,14 +189,15 @@ def _put(partial: Path, path: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swap two names in one step; False where system or file system cannot."""
+    """Exchange two names in one step. Returns False if the operating system or the file system cannot."""
     if not sys.platform.startswith("linux"):
         return False
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError):  # a C library older than glibc 2.28
         return False
-    return renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), ctypes.c_uint(_RENAME_EXCHANGE)) == 0
+    flags = ctypes.c_uint(_RENAME_EXCHANGE)
+    return bool(renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), flags) == 0)
 
 
 def _partial(path: Path) -> Path:
@@ -208,7 +209,7 @@ def _aside(path: Path) -> Path:
 
 
 def _sweep(path: Path) -> None:
-    """Remove what dead writers of ``path`` left."""
+    """Remove what killed writers of ``path`` left."""
     start = f".{path.name}.partial-"
     for other in path.parent.iterdir() if path.parent.is_dir() else ():
         if other.name.startswith(start) and _LEFTOVER.fullmatch(other.name):
@@ -218,9 +219,9 @@ def _sweep(path: Path) -> None:
 
 
 def _remove_if_dead(path: Path) -> None:
-    """Remove a file or directory unless a living writer holds its lock, which a kill -9 frees too."""
+    """Remove a file or directory unless a live writer holds its lock. The kernel releases the lock of a killed one."""
     with contextlib.suppress(OSError):
-        # Opening a FIFO would wait for its other end, and following a link would lock another file; neither is ours.
+        # No writer makes a FIFO, which would block when opened, or a link, whose target would be locked.
         kind = os.lstat(path).st_mode
         if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
             return
@@ -233,7 +234,7 @@ def _remove_if_dead(path: Path) -> None:
 
 
 def _lock(handle: int) -> None:
-    """Mark as being written, for those who sweep. Where the file system has no locks, they remove nothing."""
+    """Lock what is being written, so that no other writer removes it. Without support for locks none removes any."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
     except OSError as error:
@@ -242,7 +243,7 @@ def _lock(handle: int) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Flush a file or directory to the disk, as far as the file system can: some know no fsync of a directory."""
+    """Flush a file or directory to the disk. File systems that do not support fsync of a directory are ignored."""
     kind = os.lstat(path).st_mode
     if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
         return
@@ -258,7 +259,7 @@ def _sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def explain_unwritable(path: Path) -> Iterator[None]:
-    """Around the making of ``path``: every OSError says what could not be written, and why."""
+    """Wrap code that creates ``path``, so that every OSError says what could not be written and why."""
     try:
         yield
     except OSError as error:

@@ -1,13 +1,13 @@
-"""Our checkpoint files: tensors and the description that gives them meaning, in one file that can be trusted.
+"""The checkpoint format: tensors and their description in a single file with a checksum.
 
 A HyperFormer checkpoint is ONE file, ``hyperformer.safetensors``: the tensors, and in its header the description
-(configuration, base model). One file can be replaced atomically, without touching what else its directory holds (a
-tokenizer, a log). ``hyperformer_config.json`` beside it is a copy of the description for people and other tools; a
-loader reads the header, so that a process killed between the two files leaves a checkpoint that is wholly the old or
-wholly the new one.
+(configuration, base model). A single file can be replaced atomically, without touching other files in its directory (a
+tokenizer, a log). ``hyperformer_config.json`` beside it is a copy of the description for people and other tools. Only
+the header is loaded, so a process that is killed between writing the two files leaves either the old checkpoint or the
+new one.
 
-The description holds a SHA-256 over itself and all tensors, because safetensors has no checksum: without it a flipped
-bit is a changed weight.
+The description has a SHA-256 of itself and of all tensors. safetensors has no checksum, so without it a flipped bit
+would silently change a weight.
 """
 
 from __future__ import annotations
@@ -25,37 +25,37 @@ from safetensors.torch import save
 from torch import Tensor, uint8
 
 from .atomic import explain_unwritable, recover_directory, write_file
-from .atomic import write_directory as write_directory  # its name here is public
+from .atomic import write_directory as write_directory  # checkpoint.write_directory is a public name
 from .json_files import parse
 
 WEIGHTS_NAME = "hyperformer.safetensors"
 CONFIG_NAME = "hyperformer_config.json"
 
-#: The field of the description that holds the digest. Files of version 0.1.0 and before have none.
+#: The field of the description that has the digest. Files of version 0.1.0 and earlier have none.
 DIGEST = "sha256"
 
-_HEADER = "hyperformer"  # the key in the safetensors header; its presence tells our files from any other safetensors
+_HEADER = "hyperformer"  # the key in the safetensors header that only our files have
 
-#: Ours nest 3 deep. A deep one is an attack on the recursion of whatever compares or prints it.
+#: Our descriptions nest 3 deep. A deeper one could exhaust the recursion of code that compares or prints it.
 _MAX_DEPTH = 16
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read, or does not fit. The message names the file and both sides of the mismatch."""
+    """A checkpoint cannot be read or does not fit. The message names the file and both sides of a mismatch."""
 
     def __init__(self, message: str):
-        # A message quotes what the file says, which may be megabytes long and no valid Unicode.
+        # A message quotes the file, whose content may be megabytes long and invalid Unicode.
         text = message.encode("utf-8", "backslashreplace").decode("utf-8")
         super().__init__(text if len(text) <= 2000 else f"{text[:1000]} ... {text[-900:]}")
 
 
 def save_checkpoint(directory: str | Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
-    """Write a checkpoint into ``directory`` (made if need be); an old one there is replaced in one step.
+    """Write a checkpoint into ``directory``, and atomically replace an old one there.
 
     Args:
-        directory: other files in it stay as they are.
-        tensors: by name; any device.
-        description: JSON-serialisable; a digest of it and of the tensors is added.
+        directory: where to write; created if necessary. Other files in it are not changed.
+        tensors: the tensors by name, on any device.
+        description: a JSON-serialisable description. A digest of it and of the tensors is added.
 
     Raises:
         OSError: the directory cannot be written (PermissionError, NotADirectoryError, no space); an old checkpoint is
@@ -63,27 +63,27 @@ def save_checkpoint(directory: str | Path, tensors: Mapping[str, Tensor], descri
     """
     directory = Path(directory)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    description = json.loads(json.dumps(dict(description)))
-    description[DIGEST] = _digest(tensors, description)
+    content: dict[str, Any] = json.loads(json.dumps(dict(description)))
+    content[DIGEST] = _digest(tensors, content)
     with explain_unwritable(directory):
         directory.mkdir(parents=True, exist_ok=True)
     with write_file(directory / WEIGHTS_NAME) as partial:
-        # not save_file, which writes to a temporary file of its own: one that nobody would sweep up
-        partial.write_bytes(save(tensors, metadata={_HEADER: json.dumps(description)}))
+        # save_file would write to a temporary file of its own, which a killed process would leave behind.
+        partial.write_bytes(save(tensors, metadata={_HEADER: json.dumps(content)}))
     with write_file(directory / CONFIG_NAME) as partial:
-        partial.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 class CheckpointFile:
-    """A checkpoint whose header has been read, and no tensor yet: what it claims to hold can be compared first.
+    """A checkpoint of which only the header has been read, so that it can be checked before any tensor is loaded.
 
-    Replacing the file meanwhile does not matter, the old one stays open.
+    The file stays open, so replacing it in the meantime has no effect.
 
     Attributes:
-        path: of the file.
-        description: what :func:`save_checkpoint` was given, and the digest.
-        shapes: of the tensors, by name.
-        dtypes: of the tensors, as safetensors spells them ("F32").
+        path: path of the file.
+        description: the description that :func:`save_checkpoint` was given, with the digest.
+        shapes: shapes of the tensors by name.
+        dtypes: dtypes of the tensors by name, as safetensors spells them ("F32").
 
     Raises:
         FileNotFoundError: there is no checkpoint in ``directory``.
@@ -105,14 +105,14 @@ class CheckpointFile:
             raise CheckpointError(f"{self.path} is not a whole safetensors file: {error}") from error
         if _HEADER not in header:
             raise CheckpointError(
-                f"{self.path} is a safetensors file, but not of a HyperFormer: its header lacks {_HEADER!r}"
+                f"{self.path} is a safetensors file, but not a HyperFormer checkpoint: its header lacks {_HEADER!r}"
             )
         self.description = _parsed(header[_HEADER], self.path)
         _compare_copy(directory / CONFIG_NAME, self.description, self.path)
 
     @functools.cached_property
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors, on the CPU, checked against the digest. CheckpointError where it is another."""
+        """All tensors, on the CPU. Raises CheckpointError if their digest differs from the description's."""
         try:
             tensors = {name: self._file.get_tensor(name) for name in self.shapes}
         except SafetensorError as error:
@@ -123,28 +123,29 @@ class CheckpointFile:
         if said != found:
             raise CheckpointError(
                 f"{self.path} is not what was saved (bit rot, or edited): the SHA-256 of its description and tensors "
-                f"is {found}, its header says {said!r}. Take it from a backup, or train again"
+                f"is {found}, its header says {said!r}. Restore it from a backup, or train again"
             )
         return tensors
 
 
 def load_checkpoint(directory: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what :func:`save_checkpoint` wrote: tensors on the CPU by name, and their description. Nothing is unpickled.
+    """Read the tensors (on the CPU, by name) and the description of a checkpoint. Nothing is unpickled.
 
     Raises:
-        FileNotFoundError, CheckpointError: as :class:`CheckpointFile` does, and where the digest is another.
+        FileNotFoundError: there is no checkpoint in ``directory``.
+        CheckpointError: the checkpoint is broken, or its digest differs from the description's.
     """
     file = CheckpointFile(directory)
     return file.tensors, file.description
 
 
 def _digest(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> str:
-    """SHA-256 over a description without its digest, and names, dtypes, shapes and bytes of tensors."""
+    """Return the SHA-256 of a description without its digest, and of the names, dtypes, shapes and bytes of tensors."""
     rest = {field: value for field, value in description.items() if field != DIGEST}
     sha = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         sha.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        sha.update(tensor.reshape(-1).view(uint8).numpy())
+        sha.update(tensor.reshape(-1).view(uint8).numpy().data)
     return sha.hexdigest()
 
 
@@ -162,13 +163,13 @@ def _parsed(text: str, path: Path) -> dict[str, Any]:
 
 def _compare_copy(copy: Path, description: dict[str, Any], path: Path) -> None:
     try:
-        # is_file: reading a FIFO would wait for its other end
+        # is_file(), because reading from a FIFO would block.
         same = copy.is_file() and parse(copy.read_text(encoding="utf-8")) == description
     except (OSError, ValueError):
         same = False
     if not same:
         warnings.warn(
-            f"{copy} is absent, or differs from the description inside {path}, which is the one that counts. A save "
+            f"{copy} is absent or differs from the description inside {path}, which is the one that is used. A save "
             "was interrupted, or the copy was edited; saving again renews it.",
             stacklevel=5,
         )

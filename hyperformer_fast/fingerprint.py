@@ -1,8 +1,8 @@
-"""Tell one T5 from another by all values of its frozen weights, in whichever precision each of them is held.
+"""Tell whether two T5s have the same frozen weights, from digests of all their values, even in different precisions.
 
-A base model may be saved in float32 and loaded in bfloat16, so a record holds, for each weight, the digest of its own
-values and of those that it rounds to in the narrower precisions. Two weights are the same where they agree in a
-precision in which at least one of the two holds all it has.
+A base model may be saved in float32 and loaded in bfloat16. A record therefore has, for each weight, the digest of its
+values and the digests of its values rounded to each narrower precision. Two weights are the same if their digests agree
+in a precision that is the own precision of at least one of them.
 """
 
 from __future__ import annotations
@@ -12,15 +12,19 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-#: Name -> weight; None for one whose values cannot be read as numbers (quantised, or not in memory).
+if TYPE_CHECKING:
+    from transformers import T5Config
+
+#: Name -> weight, or None if its values cannot be read as numbers (quantised, or not in memory).
 Weights = dict[str, Tensor | None]
 
-#: Name -> "precision:digest precision:digest ...", the weight's own precision first; empty where it had no values.
+#: Name -> "precision:digest precision:digest ...", the weight's own precision first; empty for a weight that is None.
 Record = dict[str, str]
 
 _NARROWER = {
@@ -28,27 +32,32 @@ _NARROWER = {
     torch.float32: (torch.bfloat16, torch.float16),
 }
 _ENTRY = re.compile(r"(?:[a-z0-9_]+:[0-9a-f]{16}(?: |$))*")
-_CHUNK = 1 << 18  # numbers; what is rounded stays in the cache until it is hashed
-_SHOW_PROGRESS = 10**9  # bytes; about half a second
+_CHUNK = 1 << 18  # numbers per chunk, so that the rounded values are still in the cache when they are hashed
+_SHOW_PROGRESS = 10**9  # show a progress bar from this number of bytes, which take about half a second
 
-# A sample is one number out of the middle of each weight. Rounding to bfloat16 moves it by 2^-9 of its value; another
-# model's is unrelated. Below the absolute tolerance float16 rounds to nothing.
+# A sample has one number from the middle of each weight. Rounding to bfloat16 changes it by a factor of at most 2^-9,
+# whereas another model's number is unrelated. float16 rounds values below the absolute tolerance to (almost) zero.
 _RTOL, _ATOL = 1e-2, 1e-6
 
-#: Parameter -> (its state when it was read, {(precision, rounded to before): digest}).
+#: A cache: parameter -> (its state when it was read, {(precision, precision it was rounded to first): digest}).
 _known = WeakTensorKeyDictionary()
 
 
 def frozen(t5: nn.Module, trained: Iterable[str]) -> Weights:
-    """The T5's weights but for the ``trained`` ones, in the order of their names."""
+    """Return the T5's weights except the ``trained`` ones, sorted by name."""
     trained = set(trained)
     found: Weights = {name: p if _is_plain(p) else None for name, p in t5.named_parameters() if name not in trained}
-    tied = (getattr(t5, "_tied_weights_keys", None) or ()) if t5.config.tie_word_embeddings else ()
+    tied = (getattr(t5, "_tied_weights_keys", None) or ()) if config_of(t5).tie_word_embeddings else ()
     for path, module in t5.named_modules():
-        # torch's own quantised linears have no parameter, but a method of that name; a tied head is a copy then
+        # torch's quantised linears have a method weight() and no parameter. A tied head is then a copy, and skipped.
         if callable(getattr(module, "weight", None)) and f"{path}.weight" not in tied:
             found[f"{path}.weight"] = None
     return dict(sorted(found.items()))
+
+
+def config_of(t5: nn.Module) -> T5Config:
+    """Return the configuration of a T5 of any class, which ``nn.Module`` does not declare."""
+    return cast("T5Config", t5.config)
 
 
 def _is_plain(parameter: Tensor) -> bool:
@@ -57,7 +66,7 @@ def _is_plain(parameter: Tensor) -> bool:
 
 
 def sample(weights: Weights) -> Tensor:
-    """One number out of the middle of each weight, NaN for one that has none: cheap, and says who is a stranger."""
+    """Return one number from the middle of each weight (NaN for None): a cheap way to recognise another T5."""
     numbers = [
         torch.tensor(torch.nan) if w is None else w.detach().flatten()[w.numel() // 2].float().cpu()
         for w in weights.values()
@@ -66,7 +75,7 @@ def sample(weights: Weights) -> Tensor:
 
 
 def record(weights: Weights) -> Record:
-    """The digests of all weights, to be kept in a checkpoint."""
+    """Return the digests of all weights, for a checkpoint."""
     plain = {name: w for name, w in weights.items() if w is not None}
     wanted = {name: [w.dtype, *_NARROWER.get(w.dtype, ())] for name, w in plain.items()}
     _read((w, [(precision, None) for precision in wanted[name]]) for name, w in plain.items())
@@ -77,20 +86,21 @@ def record(weights: Weights) -> Record:
 
 
 def is_record(value: object) -> bool:
-    """Whether ``value``, read from a file, is a :data:`Record`."""
+    """Return whether ``value``, read from a file, is a :data:`Record`."""
     return isinstance(value, dict) and all(isinstance(e, str) and _ENTRY.fullmatch(e) for e in value.values())
 
 
 def difference(weights: Weights, theirs: Tensor, digests: Record | None) -> tuple[str | None, list[str]]:
-    """Compare a T5's frozen weights with what a checkpoint says of the T5 it was trained on.
+    """Compare a T5's frozen weights with those of the T5 that a checkpoint was trained on.
 
     Args:
-        weights: of :func:`frozen`.
-        theirs: the checkpoint's :func:`sample`, of as many weights.
-        digests: its :func:`record`; None for an old file, which has a sample only.
+        weights: the frozen weights, as :func:`frozen` returns them.
+        theirs: the checkpoint's :func:`sample`, with as many numbers as there are weights.
+        digests: the checkpoint's :func:`record`; None for an old file, which has only a sample.
 
     Returns:
-        In words what tells the two T5s apart, or None; and the weights that could not be compared value by value.
+        A description of the first difference, or None; and the names of weights that could not be compared value by
+        value.
     """
     names = list(weights)
     if digests is not None and digests.keys() != weights.keys():
@@ -102,7 +112,7 @@ def difference(weights: Weights, theirs: Tensor, digests: Record | None) -> tupl
     differs = ~torch.isclose(ours, theirs.float(), rtol=_RTOL, atol=_ATOL, equal_nan=True) & known
     if differs.any():
         first = int(differs.nonzero()[0])
-        return f"its frozen {names[first]} held {theirs[first]:.6g} where this one holds {ours[first]:.6g}", []
+        return f"its frozen {names[first]} has {theirs[first]:.6g} where this one's has {ours[first]:.6g}", []
     if digests is None:
         return None, [name for name, w in weights.items() if w is None]
     return _difference_of_digests(weights, digests)
@@ -110,18 +120,20 @@ def difference(weights: Weights, theirs: Tensor, digests: Record | None) -> tupl
 
 def _difference_of_digests(weights: Weights, digests: Record) -> tuple[str | None, list[str]]:
     said = {name: dict(part.split(":") for part in entry.split()) for name, entry in digests.items()}
-    shared = {name: None if w is None else _shared_precision(w, said[name]) for name, w in weights.items()}
-    _read((weights[name], [(precision, None)]) for name, precision in shared.items() if precision is not None)
+    plain = {name: weight for name, weight in weights.items() if weight is not None}
+    found = {name: _shared_precision(weight, said[name]) for name, weight in plain.items()}
+    shared = {name: precision for name, precision in found.items() if precision is not None}
+    _read((plain[name], [(precision, None)]) for name, precision in shared.items())
     for name, precision in shared.items():
-        if precision is None or _digest_of(weights[name], precision) == said[name][_spelling(precision)]:
+        if _digest_of(plain[name], precision) == said[name][_spelling(precision)]:
             continue
-        if not _is_rounding(weights[name], said[name]):
-            return f"its frozen {name} held other values than this one's", []
-    return None, [name for name, precision in shared.items() if precision is None]
+        if not _is_rounding(plain[name], said[name]):
+            return f"its frozen {name} has other values than this one's", []
+    return None, [name for name in weights if name not in shared]
 
 
 def _shared_precision(weight: Tensor, said: Mapping[str, str]) -> torch.dtype | None:
-    """The precision that both sides have digests in and that is one side's own; None where there is none."""
+    """Return the precision in which both sides have a digest and that is one side's own, or None."""
     for precision in (weight.dtype, *_NARROWER.get(weight.dtype, ())):
         own = next(iter(said), None) == _spelling(precision)
         if _spelling(precision) in said and (own or precision == weight.dtype):
@@ -130,7 +142,7 @@ def _shared_precision(weight: Tensor, said: Mapping[str, str]) -> torch.dtype | 
 
 
 def _is_rounding(weight: Tensor, said: Mapping[str, str]) -> bool:
-    """Whether one side is the other, rounded to a narrower precision and widened again."""
+    """Return whether one side equals the other, rounded to a narrower precision and widened again."""
     for narrow in _NARROWER.get(weight.dtype, ()):
         if said.get(_spelling(narrow)) != _digest_of(weight, narrow):
             continue
@@ -141,13 +153,14 @@ def _is_rounding(weight: Tensor, said: Mapping[str, str]) -> bool:
 
 
 def _digest_of(weight: Tensor, precision: torch.dtype, through: torch.dtype | None = None) -> str:
-    """The digest of ``weight`` in ``precision``, after rounding it to ``through``."""
+    """Return the digest of ``weight`` in ``precision``, after rounding it to ``through`` if that is given."""
     _read([(weight, [(precision, through)])])
-    return _known[weight][1][precision, through]
+    digest: str = _known[weight][1][precision, through]
+    return digest
 
 
 def _read(wanted: Iterable[tuple[Tensor, list[tuple[torch.dtype, torch.dtype | None]]]]) -> None:
-    """Compute the digests that are not known yet, several weights at a time."""
+    """Compute the digests that are not cached yet, for several weights in parallel."""
     missing = []
     for weight, ways in wanted:
         state = _state(weight)
@@ -164,8 +177,8 @@ def _read(wanted: Iterable[tuple[Tensor, list[tuple[torch.dtype, torch.dtype | N
             bar.update(weight.numel() * weight.element_size())
 
 
-def _progress(total: int):
-    from transformers.utils import logging  # its bars are those that a user of transformers has switched on or off
+def _progress(total: int) -> Any:
+    from transformers.utils import logging  # respects whether the user has disabled transformers' progress bars
 
     quiet = True if total < _SHOW_PROGRESS else None  # None: only on a terminal
     return logging.tqdm(desc="reading the T5's weights", total=total, unit="B", unit_scale=True, disable=quiet)
@@ -179,8 +192,11 @@ def _compute(weight: Tensor, precision: torch.dtype, through: torch.dtype | None
     return sha.hexdigest()[:16]
 
 
-def _state(weight: Tensor) -> tuple:
-    """What changes when a weight's values do. Writing through ``.data`` leaves its version: hence the few values."""
+def _state(weight: Tensor) -> tuple[int | None, int, torch.dtype, str]:
+    """Return a state that changes with a weight's values.
+
+    It includes some of the values, because writing through ``.data`` does not change the version.
+    """
     version = None if weight.is_inference() else weight._version
     few = weight.detach().flatten()[:: max(1, weight.numel() // 64)][:65].double().tolist()
     return version, weight.data_ptr(), weight.dtype, str(few)

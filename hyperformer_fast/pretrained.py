@@ -1,4 +1,4 @@
-"""What a HyperFormer checkpoint says, and whether it fits a model."""
+"""Save a model's checkpoint, and check whether a checkpoint fits a model."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ _RECORD = "frozen"
 _FACTS = ("model_type", "d_model", "num_layers", "num_decoder_layers", "vocab_size")
 _SIZES = ("task_embedding_dim", "projected_task_embedding_dim", "task_hidden_dim", "reduction_factor")
 
-#: Above this no tensor of such a width can exist, and torch counts wrongly.
+#: No tensor of a larger width can exist, and torch computes wrong sizes for one.
 _LARGEST_SIZE = 2**31 - 1
 
-#: As safetensors spells them.
+#: The dtypes that a checkpoint's tensors may have, as safetensors spells them.
 _FLOATS = ("F64", "F32", "BF16", "F16")
 
 
 @dataclasses.dataclass
 class Checkpoint:
-    """A checkpoint in ``directory``, of a T5 of the right shape; its tensors are not read yet."""
+    """A checkpoint whose description has been checked against a T5's shape, and whose tensors are not read yet."""
 
     directory: Path
     config: HyperFormerConfig
     file: CheckpointFile
 
     def expect_config(self, config: HyperFormerConfig) -> None:
-        """CheckpointError names the first field in which ``config`` is another one."""
+        """Raise CheckpointError, which names the first field that differs, if ``config`` is not the checkpoint's."""
         theirs = self.config.to_dict()
         for field, ours in config.to_dict().items():
             if theirs[field] != ours:
@@ -49,16 +49,16 @@ class Checkpoint:
                 )
 
     def expect(self, shapes: Mapping[str, Collection[int]], t5: nn.Module, trained: Collection[str]) -> None:
-        """Compare all of the checkpoint with a model, made or to be made, before a parameter of it is touched.
+        """Check that the checkpoint fits a model, which need not exist yet, before any of its parameters is changed.
 
         Args:
-            shapes: of all tensors that the checkpoint must hold, and no others.
-            t5: the T5 that they are to be loaded on top of.
-            trained: names of its parameters that are not frozen.
+            shapes: names and shapes of exactly the tensors that the checkpoint must have.
+            t5: the T5 that the model is built on.
+            trained: names of the T5's parameters that are not frozen.
 
         Raises:
-            CheckpointError: a name is missing or unknown, a shape or dtype differs, the file is not what was saved, or
-                the frozen weights are another T5's.
+            CheckpointError: a name is missing or unknown, a shape or dtype differs, the digest is wrong, or the frozen
+                weights are those of another T5.
         """
         theirs = {name: shape for name, shape in self.file.shapes.items() if name != _SAMPLE}
         missing, unknown = sorted(shapes.keys() - theirs.keys()), sorted(theirs.keys() - shapes.keys())
@@ -70,10 +70,10 @@ class Checkpoint:
                 here = f"{list(theirs[name])} in the checkpoint, {list(shape)} in this model"
                 raise CheckpointError(f"{self.directory}: {name} is {here}")
         if len(self.file.shapes.get(_SAMPLE, ())) != 1:
-            raise CheckpointError(f"{self.directory} lacks {_SAMPLE}, which tells its T5 from others")
+            raise CheckpointError(f"{self.directory} lacks {_SAMPLE}, which identifies its T5")
         for name, dtype in self.file.dtypes.items():
             if dtype not in _FLOATS:
-                raise CheckpointError(f"{self.directory}: {name} is of dtype {dtype}, allowed are {', '.join(_FLOATS)}")
+                raise CheckpointError(f"{self.directory}: {name} has dtype {dtype}; allowed are {', '.join(_FLOATS)}")
         weights = fingerprint.frozen(t5, trained)
         count = self.file.shapes[_SAMPLE][0]
         if count != len(weights):
@@ -84,19 +84,19 @@ class Checkpoint:
         self._expect_base(weights)
 
     def warn_of_old_order(self) -> None:
-        """Warn where an optimizer's state beside the checkpoint counts parameters in an order that is no more."""
+        """Warn if an optimizer's state beside the checkpoint has the parameter order of an earlier version."""
         names = self.config.embedding_names
         old = DIGEST not in self.file.description and (self.directory / "optimizer.pt").is_file()
         if old and names != sorted(names):
             warnings.warn(
-                f"{self.directory} was written when task embeddings were in alphabetical order; they now have the "
-                f"configuration's ({', '.join(names)}). Its optimizer.pt counts parameters and would give tasks each "
-                "other's state: start the optimizer anew",
+                f"{self.directory} was written when task embeddings were in alphabetical order; they are now in the "
+                f"configuration's ({', '.join(names)}). Its optimizer.pt refers to parameters by position and would "
+                "give tasks each other's state: start with a new optimizer",
                 stacklevel=3,
             )
 
     def values_for(self, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The value of each target, by name, in its dtype, after :meth:`expect`.
+        """Return the checkpoint's value for each target, in the target's dtype. Call :meth:`expect` first.
 
         Raises:
             CheckpointError: a value is not finite.
@@ -107,7 +107,7 @@ class Checkpoint:
             if not value.isfinite().all():
                 where = tensors[name][~value.isfinite()][0].item()
                 raise CheckpointError(
-                    f"{self.directory}: {name} holds {where}, which is no finite number in this model's {value.dtype}"
+                    f"{self.directory}: {name} has the value {where}, which is not finite in this model's {value.dtype}"
                 )
         return values
 
@@ -123,7 +123,7 @@ class Checkpoint:
         if blind:
             warnings.warn(
                 f"{self.directory}: {len(blind)} of the T5's {len(weights)} frozen weights ({blind[0]} for one) are "
-                "quantised, here or where it was trained, or of a precision that cannot be compared value by value: "
+                "quantised, here or where it was trained, or have a precision that cannot be compared value by value: "
                 "make sure that this is the T5 it was trained on",
                 stacklevel=4,
             )
@@ -136,16 +136,23 @@ def save(
     t5: nn.Module,
     trained: Collection[str],
 ) -> None:
-    """Save ``tensors``, trained on top of ``t5``, of whose parameters ``trained`` are not frozen.
+    """Save a model's trained tensors, with what identifies the T5 that they were trained on.
+
+    Args:
+        directory: where to write the checkpoint.
+        tensors: the trained tensors by name.
+        config: the model's configuration.
+        t5: the T5 that the model is built on.
+        trained: names of the T5's parameters that are not frozen.
 
     Raises:
         OSError: the directory cannot be written.
-        ValueError: a value is not finite: no loader would take the checkpoint, and the one that it replaces may be
-            good.
+        ValueError: a value is not finite. Such a checkpoint could not be loaded, and an old one in ``directory`` may
+            be good, so nothing is written.
     """
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
-            raise ValueError(f"{name} holds numbers that are not finite: not saved, and what is in {directory} stays")
+            raise ValueError(f"{name} has values that are not finite: nothing was saved, and {directory} is unchanged")
     weights = fingerprint.frozen(t5, trained)
     description = {
         "format_version": FORMAT_VERSION,
@@ -157,11 +164,11 @@ def save(
 
 
 def read(directory: str | Path, t5: nn.Module) -> Checkpoint:
-    """Read what the checkpoint in ``directory`` says of itself.
+    """Read the description of the checkpoint in ``directory``.
 
     Raises:
-        FileNotFoundError: none there.
-        CheckpointError: it is broken, of another version, or its T5 was of another shape than ``t5``.
+        FileNotFoundError: there is no checkpoint.
+        CheckpointError: the checkpoint is broken, has another format version, or was trained on a T5 of another shape.
     """
     file = CheckpointFile(directory)
     version = file.description.get("format_version")
@@ -175,7 +182,7 @@ def read(directory: str | Path, t5: nn.Module) -> Checkpoint:
                 f"{directory} was trained on another T5: {fact} was {theirs.get(fact)!r}, this one's is {ours[fact]!r}"
             )
     try:
-        config = HyperFormerConfig.from_dict(file.description.get("config"))
+        config = HyperFormerConfig.from_dict(file.description.get("config", {}))
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{directory}: config: {error}") from error
     for size in _SIZES:
@@ -185,15 +192,15 @@ def read(directory: str | Path, t5: nn.Module) -> Checkpoint:
 
 
 def shapes_of(config: HyperFormerConfig, t5: nn.Module, trained: Collection[str]) -> dict[str, torch.Size]:
-    """Shapes of all that a checkpoint of ``config`` on top of ``t5`` holds, by name. Allocates nothing.
+    """Return the names and shapes of the tensors in a checkpoint of ``config`` on ``t5``, without allocating them.
 
     Raises:
-        ValueError: the configuration does not fit the T5, or is too large to exist.
+        ValueError: the configuration does not fit the T5, or its sizes are too large for any tensor.
     """
     layers = {site.stack: site.layer + 1 for site in find_sites(t5)}
     try:
         with torch.device("meta"):
-            nets = {stack: HyperNetwork(config, t5.config.d_model, n) for stack, n in layers.items()}
+            nets = {stack: HyperNetwork(config, fingerprint.config_of(t5).d_model, n) for stack, n in layers.items()}
             parts = {"task_embeddings": TaskEmbeddings(config), "hypernetworks": nn.ModuleDict(nets)}
     except (RuntimeError, OverflowError) as error:
         sizes = ", ".join(f"{size}={getattr(config, size)}" for size in _SIZES)
@@ -203,5 +210,6 @@ def shapes_of(config: HyperFormerConfig, t5: nn.Module, trained: Collection[str]
 
 
 def _facts(t5: nn.Module) -> dict[str, Any]:
-    facts = {"class": type(t5).__name__, "name_or_path": str(t5.config.name_or_path)}
-    return facts | {fact: getattr(t5.config, fact) for fact in _FACTS}
+    config = fingerprint.config_of(t5)
+    facts = {"class": type(t5).__name__, "name_or_path": str(config.name_or_path)}
+    return facts | {fact: getattr(config, fact) for fact in _FACTS}

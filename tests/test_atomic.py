@@ -199,7 +199,7 @@ def _lines(done) -> list[str]:
 def _assert_said(lines, root: Path, code: int, text: str) -> None:
     for line, name in zip(lines, ("run", "file", "file", "run/hyperformer.safetensors")):
         assert line.startswith(f"{code} [Errno {code}] cannot write {root / name}: {text}"), line
-        assert "bytes are free there: make room, or write elsewhere" in line
+        assert "bytes are free there: free some space, or write to another disk" in line
 
 
 def test_a_limit_on_files_is_named_and_the_old_stays(tmp_path):

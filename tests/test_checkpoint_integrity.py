@@ -21,7 +21,7 @@ from support.t5s import batch, bits, tiny_model, tiny_t5
 from hyperformer_fast import HyperFormerModel
 from hyperformer_fast.checkpoint import DIGEST, WEIGHTS_NAME, CheckpointError, load_checkpoint, save_checkpoint
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is absent, or differs")
+pytestmark = pytest.mark.filterwarnings("ignore:.*is absent or differs")
 
 
 @pytest.fixture(scope="module")
@@ -148,16 +148,16 @@ NAME = "task_embeddings.task_to_embeddings.mnli"
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (torch.ones(6, dtype=torch.int32), "is of dtype I32, allowed are F64, F32, BF16, F16"),
-        (torch.ones(6, dtype=torch.bool), "is of dtype BOOL, allowed"),
-        (torch.ones(6, dtype=torch.complex64), "is of dtype C64, allowed"),
-        (torch.ones(6, dtype=torch.float8_e4m3fn), "is of dtype F8_E4M3, allowed"),
+        (torch.ones(6, dtype=torch.int32), "has dtype I32; allowed are F64, F32, BF16, F16"),
+        (torch.ones(6, dtype=torch.bool), "has dtype BOOL; allowed"),
+        (torch.ones(6, dtype=torch.complex64), "has dtype C64; allowed"),
+        (torch.ones(6, dtype=torch.float8_e4m3fn), "has dtype F8_E4M3; allowed"),
         (
             torch.tensor([1, 2, torch.nan, 4, 5, 6]),
-            "holds nan, which is no finite number in this model's",
+            "has the value nan, which is not finite in this model's",
         ),
-        (torch.full((6,), -torch.inf), "holds -inf, which is no finite"),
-        (torch.full((6,), 1e300, dtype=torch.float64), "holds 1e[+]300, which is no finite"),
+        (torch.full((6,), -torch.inf), "has the value -inf, which is not finite"),
+        (torch.full((6,), 1e300, dtype=torch.float64), "has the value 1e[+]300, which is not finite"),
     ],
 )
 def test_weights_are_finite_floats(saved, t5, values, message):
@@ -182,7 +182,7 @@ def test_a_model_with_a_weight_that_is_not_finite_does_not_replace_a_checkpoint(
     model = tiny_model(t5=tiny_t5(dtype=torch.float32))
     with torch.no_grad():
         model.task_embeddings.task_to_embeddings["mnli"][3] = torch.nan
-    with pytest.raises(ValueError, match=f"{NAME} holds numbers that are not finite"):
+    with pytest.raises(ValueError, match=f"{NAME} has values that are not finite"):
         model.save_pretrained(saved)
     assert (saved / WEIGHTS_NAME).read_bytes() == before
 

@@ -63,10 +63,10 @@ def test_no_column_of_the_user_is_replaced(run, tmp_path, capsys, writes):
         {**found[1], "hyperformer_prediction": None, "hyperformer_text": "no label"},
     ]
     for column in ("text", "prediction"):
-        assert f"the rows have a column '{column}' of their own: the model's is 'hyperformer_{column}'" in said.err
+        assert f"the rows already have a column '{column}': the new one is named 'hyperformer_{column}'" in said.err
     assert not said.out
     again, said = predict(run, tmp_path, capsys, "trec", lines)
-    assert again is None and "rename one, nothing of theirs is replaced" in said.err
+    assert again is None and "rename one of them, so that none is replaced" in said.err
     assert "unexpected" not in said.err
 
 

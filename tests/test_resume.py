@@ -101,7 +101,7 @@ TAMPERED = {
     "a moment is too small": (shrink, "parameter 1: exp_avg must be torch.float32 .* with strides .*, got"),
     "a moment is one number expanded": (expand, "exp_avg_sq must be .*, got .* with strides .0"),
     "a moment lies the other way": (transpose, "exp_avg must be .* with strides"),
-    "two moments share memory": (share, "in the same memory"),
+    "two moments share memory": (share, "shares memory with another"),
     "a moment of half precision": (cast(torch.float16), "exp_avg must be torch.float32 .*, got torch.float16"),
     "a moment of double precision": (cast(torch.float64), "exp_avg must be torch.float32 .*, got torch.float64"),
     "a sparse moment": (lambda saved: put("exp_avg", moments(saved)["exp_avg"].to_sparse())(saved), "sparse"),
@@ -130,7 +130,7 @@ TAMPERED = {
     "a rate of its own": (in_group("lr", 0.5), "the learning rate at step 2 is"),
     "a rate that is none": (in_group("lr", float("nan")), "has the learning rate nan"),
     "parameters in another order": (in_group("params", [1, 0]), "group 0 has params"),
-    "a group less": (lambda saved: saved["param_groups"].pop(), "groups of parameters, this optimizer 2"),
+    "a group less": (lambda saved: saved["param_groups"].pop(), "parameter groups, this optimizer 2"),
 }
 
 
@@ -185,7 +185,7 @@ BROKEN = {
     "half a schedule": ("scheduler.pt", lambda path: path.write_bytes(path.read_bytes()[:99]), "cannot be read"),
     "half an optimizer": ("optimizer.pt", lambda path: path.write_bytes(path.read_bytes()[:-99]), "cannot be read"),
     "no optimizer": ("optimizer.pt", lambda path: path.write_bytes(b""), "cannot be read"),
-    "no random numbers": ("rng_state.pth", lambda path: path.unlink(), "there is none: .* become another run"),
+    "no random numbers": ("rng_state.pth", lambda path: path.unlink(), "there is none: .* become a different run"),
     "those of two processes": (
         "rng_state.pth",
         lambda path: [path.rename(path.with_name("rng_state_0.pth")), path.with_name("rng_state_1.pth").touch()],
@@ -229,10 +229,11 @@ def test_the_command_resumes_with_dropout_or_says_what_is_missing(tmp_path, caps
     capsys.readouterr()
     assert main(["train", "--resume", "--output-dir", str(run)]) == 0
     out = capsys.readouterr().out
-    assert "passed over: checkpoint-4 lacks rng_state*.pth" in out and "going on from checkpoint-2" in out
+    assert "skipped an incomplete checkpoint: checkpoint-4 lacks rng_state*.pth" in out
+    assert "resuming from checkpoint-2" in out
     assert (run / "hyperformer.safetensors").read_bytes() == weights
     edit_json(lambda state: state.update(global_step=1))(run / "checkpoint-4" / "trainer_state.json")
     assert main(["train", "--resume", "--output-dir", str(run)]) == 1
     err = capsys.readouterr().err
-    assert "checkpoint-4/trainer_state.json: global_step is 1, but the checkpoint is of step 4" in err
+    assert "checkpoint-4/trainer_state.json: global_step is 1, but the checkpoint was saved at step 4" in err
     assert "unexpected" not in err and len(checkpoints(run)) == 2

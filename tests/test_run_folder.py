@@ -266,7 +266,7 @@ def test_what_is_deleted_in_the_run_is_made_again(train, finished, tmp_path, cap
     doomed = folder if what == "folder" else folder / "run.json"
     at_micro_batch(monkeypatch, 3, lambda: shutil.rmtree(doomed) if doomed.is_dir() else doomed.unlink())
     assert train(folder) == 0
-    assert "was deleted while the run went on" in " ".join(capsys.readouterr().out.split())
+    assert "was deleted during the run" in " ".join(capsys.readouterr().out.split())
     assert json.loads((folder / "run.json").read_text())["arguments"]["steps"] == 4
     weights = "hyperformer.safetensors"
     assert (folder / weights).read_bytes() == (finished / weights).read_bytes()
@@ -291,7 +291,7 @@ def test_an_evaluation_that_cannot_be_written_is_printed(run, capsys):
     (run / "evaluation.json").mkdir()
     assert main(["evaluate", str(run)]) == 0
     out = capsys.readouterr().out
-    assert out.index("majority class") < out.index("warning: the results above are not in evaluation.json: ")
+    assert out.index("majority class") < out.index("warning: the results above were not written to evaluation.json: ")
 
 
 @pytest.mark.parametrize("depth", [200, 100_000])
@@ -311,7 +311,7 @@ def test_a_failed_plot_fails_no_run(train, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(run_module, "plot_curves", plot)
     assert train(tmp_path / "run") == 0
     out = capsys.readouterr().out
-    assert "warning: curves.png could not be drawn: RuntimeError: no font" in out and "majority class" in out
+    assert "warning: curves.png could not be plotted: RuntimeError: no font" in out and "majority class" in out
     assert {"metrics.json", "history.json"} <= {path.name for path in (tmp_path / "run").iterdir()}
 
 
@@ -324,7 +324,7 @@ def test_names_are_neither_formulas_nor_markup(train, tmp_path, capsys):
     folder = tmp_path / "[" / "]run"
     assert train(folder, "--data-dir", str(data), "--eval-steps", "2", "--tasks", *names) == 0
     out = capsys.readouterr().out
-    assert "could not be drawn" not in out and (folder / "curves.png").exists()
+    assert "could not be plotted" not in out and (folder / "curves.png").exists()
     assert f"are in {folder}" in out
     for name in names:
         # its rows, its scores in two evaluations, its line of the table, and two notes

@@ -88,7 +88,7 @@ def test_two_processes_resume_to_the_same_bits(two, tmp_path):
     (tmp_path / "run" / WEIGHTS).unlink()
     done = torchrun("train", "--resume", "--output-dir", str(tmp_path / "run"))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("going on from checkpoint-2") == 1
+    assert done.stdout.count("resuming from checkpoint-2") == 1
     assert (tmp_path / "run" / WEIGHTS).read_bytes() == (two[0] / WEIGHTS).read_bytes()
 
 

@@ -1,4 +1,4 @@
-"""Training, evaluation and prediction of whole runs, on Hugging Face's Trainer."""
+"""Train, evaluate and predict with whole runs, using Hugging Face's Trainer."""
 
 from ..extras import require
 

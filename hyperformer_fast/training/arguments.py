@@ -1,4 +1,4 @@
-"""Everything that a run depends on, as one JSON object."""
+"""RunConfig: everything that a training run depends on, as one JSON object."""
 
 from __future__ import annotations
 
@@ -14,56 +14,59 @@ from ..json_files import parse
 
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
-#: Adapters for the embedded model, whose width is 128.
-TINY_ADAPTERS = {
+#: Fields of HyperFormerConfig that suit the embedded T5, whose width is 128.
+TINY_ADAPTERS: dict[str, Any] = {
     "reduction_factor": 4,
     "task_embedding_dim": 16,
     "projected_task_embedding_dim": 16,
     "task_hidden_dim": 32,
 }
 
-#: What takes the place of the class's defaults, which suit the embedded model, where another T5 is named.
-OTHER_MODEL = {"hyperformer": {}, "steps": 2000, "warmup_steps": 100, "eval_batch_size": 64}
+#: Defaults for a T5 that is named, in place of the class's defaults, which suit the embedded T5.
+OTHER_MODEL: dict[str, Any] = {"hyperformer": {}, "steps": 2000, "warmup_steps": 100, "eval_batch_size": 64}
 
-#: Fields that a resumed run may change: none of them changes what is trained.
+#: Fields that may differ when a run is resumed, because they do not change what is trained.
 MAY_CHANGE = frozenset(
     "output_dir logging_steps eval_steps eval_rows eval_batch_size max_eval_rows save_steps save_total_limit".split()
 )
 
 
 class RunConfigError(ValueError):
-    """A run's configuration that cannot be; the message names the field."""
+    """A run's configuration is invalid; the message names the field."""
 
 
 @dataclasses.dataclass(kw_only=True)
 class RunConfig:
-    """A training run. The defaults are those of the embedded model on the built-in tasks.
+    """Configuration of a training run. The defaults suit the embedded T5 on the built-in tasks.
 
     Args:
-        model: folder or name of a T5; None for the embedded tiny one.
+        model: folder or Hub name of a T5; None for the embedded tiny T5.
         data_dir: folder of ``<task>/{train,validation,test}.jsonl``, ``hub:glue``, or None for the built-in tasks.
-        tasks: names; None for all there are.
-        output_dir: folder of the run.
-        hyperformer: fields of :class:`HyperFormerConfig`, but its tasks.
-        steps: optimizer steps.
-        batch_size, gradient_accumulation: examples of a micro-batch on one process, micro-batches of a step.
-        learning_rate, warmup_steps, schedule, weight_decay: of AdamW; ``schedule`` is linear, cosine or constant.
-        max_grad_norm: gradients are clipped to this norm; 0 for not.
-        label_smoothing: of the cross-entropy.
-        temperature: of the sampling of tasks, p ~ n^(1/temperature).
-        max_source_length: tokens; longer sources are cut.
-        max_train_rows, max_eval_rows: rows of each task at the most; None for all.
-        eval_batch_size: of every evaluation.
+        tasks: names of the tasks; None for all tasks in the data.
+        output_dir: the run folder.
+        hyperformer: fields of :class:`HyperFormerConfig`, except ``tasks``.
+        steps: number of optimizer steps.
+        batch_size, gradient_accumulation: examples per micro-batch and process, and micro-batches per optimizer step.
+        learning_rate, warmup_steps, schedule, weight_decay: settings of AdamW and of its learning rate schedule
+            (linear, cosine or constant).
+        max_grad_norm: norm that gradients are clipped to; 0 for no clipping.
+        label_smoothing: label smoothing of the cross-entropy.
+        temperature: a task of n rows is sampled with probability proportional to n^(1/temperature).
+        max_source_length: longest source, in tokens; longer ones are truncated.
+        max_train_rows, max_eval_rows: largest number of rows of each task that is used; None for all rows.
+        eval_batch_size: batch size of every evaluation.
         eval_steps, eval_rows: evaluate on ``eval_rows`` rows of each task's validation split every ``eval_steps``
-            optimizer steps; 0 for not.
-        keep_best: the run's weights are those of the evaluation with the best average, not the last.
-        logging_steps: between two points of the loss curve.
-        save_steps, save_total_limit: between two checkpoints (0 for none), and how many are kept.
-        seed: of the new parameters, the sampling and dropout.
-        gradient_checkpointing, bf16: memory and precision.
+            optimizer steps; with ``eval_steps`` 0 never.
+        keep_best: keep the weights of the evaluation with the best average instead of the last ones.
+        logging_steps: log the training loss every ``logging_steps`` optimizer steps.
+        save_steps, save_total_limit: save a checkpoint every ``save_steps`` optimizer steps (0: never), and keep only
+            the newest ``save_total_limit``.
+        seed: random seed of the new parameters, the task sampling and dropout.
+        gradient_checkpointing: recompute activations in the backward pass, which saves memory and takes more time.
+        bf16: train under autocast in bfloat16.
 
     Raises:
-        RunConfigError: naming the field, its value and what is allowed.
+        RunConfigError: a field is invalid; the message names it, its value and what is allowed.
     """
 
     model: str | None = None
@@ -104,9 +107,10 @@ class RunConfig:
         self.hyperformer = dict(self.hyperformer)
         self.hyperformer_config(self.tasks or ["task"])
 
-    def _check_type(self, field: dataclasses.Field) -> None:
-        value, optional = getattr(self, field.name), field.type.endswith("| None")
-        kind = field.type.removesuffix(" | None")
+    def _check_type(self, field: dataclasses.Field[Any]) -> None:
+        spelt = str(field.type)  # a string, because annotations are not evaluated here
+        value, optional = getattr(self, field.name), spelt.endswith("| None")
+        kind = spelt.removesuffix(" | None")
         if value is None and optional:
             return
         right = {
@@ -148,20 +152,20 @@ class RunConfig:
             raise RunConfigError("keep_best needs evaluations while training: set eval_steps above 0")
 
     def hyperformer_config(self, tasks: list[str]) -> HyperFormerConfig:
-        """The configuration of the adapters for these tasks."""
+        """Return the HyperFormerConfig for these tasks."""
         if "tasks" in self.hyperformer:
-            raise RunConfigError("hyperformer must not hold 'tasks': a run's tasks are its own field")
+            raise RunConfigError("hyperformer must not have the field 'tasks': set the run's own field 'tasks' instead")
         try:
             return HyperFormerConfig.from_dict({**self.hyperformer, "tasks": tasks})
         except (ValueError, TypeError) as error:
             raise RunConfigError(f"hyperformer: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, as plain JSON types."""
+        """Return all fields as plain JSON types."""
         return dataclasses.asdict(self)
 
     def located(self) -> RunConfig:
-        """A copy whose folders are absolute, so that it means the same from anywhere."""
+        """Return a copy with absolute paths, which does not depend on the working directory."""
         model, data_dir = self.model, self.data_dir
         if model is not None and os.path.isdir(model):
             model = os.path.abspath(model)
@@ -171,10 +175,10 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> RunConfig:
-        """From the fields that are given; the others' defaults depend on whether a ``model`` is.
+        """Build a RunConfig from ``fields``. The defaults of the others depend on whether a ``model`` is given.
 
         Raises:
-            RunConfigError: names unknown fields.
+            RunConfigError: a field is unknown or invalid.
         """
         if not isinstance(fields, Mapping):
             raise RunConfigError(f"a run's configuration must be a JSON object, got {type(fields).__name__}")
@@ -182,14 +186,15 @@ class RunConfig:
         unknown = sorted(set(fields) - known)
         if unknown:
             raise RunConfigError(f"unknown fields {unknown}; known are {sorted(known)}")
-        return cls(**({} if fields.get("model") is None else OTHER_MODEL) | dict(fields))
+        defaults: dict[str, Any] = {} if fields.get("model") is None else OTHER_MODEL
+        return cls(**{**defaults, **fields})
 
     @classmethod
     def load(cls, path: str | Path, changes: Mapping[str, Any] | None = None) -> RunConfig:
-        """From a JSON file, with ``changes`` over it; in both, ``hyperformer`` may hold some of its fields.
+        """Read a RunConfig from a JSON file, overridden by ``changes``. ``hyperformer`` is merged field by field.
 
         Raises:
-            RunConfigError: names the file.
+            RunConfigError: the file cannot be read or a field is invalid; the message names the file.
         """
         fields = read_fields(path)
         try:
@@ -199,7 +204,7 @@ class RunConfig:
 
 
 def read_fields(path: str | Path) -> dict[str, Any]:
-    """The JSON object in a file. RunConfigError names the file where there is none."""
+    """Read the JSON object in a file. Raises RunConfigError, which names the file, if there is none."""
     try:
         fields = parse(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -212,7 +217,7 @@ def read_fields(path: str | Path) -> dict[str, Any]:
 
 
 def merge(fields: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """``changes`` over ``fields``; ``hyperformer`` field by field."""
+    """Return ``fields`` overridden by ``changes``, with ``hyperformer`` merged field by field."""
     merged = {**fields, **changes}
     if isinstance(changes.get("hyperformer"), Mapping):
         before = fields.get("hyperformer")

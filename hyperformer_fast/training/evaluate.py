@@ -1,12 +1,14 @@
-"""Evaluate a model, or a saved run, on whole splits."""
+"""Evaluate a model or a saved run on whole splits."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from transformers import PreTrainedTokenizerBase
 
 from ..checkpoint import WEIGHTS_NAME
 from ..data import TaskData, TaskSpec, load_tasks
@@ -28,17 +30,19 @@ def evaluate_run(
     data_dir: str | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a saved run; prints and returns the results, and writes them to ``evaluation.json`` in its folder where
-    that can be written.
+    """Evaluate a saved run: print the results, write them to ``evaluation.json`` in the run folder, and return them.
+
+    If the file cannot be written, a warning is printed instead.
 
     Args:
-        run_dir: folder of the run. Of one that is not finished, the newest checkpoint is taken.
-        split: train, validation or test; None for test, or validation where there is no test.
-        tasks: of the run's; None for all.
-        model, data_dir: where the T5 and the data are now, if not where the run had them.
+        run_dir: the run folder. The newest checkpoint of an unfinished run is used.
+        split: train, validation or test; None for test if there is one, else validation.
+        tasks: tasks to evaluate, all of which must be the run's; None for all of them.
+        model, data_dir: where the T5 and the data are now; None for where they were when the run was trained.
+        console: where to print; None for standard output.
 
     Raises:
-        RunError, CheckpointError, DataError, OSError: naming what is wrong.
+        RunError, CheckpointError, DataError, OSError: the run, its weights, its data or a file cannot be used.
     """
     console = console or Console()
     run, specs, _ = read_run(run_dir)
@@ -50,21 +54,22 @@ def evaluate_run(
     try:
         write_json(Path(run_dir) / EVALUATION_NAME, results)
     except OSError as error:
-        say(console, f"warning: the results above are not in {EVALUATION_NAME}: {error}")
+        say(console, f"warning: the results above were not written to {EVALUATION_NAME}: {error}")
     return results
 
 
 def evaluate_model(
     model: HyperFormerModel,
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     data: Mapping[str, TaskData],
     run: RunConfig,
     split: str | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """What metrics.json holds.
+    """Evaluate a model on whole splits and return the content of metrics.json.
 
-    For every task: split, rows, metrics, the majority class's, and how many texts were no label; and the averages.
+    For each task the content has the split, the number of rows, the metrics of the model and of the majority class, and
+    the number of generated texts that are no label. It also has the averages over tasks.
     """
     for name, task in data.items():
         if split is not None and split not in task.splits:
@@ -82,7 +87,7 @@ def evaluate_model(
                 examples,
                 run.eval_batch_size,
                 run.max_source_length,
-                lambda n, bar=bar: progress.advance(bar, n),
+                functools.partial(progress.advance, bar),
             )
             tasks[name] = {
                 "split": chosen,
@@ -100,13 +105,13 @@ def evaluate_model(
 
 
 def majority(task: TaskData, split: str, rows: int | None = None) -> dict[str, float]:
-    """The metrics, on ``rows`` rows of a split, of answering train's most frequent label."""
+    """Return the metrics of always answering train's most frequent label, on the first ``rows`` rows of a split."""
     train, labels = ([example.label for example in task.splits[name]] for name in ("train", split))
     return majority_score(task.spec, train, labels[:rows])
 
 
 def limited(data: dict[str, TaskData], run: RunConfig) -> dict[str, TaskData]:
-    """``data`` with no more rows than the run takes."""
+    """Truncate the splits in ``data`` to as many rows as the run uses, and return ``data``."""
     for task in data.values():
         for split, examples in task.splits.items():
             task.splits[split] = examples[: run.max_train_rows if split == "train" else run.max_eval_rows]
@@ -115,21 +120,21 @@ def limited(data: dict[str, TaskData], run: RunConfig) -> dict[str, TaskData]:
 
 def load_model(
     run_dir: str | Path, run: RunConfig, model: str | None, console: Console
-) -> tuple[HyperFormerModel, Any]:
-    """(model in eval mode, tokenizer) of a saved run."""
+) -> tuple[HyperFormerModel, PreTrainedTokenizerBase]:
+    """Load (model in eval mode, tokenizer) of a saved run."""
     weights = Path(run_dir)
     if not (weights / WEIGHTS_NAME).is_file():
         whole = checkpoints(weights)
         if not whole:
             raise RunError(f"{run_dir} has no weights and no complete checkpoint yet")
         weights = whole[-1]
-        say(console, f"the run is not finished: taking {weights.name}")
+        say(console, f"the run is not finished: using {weights.name}")
     t5, tokenizer = load_base(model or run.model)
     return HyperFormerModel.from_pretrained(t5, weights).eval(), tokenizer
 
 
 def known_tasks(tasks: Sequence[str] | None, specs: Mapping[str, TaskSpec]) -> list[str]:
-    """``tasks``, or all; RunError for one that the run was not trained on."""
+    """Return ``tasks``, or all of the run's if None. Raises RunError for a task that the run was not trained on."""
     for task in tasks or ():
         if task not in specs:
             raise RunError(f"unknown task {task!r}; this run has {', '.join(specs)}")
@@ -137,7 +142,7 @@ def known_tasks(tasks: Sequence[str] | None, specs: Mapping[str, TaskSpec]) -> l
 
 
 def show(results: Mapping[str, Any], console: Console) -> None:
-    """Print the table and its notes."""
+    """Print the table of results and its notes."""
     console.print(results_table(results))
     for line in notes(results):
         say(console, line)

@@ -1,4 +1,4 @@
-"""The folder of a run: what lies in it, who may write to it, and which of its checkpoints are whole."""
+"""The run folder: its files, which of its checkpoints are complete, and how they are removed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ STAGING = ".saving"
 
 FORMAT_VERSION = 1
 
-#: A checkpoint without one of these would resume as something else, silently.
+#: Files that a checkpoint must have. Without one of them a resumed run would silently train something else.
 NEEDED = ("trainer_state.json", "optimizer.pt", "scheduler.pt", WEIGHTS_NAME)
 
 _FILES = (RUN_NAME, WEIGHTS_NAME, CONFIG_NAME, METRICS_NAME, HISTORY_NAME, CURVES_NAME, EVALUATION_NAME)
@@ -36,22 +36,22 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 class RunError(ValueError):
-    """A run that cannot be started, resumed or read; the message says what to do."""
+    """A run cannot be started, resumed or read; the message says what to do."""
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """As a whole file, or not at all."""
+    """Write ``content`` as JSON, atomically."""
     with write_file(path) as partial:
         Path(partial).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first. One that is being written has another name."""
+    """Return the complete checkpoints of a run, oldest first. A checkpoint that is being written has another name."""
     return [path for path in _numbered(Path(folder)) if not missing_files(path)]
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
-    """(The newest complete checkpoint or None, why each newer one was passed over.)"""
+    """Return the newest complete checkpoint or None, and for each newer one what it lacks."""
     passed: list[str] = []
     for path in reversed(_numbered(folder)):
         missing = missing_files(path)
@@ -62,18 +62,18 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def missing_files(checkpoint: Path) -> list[str]:
-    """What a checkpoint lacks of the files that resuming needs."""
+    """Return the names of the files that resuming needs and the checkpoint lacks."""
     missing = [name for name in NEEDED if not (checkpoint / name).is_file()]
     return missing if rng_files(checkpoint) else [*missing, "rng_state*.pth"]
 
 
 def rng_files(checkpoint: Path) -> set[str]:
-    """The names of the files with RNG states, one for each process."""
+    """Return the names of the checkpoint's files with RNG states; each process has one."""
     return {path.name for path in checkpoint.glob("rng_state*.pth")}
 
 
 def _numbered(folder: Path) -> list[Path]:
-    """Every directory with a checkpoint's name, by number."""
+    """Return every directory that is named like a checkpoint, in the order of their steps."""
     found = [
         (int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := _CHECKPOINT.fullmatch(path.name))
     ]
@@ -81,9 +81,9 @@ def _numbered(folder: Path) -> list[Path]:
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Delete a checkpoint; a kill leaves nothing half-deleted under the name of a whole one.
+    """Delete a checkpoint, which is renamed first so that a kill leaves no incomplete checkpoint under its name.
 
-    Of a symbolic link only the link goes: what it leads to is not the run's.
+    If it is a symbolic link, only the link is removed, because its target does not belong to the run.
     """
     if path.is_symlink():
         path.unlink()
@@ -101,7 +101,7 @@ def rotate(folder: Path, limit: int) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file, a directory with all it holds, or a symbolic link (not what it leads to); absent ones are fine."""
+    """Delete a file, a directory with its contents, or a symbolic link (but not its target), if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -109,21 +109,21 @@ def remove(path: Path) -> None:
 
 
 def check_free(folder: Path) -> None:
-    """RunError where the folder holds a run."""
+    """Raise RunError if the folder holds a run."""
     if holds_run(folder):
         raise RunError(
-            f"{folder} holds another run: go on with it (--resume), replace it (--overwrite), or choose another "
+            f"{folder} holds another run: continue it (--resume), replace it (--overwrite), or choose another "
             "--output-dir"
         )
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether weights of a run, finished or not, lie there. A ``run.json`` alone is nothing that could be lost."""
+    """Return whether the folder has weights of a run. A ``run.json`` alone does not count: nothing would be lost."""
     return (folder / WEIGHTS_NAME).exists() or (folder / BEST).exists() or any(folder.glob("checkpoint-*"))
 
 
 def clear(folder: Path) -> None:
-    """Remove a run, lest a part of it be taken for one of the next; files that are not a run's stay."""
+    """Remove all files of a run, so that none is mistaken for the next run's. Other files in the folder stay."""
     for name in _FILES:
         (folder / name).unlink(missing_ok=True)
     remove(folder / BEST)
@@ -133,11 +133,11 @@ def clear(folder: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what a killed run left half-written or half-deleted. Only for the process that trains there."""
+    """Remove what a killed run left half-written or half-deleted. Only the process that trains there may call this."""
     for aside in folder.glob(".checkpoint-*.previous"):
         recover_directory(aside.with_name(aside.name[1 : -len(".previous")]))
     leftovers = [folder / STAGING, *folder.glob(".checkpoint-*.previous")]
-    # ".writable-PID" is the probe of an earlier version, killed before it was removed.
+    # Earlier versions of this library leave the probe file ".writable-PID" if they are killed.
     leftovers += [*folder.glob(".checkpoint-*.old"), *folder.glob(".writable-[0-9]*")]
     for path in leftovers:
         remove(path)
@@ -146,7 +146,7 @@ def sweep(folder: Path) -> None:
 
 
 def write_run(folder: Path, run: RunConfig, data: dict[str, TaskData]) -> None:
-    """Write ``run.json``: the arguments, the tasks' specs, rows and hashes of the data, versions."""
+    """Write ``run.json``: the arguments, the tasks' specifications, the data's fingerprints and library versions."""
     content = {
         "format_version": FORMAT_VERSION,
         "arguments": {**run.to_dict(), "tasks": list(data)},
@@ -158,7 +158,11 @@ def write_run(folder: Path, run: RunConfig, data: dict[str, TaskData]) -> None:
 
 
 def read_run(folder: str | Path) -> tuple[RunConfig, dict[str, TaskSpec], dict[str, Any]]:
-    """(arguments, specs, data fingerprints) of ``run.json``. RunError where it is absent or not a run's."""
+    """Read (arguments, specifications, data fingerprints) from ``run.json``.
+
+    Raises:
+        RunError: the file is absent or cannot be read, or its content is not a run's.
+    """
     path = Path(folder) / RUN_NAME
     try:
         content = parse(path.read_text(encoding="utf-8"))
@@ -174,20 +178,20 @@ def read_run(folder: str | Path) -> tuple[RunConfig, dict[str, TaskSpec], dict[s
         specs = {name: TaskSpec.from_dict(fields) for name, fields in content["tasks"].items()}
         return RunConfig.from_dict(content["arguments"]), specs, content["data"]
     except (KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"{path} is not a run's: {error!r}") from error
+        raise RunError(f"{path} does not describe a run: {error!r}") from error
 
 
 def check_same(folder: Path, run: RunConfig, data: dict[str, TaskData]) -> None:
-    """RunError where ``run`` on ``data`` would train something else than the run in ``folder`` does."""
+    """Raise RunError if ``run`` on ``data`` would train something else than the run in ``folder``."""
     before, _, prints = read_run(folder)
     theirs, ours = before.to_dict(), {**run.to_dict(), "tasks": list(data)}
     for name in ours:
         if name not in MAY_CHANGE and theirs[name] != ours[name]:
-            raise RunError(f"cannot resume {folder}: {name} was {theirs[name]!r}, and is {ours[name]!r} now")
+            raise RunError(f"cannot resume {folder}: {name} was {theirs[name]!r} and is now {ours[name]!r}")
     for name, task in data.items():
         train = task.fingerprint()["train"]
         if prints.get(name, {}).get("train") != train:
-            raise RunError(f"cannot resume {folder}: the training rows of {name!r} are not those it started with")
+            raise RunError(f"cannot resume {folder}: the training rows of {name!r} have changed since it started")
 
 
 def _versions(*names: str) -> dict[str, str | None]:

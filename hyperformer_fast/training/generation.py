@@ -1,4 +1,4 @@
-"""Greedy decoding of whole splits."""
+"""Generate texts for whole splits by greedy decoding, and score them."""
 
 from __future__ import annotations
 
@@ -6,36 +6,43 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
 
 from ..data import Collator, Example, TaskSpec
 from ..data.collate import encode
+from ..model import HyperFormerModel
 from .metrics import score
 
 
-def max_new_tokens(spec: TaskSpec, tokenizer) -> int:
-    """Tokens of the longest text that the task may want, its end token included."""
+def max_new_tokens(spec: TaskSpec, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the number of tokens of the longest target of a task, with its end-of-sequence token."""
     return max(len(encode(tokenizer, text)) for text in spec.targets())
 
 
 @torch.no_grad()
 def generate_texts(
-    model,
-    tokenizer,
+    model: HyperFormerModel,
+    tokenizer: PreTrainedTokenizerBase,
     spec: TaskSpec,
     sources: Sequence[str],
     batch_size: int,
     max_source_length: int,
     advance: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """The text that the model writes for each source, in order. Ranks of a process group share the work.
+    """Return the text that the model generates for each source. The ranks of a process group share the work.
 
     Args:
-        model: a HyperFormerModel (not wrapped for training) that knows the task. Its mode is given back as it was.
-        advance: called with the number of sources done since, for a progress bar.
+        model: a HyperFormerModel that has the task. It is switched to eval mode and back to the mode it was in.
+        tokenizer: the T5's tokenizer.
+        spec: the task, whose longest target bounds the length of the texts.
+        sources: inputs of the model.
+        batch_size: sources per batch.
+        max_source_length: longest source, in tokens; longer ones are truncated.
+        advance: called with the number of sources that were finished since the last call, for a progress bar.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     ids = [encode(tokenizer, source, max_source_length) for source in sources]
-    # Longest first: batches of like lengths pad little, and memory peaks at once.
+    # Longest first: sources of similar length need little padding, and the first batch needs the most memory.
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     collate, limit = Collator(tokenizer.pad_token_id), max_new_tokens(spec, tokenizer)
     texts: dict[int, str] = {}
@@ -60,9 +67,15 @@ def generate_texts(
 
 
 def evaluate_examples(
-    model, tokenizer, spec: TaskSpec, examples: Sequence[Example], batch_size: int, max_source_length: int, advance=None
+    model: HyperFormerModel,
+    tokenizer: PreTrainedTokenizerBase,
+    spec: TaskSpec,
+    examples: Sequence[Example],
+    batch_size: int,
+    max_source_length: int,
+    advance: Callable[[int], None] | None = None,
 ) -> tuple[dict[str, float], int]:
-    """(metrics as :func:`score` gives them, number of generated texts that are no label)."""
+    """Return the metrics of a model on examples, as :func:`score` does, and how many generated texts are no label."""
     sources = [example.source for example in examples]
     texts = generate_texts(model, tokenizer, spec, sources, batch_size, max_source_length, advance)
     predictions = [spec.parse(text) for text in texts]

@@ -1,4 +1,4 @@
-"""One training at a time in a folder."""
+"""A lock that allows only one training at a time in a run folder."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _HELD = (errno.EWOULDBLOCK, errno.EACCES)
 
 
 class RunLock:
-    """Keeps other trainings out of a folder, which it makes where there is none.
+    """Locks a run folder against other trainings. The folder is created if it does not exist.
 
-    The lock is the kernel's (``flock``), so it ends with the process that holds it, however that ends: the file that a
-    killed process leaves is no obstacle. The file names the process for the message that others get. On a file system
-    without locks a warning says that nothing keeps another training out.
+    The kernel holds the lock (``flock``) and releases it when the process ends in any way, so the lock file that a
+    killed process leaves is no obstacle. The file names the process, for the error message that others get. On a file
+    system without locks a warning says that another training is not kept out.
 
     Args:
-        folder: of the run.
+        folder: the run folder.
 
     Raises:
-        RunError: another process trains into the folder, or it cannot be written.
+        RunError: another process trains into the folder, or the folder cannot be written.
     """
 
     def __init__(self, folder: Path):
@@ -47,17 +47,17 @@ class RunLock:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Let go, and leave neither the file nor a folder that was made for nothing."""
+        """Release the lock, and remove the lock file and the folders that were created but are still empty."""
         if self._is_ours(self._handle):
             self.path.unlink()
         os.close(self._handle)
         self._remove_empty()
 
     def renew(self) -> bool:
-        """Lock the folder again where it, or the file in it, was deleted in the meantime; returns whether it was.
+        """Lock the folder again if it or the lock file was deleted in the meantime, and return whether it was.
 
         Raises:
-            RunError: another process trains into the folder by now.
+            RunError: another process now trains into the folder.
         """
         if self._is_ours(self._handle):
             return False
@@ -73,7 +73,7 @@ class RunLock:
                 handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
                 try:
                     self._lock(handle)
-                    # the last holder may have deleted the file between our opening and locking it
+                    # The previous holder may have deleted the file after we opened it and before we locked it.
                     if self._is_ours(handle):
                         os.ftruncate(handle, 0)
                         os.pwrite(handle, f"{os.getpid()} on {socket.gethostname()}\n".encode(), 0)
@@ -113,5 +113,5 @@ class RunLock:
         for path in self._made:
             try:
                 path.rmdir()
-            except OSError:  # it is not empty, or not there
+            except OSError:  # the folder is not empty or does not exist
                 return

@@ -1,4 +1,4 @@
-"""Label new rows with a saved run."""
+"""Predict the labels of new rows with a saved run."""
 
 from __future__ import annotations
 
@@ -22,23 +22,24 @@ def predict_run(
     model: str | None = None,
     console: Console | None = None,
 ) -> list[dict[str, Any]]:
-    """Each row with its ``prediction`` and the generated ``text``.
+    """Return each row with two more columns, its ``prediction`` and the generated ``text``.
 
-    No column of a row is replaced: where a row has one of these names, the result takes the name
-    ``hyperformer_prediction`` or ``hyperformer_text`` in all of them, which is said on ``console``.
+    No column of a row is replaced: if any row already has one of these columns, the new column is named
+    ``hyperformer_prediction`` or ``hyperformer_text`` in all rows, and a line on ``console`` says so.
 
-    A prediction is a number or a class, as the training rows or these rows hold it: by its name where their labels are
-    names, else by its index. It is None where the text is neither.
+    A prediction is a number or a class. A class is given by its name if the labels of the training rows or of these
+    rows are names, else by its index. The prediction is None if the generated text is no label.
 
     Args:
-        run_dir: folder of the run.
-        task: one of the run's.
-        rows: with the task's text columns; or the name of a JSON-lines file of them.
-        model: where the T5 is now, if not where the run had it.
+        run_dir: the run folder.
+        task: one of the run's tasks.
+        rows: rows with the task's text columns, or the path of a JSON-lines file of them.
+        model: where the T5 is now; None for where it was when the run was trained.
+        console: where to print; None for standard output.
 
     Raises:
-        RunError: also where the rows have columns of both names.
-        CheckpointError, DataError, OSError: naming what is wrong.
+        RunError: the run cannot be used, or the rows have columns of both names.
+        CheckpointError, DataError, OSError: the weights, a row or a file cannot be used.
     """
     console = console or Console()
     run, specs, _ = read_run(run_dir)
@@ -67,21 +68,21 @@ def predict_run(
 
 
 def _free_column(column: str, placed: Sequence[tuple[str, Mapping[str, Any]]], console: Console) -> str:
-    """The name under which all rows can take a result: ``column``, or, where one has it already, another."""
+    """Return a name for a new column that no row has: ``column`` if possible, else ``hyperformer_<column>``."""
     taken = {name for _, row in placed for name in row}
     if column not in taken:
         return column
     other = f"hyperformer_{column}"
     if other in taken:
-        raise RunError(f"the rows have columns {column!r} and {other!r}: rename one, nothing of theirs is replaced")
+        raise RunError(f"the rows have columns {column!r} and {other!r}: rename one of them, so that none is replaced")
     console.print(
-        f"the rows have a column {column!r} of their own: the model's is {other!r}", soft_wrap=True, markup=False
+        f"the rows already have a column {column!r}: the new one is named {other!r}", soft_wrap=True, markup=False
     )
     return other
 
 
 def row_of_texts(run_dir: str | Path, task: str, texts: Sequence[str]) -> dict[str, str]:
-    """One row of the texts of a task's columns, in order. RunError where they are not as many."""
+    """Make a row of the texts of a task's columns, in order. Raises RunError if their number does not match."""
     _, specs, _ = read_run(run_dir)
     known_tasks([task], specs)
     spec: TaskSpec = specs[task]

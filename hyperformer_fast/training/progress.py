@@ -1,20 +1,30 @@
-"""Progress for a terminal, and lines for a log."""
+"""Progress bars for a terminal, and lines of text for a log."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
 def say(console: Console, line: str) -> None:
-    """Print a line as it is: what a name or a path has in brackets or colons is neither markup nor an emoji."""
+    """Print a line verbatim: brackets and colons in a name or a path are not taken for markup or an emoji."""
     console.print(Text(line), soft_wrap=True)
 
 
 def progress_bars(console: Console) -> Progress:
-    """Bars with a note at their end; shown where there is a terminal."""
+    """Return progress bars that end in a note. They are shown only on a terminal."""
     return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -29,21 +39,32 @@ def progress_bars(console: Console) -> Progress:
 
 
 class TrainingProgress(TrainerCallback):
-    """One bar for the run and a line for each evaluation; without a terminal also ten lines with the loss."""
+    """Shows a bar for the run and a line for each evaluation; without a terminal, also ten lines with the loss."""
 
     def __init__(self, progress: Progress, console: Console):
-        self.progress, self.console, self.bar, self.said = progress, console, None, 0
+        self.progress, self.console = progress, console
+        self.bar: TaskID | None = None
+        self.said = 0
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if state.is_world_process_zero:
             self.bar = self.progress.add_task("training", total=state.max_steps, completed=state.global_step, note="")
             self.said = state.global_step
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.bar is not None:
             self.progress.update(self.bar, completed=state.global_step)
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         if self.bar is None or not logs:
             return
         if "loss" in logs:

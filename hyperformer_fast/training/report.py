@@ -1,23 +1,27 @@
-"""What a run leaves for people: a table, and a picture of its curves."""
+"""Present a run's results: a table for the terminal, and a plot of its curves."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
 
-from ..checkpoint import write_file
+from ..atomic import write_file
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 TITLES = {"hyperformer++": "HyperFormer++", "hyperformer": "HyperFormer", "hyperformer-shared": "HyperFormer (shared)"}
 
 
 def results_table(results: Mapping[str, Any]) -> Table:
-    """task, metric, majority class, and the model; a line for every metric, and the average.
+    """Build a table with a row for each metric of each task, for the model and the majority class, and the averages.
 
-    ``results`` as metrics.json.
+    Args:
+        results: the content of metrics.json.
     """
     splits = sorted({task["split"] for task in results["tasks"].values()})
     table = Table("task", "metric", title=f"Results on {' / '.join(splits)}, in percent")
@@ -26,7 +30,7 @@ def results_table(results: Mapping[str, Any]) -> Table:
     for name, task in results["tasks"].items():
         for metric, value in task["metrics"].items():
             if metric != "score":
-                # a Text, lest brackets in a name be taken for markup
+                # rich would take brackets in a plain string for markup.
                 table.add_row(Text(name), metric, f"{task['majority'][metric]:.1f}", f"{value:.1f}")
     table.add_section()
     table.add_row("average", "", f"{results['majority_average']:.1f}", f"{results['average']:.1f}", style="bold")
@@ -34,17 +38,17 @@ def results_table(results: Mapping[str, Any]) -> Table:
 
 
 def notes(results: Mapping[str, Any]) -> list[str]:
-    """What a reader of the table should know besides."""
+    """Return remarks that a reader of the table needs."""
     lines = []
-    validation = [name for name, task in results["tasks"].items() if task["split"] == "validation"]
+    validation = ", ".join(name for name, task in results["tasks"].items() if task["split"] == "validation")
     if validation:
         lines.append(
-            f"{', '.join(validation)}: reported on validation; there is no test split, or validation was asked for"
+            f"{validation}: reported on validation, because there is no test split or validation was requested"
         )
     for name, task in results["tasks"].items():
         if task["unparsed"]:
             lines.append(
-                f"{name}: {task['unparsed']} of {task['rows']} generated texts are no label, and count as wrong"
+                f"{name}: {task['unparsed']} of {task['rows']} generated texts are no label and count as wrong"
             )
     return lines
 
@@ -52,13 +56,13 @@ def notes(results: Mapping[str, Any]) -> list[str]:
 def plot_curves(
     history: Sequence[Mapping[str, Any]], majority: Mapping[str, float], path: str | Path, title: str = "HyperFormer++"
 ) -> None:
-    """Training loss, and each task's validation score over steps beside its majority class, as a PNG.
+    """Plot the training loss, and each task's validation score beside that of its majority class, into a PNG.
 
     Args:
-        history: the Trainer's log: entries with ``step`` and ``loss``, or ``eval_<task>``.
+        history: the Trainer's log, whose entries have ``step`` and ``loss``, or ``step`` and ``eval_<task>``.
         majority: score of the majority class on the same rows, by task.
-        path: of the PNG; replaced whole.
-        title: of the model.
+        path: path of the PNG, which is replaced atomically.
+        title: name of the model.
     """
     import matplotlib
 
@@ -66,7 +70,7 @@ def plot_curves(
     from matplotlib import pyplot as plt
     from matplotlib.ticker import MaxNLocator
 
-    # a name is text: dollar signs in it begin no formula
+    # parse_math: dollar signs in a task's name do not begin a formula.
     settings: dict[Any, Any] = {
         "font.size": 10,
         "axes.spines.top": False,
@@ -88,11 +92,11 @@ def plot_curves(
 
 
 def smoothed(values: Sequence[float], window: int) -> list[float]:
-    """The mean of each value and the ``window - 1`` before it."""
+    """Return the mean of each value and up to ``window - 1`` values before it."""
     return [sum(values[max(0, i + 1 - window) : i + 1]) / min(i + 1, window) for i in range(len(values))]
 
 
-def _plot_loss(axis, points: list[tuple[int, float]]) -> None:
+def _plot_loss(axis: Axes, points: list[tuple[int, float]]) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter
 
     axis.set_title("Training loss", loc="left")
@@ -104,14 +108,14 @@ def _plot_loss(axis, points: list[tuple[int, float]]) -> None:
     axis.plot(steps, values, color="0.8", linewidth=1, label="as logged")
     axis.plot(steps, smoothed(values, window), color="C0", linewidth=2, label=f"mean of {window}")
     axis.set_yscale("log")
-    # within a decade, plain numbers read better than powers of ten
+    # The loss often stays within a decade, where plain numbers are easier to read than powers of ten.
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_minor_formatter(NullFormatter())
     axis.legend(frameon=False)
 
 
-def _plot_scores(axis, history: Sequence[Mapping[str, Any]], majority: Mapping[str, float], title: str) -> None:
+def _plot_scores(axis: Axes, history: Sequence[Mapping[str, Any]], majority: Mapping[str, float], title: str) -> None:
     axis.set_title(f"{title}: validation score (dotted: majority class)", loc="left")
     axis.set_ylabel("mean of the task's metrics, percent")
     for i, task in enumerate([*majority, "average"]):
@@ -126,7 +130,7 @@ def _plot_scores(axis, history: Sequence[Mapping[str, Any]], majority: Mapping[s
             marker="o",
             markersize=4,
             linewidth=2.5 if is_average else 1.5,
-            # matplotlib leaves a label that begins with an underscore out of the legend
+            # matplotlib omits labels that begin with an underscore from the legend.
             label=f" {task}" if task.startswith("_") else task,
         )
         if not is_average:

@@ -1,7 +1,7 @@
-"""What a checkpoint must hold, for a run to go on from it as if it had never stopped.
+"""Check the files of a checkpoint that a run resumes from, so that it continues as if it had never stopped.
 
-Everything is checked before it reaches the optimizer: the fused kernels of AdamW trust the shapes that they are given,
-and a wrong one corrupts memory. The weights are checked where they are loaded (``HyperFormerModel.load_weights``).
+Everything is checked before it reaches the optimizer: AdamW's fused kernels trust the shapes of the state, and a wrong
+one corrupts memory. ``HyperFormerModel.load_weights`` checks the weights.
 """
 
 from __future__ import annotations
@@ -27,19 +27,20 @@ OPTIMIZER_NAME, SCHEDULER_NAME, STATE_NAME = "optimizer.pt", "scheduler.pt", "tr
 
 
 def read_saved(path: Path) -> Any:
-    """What ``torch.save`` wrote, without running any code of it. CheckpointError names the file."""
+    """Load a file of ``torch.save`` without running code from it. Raises CheckpointError, which names the file."""
     try:
         with trainer.safe_globals():
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a broken archive or pickle ends in almost any class
+    except Exception as error:  # a broken archive or pickle raises errors of almost any class
         raise CheckpointError(f"{path} cannot be read: {str(error).strip() or type(error).__name__}") from error
 
 
 def check_trainer_state(checkpoint: Path, steps: int) -> int:
-    """The step that ``trainer_state.json`` was written at.
+    """Check ``trainer_state.json`` and return the step at which it was written.
 
     Raises:
-        CheckpointError: it is not a Trainer's, or its step is not the one in the folder's name or beyond ``steps``.
+        CheckpointError: the file is not a Trainer's state, or its step differs from the one in the checkpoint's name or
+            is beyond ``steps``.
     """
     path = checkpoint / STATE_NAME
     try:
@@ -55,17 +56,17 @@ def check_trainer_state(checkpoint: Path, steps: int) -> int:
         raise CheckpointError(f"{path}: global_step must be a whole number, got {step!r}")
     number = re.fullmatch(r"checkpoint-(\d+)", checkpoint.name)
     if number and step != int(number[1]):
-        raise CheckpointError(f"{path}: global_step is {step}, but the checkpoint is of step {int(number[1])}")
+        raise CheckpointError(f"{path}: global_step is {step}, but the checkpoint was saved at step {int(number[1])}")
     if step > steps:
         raise CheckpointError(f"{path}: global_step is {step}, beyond the run's {steps} steps")
     history = state.get("log_history", [])
     if not all(isinstance(entry, dict) and type(entry.get("step")) is int for entry in history):
-        raise CheckpointError(f"{path}: log_history must be a list of objects, each with a whole number as its step")
+        raise CheckpointError(f"{path}: log_history must be a list of objects, each with a whole number as step")
     return step
 
 
 def _check_state_field(path: Path, field: str, value: Any) -> None:
-    """A Trainer's fields only, each of its kind; most may be null."""
+    """Raise CheckpointError unless the field is one of TrainerState and its value has the field's type or is null."""
     default = TrainerState()
     if field not in {known.name for known in dataclasses.fields(default)}:
         raise CheckpointError(f"{path}: unknown field {field!r}")
@@ -79,14 +80,14 @@ def _check_state_field(path: Path, field: str, value: Any) -> None:
 
 
 def check_rng_states(checkpoint: Path, rank: int, world_size: int) -> None:
-    """CheckpointError unless the RNG state of every process is there, and this one's is valid."""
+    """Raise CheckpointError unless the RNG state of every process is there and this process's is valid."""
     wanted = {"rng_state.pth"} if world_size == 1 else {f"rng_state_{i}.pth" for i in range(world_size)}
     there = rng_files(checkpoint)
     if there != wanted:
         raise CheckpointError(
             f"{checkpoint}: a run of {world_size} process{'es' * (world_size > 1)} resumes from "
-            f"{', '.join(sorted(wanted))}, but there is {', '.join(sorted(there)) or 'none'}: with another RNG "
-            "state it would become another run. Resume with as many processes as before"
+            f"{', '.join(sorted(wanted))}, but there is {', '.join(sorted(there)) or 'none'}: without the "
+            "saved RNG states it would become a different run. Resume with as many processes as before"
         )
     path = checkpoint / ("rng_state.pth" if world_size == 1 else f"rng_state_{rank}.pth")
     state = read_saved(path)
@@ -96,7 +97,7 @@ def check_rng_states(checkpoint: Path, rank: int, world_size: int) -> None:
 
 
 def _check_numpy_state(path: Path, state: Any) -> None:
-    """NumPy itself does not check the position, and reads beyond the end where it is wrong."""
+    """Raise CheckpointError unless ``state`` is valid: NumPy does not check the position and reads out of bounds."""
     right = (
         isinstance(state, (tuple, list))
         and len(state) == 5
@@ -111,19 +112,19 @@ def _check_numpy_state(path: Path, state: Any) -> None:
 
 
 def read_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """A saved state of ``optimizer``, which has not stepped yet, as its ``load_state_dict`` takes it.
+    """Read a saved state of ``optimizer``, which has not stepped yet, for its ``load_state_dict``.
 
-    Of Adam and AdamW every number's place is checked. Other optimizers' states are only compared in their groups.
+    Everything in a state of Adam or AdamW is checked. Of other optimizers only the parameter groups are.
 
     Raises:
-        CheckpointError: names the file and the parameter.
+        CheckpointError: the state does not fit; the message names the file and the parameter.
     """
     saved, fresh = read_saved(path), optimizer.state_dict()
     if not isinstance(saved, dict) or not isinstance(saved.get("state"), dict) or not _is_groups(saved):
         raise CheckpointError(f"{path} does not hold an optimizer's state")
     if len(saved["param_groups"]) != len(fresh["param_groups"]):
         raise CheckpointError(
-            f"{path} has {len(saved['param_groups'])} groups of parameters, this optimizer {len(fresh['param_groups'])}"
+            f"{path} has {len(saved['param_groups'])} parameter groups, this optimizer {len(fresh['param_groups'])}"
         )
     for i, (theirs, ours) in enumerate(zip(saved["param_groups"], fresh["param_groups"], strict=True)):
         _check_group(f"{path}: group {i}", theirs, ours)
@@ -161,7 +162,7 @@ def _check_group(where: str, theirs: Mapping[str, Any], ours: Mapping[str, Any])
 
 
 def _check_adam_state(where: str, state: Any, parameter: Tensor, moments: set[str], memory: set[int]) -> None:
-    """``memory`` collects the addresses of the moments, no two of which may lie in one place."""
+    """Check the state of one parameter. ``memory`` collects the moments' addresses: no two may share memory."""
     if not isinstance(state, dict) or state.keys() != moments | {"step"}:
         names = sorted(state, key=repr) if isinstance(state, dict) else type(state).__name__
         raise CheckpointError(f"{where} must have {', '.join(sorted(moments | {'step'}))}, got {names}")
@@ -179,28 +180,28 @@ def _check_adam_state(where: str, state: Any, parameter: Tensor, moments: set[st
         if not moment.isfinite().all():
             raise CheckpointError(f"{where}: {name} is not finite")
         if name != "exp_avg" and (moment < 0).any():
-            raise CheckpointError(f"{where}: {name} is a mean of squares, but has a negative number")
+            raise CheckpointError(f"{where}: {name} is a mean of squares, but has a negative value")
         if moment.numel():
             place = moment.untyped_storage().data_ptr()
             if place in memory:
-                raise CheckpointError(f"{where}: {name} lies in the same memory as another")
+                raise CheckpointError(f"{where}: {name} shares memory with another moment")
             memory.add(place)
 
 
 def read_scheduler(
     path: Path, scheduler: Any, optimizer_state: Mapping[str, Any], step: int, may_lag: bool
 ) -> dict[str, Any]:
-    """A saved state of ``scheduler``, at ``step`` of this very schedule, as its ``load_state_dict`` takes it.
+    """Read a saved state of ``scheduler``, for its ``load_state_dict``.
 
     Args:
-        path: of ``scheduler.pt``.
-        scheduler: the fresh one. Of kinds other than ``LambdaLR`` only the form of the file is checked.
-        optimizer_state: what :func:`read_optimizer` read, whose learning rates must be the schedule's.
-        step: of the Trainer.
-        may_lag: a gradient scaler may have skipped steps, which the schedule then did not see.
+        path: path of ``scheduler.pt``.
+        scheduler: the scheduler, which has not stepped yet. Unless it is a ``LambdaLR``, the state is not checked.
+        optimizer_state: what :func:`read_optimizer` returned. Its learning rates must be the schedule's.
+        step: the Trainer's step at which the checkpoint was saved.
+        may_lag: allow a schedule that is behind ``step``, because a gradient scaler may skip steps.
 
     Raises:
-        CheckpointError: names the file and the field.
+        CheckpointError: the state does not fit; the message names the file and the field.
     """
     saved = read_saved(path)
     if not isinstance(saved, dict):
@@ -213,7 +214,7 @@ def read_scheduler(
         if name not in fresh or name not in saved:
             raise CheckpointError(f"{path} {'has the unknown' if name in saved else 'lacks the'} field {name!r}")
         if name not in moving and not _same(saved[name], fresh[name]):
-            raise CheckpointError(f"{path}: {name} was {_short(saved[name])}, and is {_short(fresh[name])} now")
+            raise CheckpointError(f"{path}: {name} was {_short(saved[name])} and is now {_short(fresh[name])}")
     at = saved["last_epoch"]
     if type(at) is not int or not 0 <= at <= step or (at < step and not may_lag):
         raise CheckpointError(f"{path}: last_epoch must be {step}, the checkpoint's step, got {_short(at)}")
@@ -230,7 +231,7 @@ def read_scheduler(
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Equal, and of one kind; numbers up to rounding, so that another version of a library may sum otherwise."""
+    """Return whether two values are equal. Numbers may differ by rounding, as between versions of a library."""
     if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
         return len(one) == len(other) and all(map(_same, one, other))
     if isinstance(one, bool) or isinstance(other, bool) or not isinstance(one, (int, float)):

@@ -1,4 +1,4 @@
-"""A run from end to end."""
+"""Train a run from end to end: load, train, evaluate and report."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 from rich.console import Console
-from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers import (
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 
 from ..data import TaskData, load_tasks
 from ..model import HyperFormerModel, get_hyperformer_model
@@ -44,22 +51,22 @@ T = TypeVar("T")
 def train_run(
     run: RunConfig, resume: bool = False, overwrite: bool = False, console: Console | None = None
 ) -> dict[str, Any] | None:
-    """Train, evaluate and report; returns what metrics.json holds (None on a rank that is not the first).
+    """Train, evaluate and report. Returns the content of metrics.json, or None on a rank other than 0.
 
-    The folder of the run then has run.json, the trained weights (as ``HyperFormerModel.from_pretrained`` reads them),
-    the last checkpoints, history.json, metrics.json and curves.png. Until the first step is trained nothing in it
-    changes, and no other training may write to it before this one ends.
+    The run folder then has run.json, the trained weights (which ``HyperFormerModel.from_pretrained`` loads), the last
+    checkpoints, history.json, metrics.json and curves.png. Nothing in it changes before the first step is trained, and
+    it is locked against other trainings until this one ends.
 
     Args:
-        run: everything the run depends on.
-        resume: go on from the newest complete checkpoint of ``output_dir``, or from the start where there is none yet.
-        overwrite: an earlier run in ``output_dir`` may be replaced. It is left alone until the new one has trained a
-            step.
+        run: the configuration of the run.
+        resume: continue from the newest complete checkpoint in ``output_dir``, or start anew if there is none yet.
+        overwrite: replace an earlier run in ``output_dir``, which stays until the new one has trained a step.
+        console: where to print; None for standard output.
 
     Raises:
-        RunError, RunConfigError, DataError, UnknownTask, CheckpointError: before anything is changed in
-            ``output_dir``; RunError also where it was deleted in the middle of the run, and another training has it
-            now.
+        RunError, RunConfigError, DataError, UnknownTask, CheckpointError: the run cannot start; ``output_dir`` is
+            unchanged. RunError is also raised during training if ``output_dir`` was deleted and another training now
+            writes to it.
         TrainingDiverged: the loss or a weight is not finite.
     """
     console = console or Console()
@@ -72,8 +79,8 @@ def train_run(
         finished = True
         return results
     finally:
-        # A process that ends with a group of gloo alive has hung. One of NCCL may hang in being destroyed where other
-        # ranks failed.
+        # A process can hang on exit while a gloo group is alive. Destroying an NCCL group can hang if other ranks have
+        # failed.
         if ours and dist.is_initialized() and (finished or dist.get_backend() == "gloo"):
             dist.destroy_process_group()
 
@@ -109,7 +116,7 @@ def _train_run(
     checkpoint, passed = _on_first(lambda: newest_checkpoint(folder), first) if resume else (None, [])
     keeper = None
     if first:
-        # without --overwrite a run.json is what a start left that came to no checkpoint
+        # Without --overwrite, a run.json was left by a run that stopped before its first checkpoint.
         clear_first = not resume and (overwrite or (folder / RUN_NAME).exists())
         keeper = _FolderKeeper(folder, run, started_with, locks[0], checkpoint, clear_first, console)
         trainer.add_callback(keeper)
@@ -117,9 +124,9 @@ def _train_run(
         say(console, f"{len(data)} tasks: {sizes}")
         model.print_trainable_parameters()
         for line in passed:
-            say(console, f"warning: passed over: {line}")
+            say(console, f"warning: skipped an incomplete checkpoint: {line}")
         if checkpoint is not None:
-            say(console, f"going on from {checkpoint.name}")
+            say(console, f"resuming from {checkpoint.name}")
     seconds = _train(trainer, checkpoint, console)
     trainer.accelerator.wait_for_everyone()
     if run.keep_best and (folder / BEST).is_dir():
@@ -133,8 +140,10 @@ def _train_run(
 
 
 def _on_first(act: Callable[[], T], first: bool) -> T:
-    """What ``act`` returns on the first process, on all of them; what it raises there is raised on all, so that none
-    waits for it."""
+    """Call ``act`` on rank 0, and return its result on every rank.
+
+    An exception is raised on every rank too, so that none waits for rank 0.
+    """
     told: list[Any] = [None, None]
     if first:
         try:
@@ -150,9 +159,9 @@ def _on_first(act: Callable[[], T], first: bool) -> T:
 
 
 class _FolderKeeper(TrainerCallback):
-    """On the first process: makes the folder the run's once a step is trained, and keeps it so until the end.
+    """Prepares the run folder on rank 0 once the first step is trained, and checks later that it is still the run's.
 
-    A start that fails before (a refused backend, no memory) thus leaves what was there.
+    A run that fails before its first step (a refused backend, lack of memory) therefore leaves the folder unchanged.
     """
 
     def __init__(
@@ -168,15 +177,15 @@ class _FolderKeeper(TrainerCallback):
         self.folder, self.run, self.data, self.lock, self.console = folder, run, data, lock, console
         self.checkpoint, self.clear_first, self.begun = checkpoint, clear_first, False
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not self.begun or control.should_save or control.should_evaluate:
             self.keep()
 
     def keep(self) -> None:
-        """Before anything is written. RunError where the folder is another training's by now."""
+        """Make sure that the run may write to its folder. Raises RunError if another training now writes to it."""
         if self.lock.renew() or (self.begun and not (self.folder / RUN_NAME).is_file()):
-            lost = f"warning: {self.folder}, or its {RUN_NAME}, was deleted while the run went on"
-            say(self.console, f"{lost}; it is made again, without what was in it")
+            lost = f"warning: {self.folder} or its {RUN_NAME} was deleted during the run"
+            say(self.console, f"{lost}; it is created again, without its earlier files")
             write_run(self.folder, self.run, self.data)
         if not self.begun:
             self._begin()
@@ -186,7 +195,7 @@ class _FolderKeeper(TrainerCallback):
         if self.clear_first:
             clear(self.folder)
         elif self.checkpoint is None:
-            # lest an evaluation of an earlier try be taken for the best of this one
+            # Otherwise the best weights of an earlier attempt could be mistaken for this run's.
             remove(self.folder / BEST)
         sweep(self.folder)
         rotate(self.folder, self.run.save_total_limit)
@@ -227,7 +236,7 @@ def _report(
     try:
         plot_curves(history, baselines, folder / CURVES_NAME, TITLES[results["variant"]])
         written = f"weights, {METRICS_NAME} and {CURVES_NAME}"
-    except Exception as error:  # the run is done: a picture that cannot be drawn must not fail it
-        say(console, f"warning: {CURVES_NAME} could not be drawn: {type(error).__name__}: {error}")
+    except Exception as error:  # the run is complete: a plot that fails must not fail it
+        say(console, f"warning: {CURVES_NAME} could not be plotted: {type(error).__name__}: {error}")
     say(console, f"trained in {seconds:.0f} s; {written} are in {folder}")
     return results

@@ -1,19 +1,29 @@
-"""Hugging Face's Trainer, told about tasks, our weights, and checkpoints that a kill cannot break."""
+"""HyperFormerTrainer: Hugging Face's Trainer with task sampling, our weight files and atomic checkpoints."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from ..atomic import explain_full_disk
 from ..checkpoint import CheckpointError, write_directory
 from ..data import Collator, EncodedExamples, TaskBatchSampler, TaskData
+from ..model import HyperFormerModel
 from .arguments import SCHEDULES, RunConfig, RunConfigError
 from .folder import BEST, STAGING, remove, rotate
 from .generation import evaluate_examples
@@ -29,13 +39,17 @@ from .resume import (
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss or a weight is not a finite number any more. Checkpoints from before are intact."""
+    """The loss or a weight is no longer finite. Earlier checkpoints are intact."""
 
 
 def training_arguments(run: RunConfig, **changes: Any) -> TrainingArguments:
-    """The Trainer's own arguments of a run, by names that transformers 4.57 and 5 share.
+    """Make the TrainingArguments of a run, using only names that transformers 4.57 and 5 share.
 
-    Under torchrun this starts the process group: on the CPUs, with gloo, where there is no accelerator.
+    Under torchrun this starts the process group; without an accelerator it runs on the CPU with gloo.
+
+    Args:
+        run: the configuration of the run.
+        changes: TrainingArguments that override those of the run.
 
     Raises:
         RunConfigError: the Trainer refuses a setting on this machine.
@@ -67,11 +81,11 @@ def training_arguments(run: RunConfig, **changes: Any) -> TrainingArguments:
         "ddp_find_unused_parameters": False,
     }
     if run.gradient_checkpointing:
-        # its name since transformers 5.23
+        # transformers 5.23 renamed the argument.
         new = "activation_checkpointing" in {field.name for field in dataclasses.fields(TrainingArguments)}
         fields["activation_checkpointing" if new else "gradient_checkpointing"] = True
     if not torch.accelerator.is_available():
-        # without it the Trainer refuses bf16, and takes each process of torchrun for a run of its own
+        # Without use_cpu the Trainer refuses bf16 and treats each process of torchrun as a separate run.
         fields["use_cpu"] = True
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             fields["ddp_backend"] = "gloo"
@@ -80,30 +94,41 @@ def training_arguments(run: RunConfig, **changes: Any) -> TrainingArguments:
     except ValueError as error:
         raise RunConfigError(f"the Trainer refuses these settings here: {error}") from error
     if arguments.n_gpu > 1:
-        # DataParallel would scatter a batch but not its task; several GPUs are torchrun's.
+        # DataParallel would scatter a batch but not its task. Several GPUs need torchrun.
         arguments._n_gpu = 1
     return arguments
 
 
 class _ArgumentsHold(TrainerCallback):
-    """A resumed Trainer logs, evaluates and saves as often as the checkpoint's did, whatever its arguments say."""
+    """Makes a resumed Trainer log, evaluate and save at the arguments' intervals, not at the checkpoint's."""
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        state.logging_steps, state.eval_steps, state.save_steps = args.logging_steps, args.eval_steps, args.save_steps
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        state.compute_steps(args, state.max_steps)
 
 
 class HyperFormerTrainer(Trainer):
     """Trains a :class:`HyperFormerModel` on temperature-sampled tasks, one per optimizer step.
 
     Args:
-        model: the model; only what its configuration trains is saved.
-        run: the run.
-        data: its tasks.
-        tokenizer: the T5's.
-        args: by default :func:`training_arguments` of the run.
+        model: the HyperFormerModel. Only the parameters that its configuration trains are saved.
+        run: the configuration of the run.
+        data: the tasks of the run.
+        tokenizer: the T5's tokenizer.
+        args: the Trainer's arguments; None for :func:`training_arguments` of the run.
+        callbacks: further callbacks of the Trainer.
     """
 
-    def __init__(self, model, run: RunConfig, data: dict[str, TaskData], tokenizer, args=None, callbacks=None):
+    def __init__(
+        self,
+        model: HyperFormerModel,
+        run: RunConfig,
+        data: dict[str, TaskData],
+        tokenizer: PreTrainedTokenizerBase,
+        args: TrainingArguments | None = None,
+        callbacks: Sequence[TrainerCallback] | None = None,
+    ):
         self.run, self.data, self.text_tokenizer = run, data, tokenizer
         self._staging: Path | None = None
         self._not_finite: torch.Tensor | None = None
@@ -117,9 +142,11 @@ class HyperFormerTrainer(Trainer):
             callbacks=[_ArgumentsHold(), *(callbacks or ())],
         )
 
-    def get_train_dataloader(self) -> DataLoader:
-        """One pass is the whole run, so that resuming is skipping. Each rank draws its own share, so accelerate has
-        nothing to add."""
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Return a loader whose single pass is the whole run, so that a resumed run only has to skip batches.
+
+        Each rank samples its own share of a batch, so accelerate does not prepare the loader.
+        """
         sampler = TaskBatchSampler(
             [len(task.splits["train"]) for task in self.data.values()],
             self.args.per_device_train_batch_size,
@@ -131,16 +158,17 @@ class HyperFormerTrainer(Trainer):
             world_size=self.args.world_size,
         )
         pin = self.args.device.type == "cuda"
-        return DataLoader(self.train_dataset, batch_sampler=sampler, collate_fn=self.data_collator, pin_memory=pin)
+        examples: Any = self.train_dataset  # declared as optional, but __init__ always sets it
+        return DataLoader(examples, batch_sampler=sampler, collate_fn=self.data_collator, pin_memory=pin)
 
-    def compute_loss(self, model, inputs, *args, **kwargs):
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if self.label_smoother is not None:
-            # The smoother takes the labels away, and T5 makes the decoder's input of them.
+            # The label smoother removes the labels, from which T5 would derive the decoder's input.
             inner = self.accelerator.unwrap_model(model)
             inputs["decoder_input_ids"] = inner.prepare_decoder_input_ids_from_labels(inputs["labels"])
         return super().compute_loss(model, inputs, *args, **kwargs)
 
-    def training_step(self, model, inputs, *args, **kwargs):
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         task = inputs["task"]
         loss = super().training_step(model, inputs, *args, **kwargs)
         if loss.device.type == "cpu":
@@ -149,26 +177,40 @@ class HyperFormerTrainer(Trainer):
                     self._advice(f"the loss is {loss.item()} at step {self.state.global_step + 1}, on {task!r}")
                 )
         else:
-            # On a device each look at a value would wait for it: noted there, and looked at before logging and saving.
+            # Reading a value from a device synchronises: accumulate there, and read it before logging and saving.
             bad = ~torch.isfinite(loss)
             self._not_finite = bad if self._not_finite is None else self._not_finite | bad
         return loss
 
+    @property
+    def _adapted(self) -> HyperFormerModel:
+        """The model, without the wrappers of accelerate."""
+        model: HyperFormerModel = self.accelerator.unwrap_model(self.model)
+        return model
+
+    @property
+    def _folder(self) -> Path:
+        """The run folder."""
+        assert self.args.output_dir is not None  # its type allows None; TrainingArguments replaces it by a default
+        return Path(self.args.output_dir)
+
     def _check_finite(self, weights: bool) -> None:
         if self._not_finite is not None and self._not_finite.item():
             raise TrainingDiverged(self._advice(f"the loss was not finite at or before step {self.state.global_step}"))
-        if weights and not all(bool(p.isfinite().all()) for p in self.model.parameters() if p.requires_grad):
+        if weights and not all(bool(p.isfinite().all()) for p in self._adapted.parameters() if p.requires_grad):
             raise TrainingDiverged(self._advice(f"weights are not finite at step {self.state.global_step}"))
 
     def _advice(self, what: str) -> str:
         return (
-            f"{what}: training stopped, checkpoints from before are intact. Lower learning_rate (now "
-            f"{self.run.learning_rate}), or look for what is odd in the rows"
+            f"{what}: training stopped; earlier checkpoints are intact. Lower learning_rate (now "
+            f"{self.run.learning_rate}), or look for unusual rows in the data"
         )
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Scores of all tasks on the first ``eval_rows`` rows of validation, and their average."""
-        model = self.accelerator.unwrap_model(self.model)
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Return the scores of all tasks on the first ``eval_rows`` rows of validation, and their average."""
+        model = self._adapted
         scores = {}
         for name, task in self.data.items():
             rows = task.splits["validation"][: self.run.eval_rows]
@@ -183,32 +225,32 @@ class HyperFormerTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, results)
         return results
 
-    def _keep_best(self, model, value: float, name: str) -> None:
+    def _keep_best(self, model: HyperFormerModel, value: float, name: str) -> None:
         if all(value > entry[name] for entry in self.state.log_history if name in entry):
             self._check_finite(weights=True)
-            model.save_pretrained(Path(self.args.output_dir) / BEST)
+            model.save_pretrained(self._folder / BEST)
 
-    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         self._check_finite(weights=False)
         super().log(logs, *args, **kwargs)
 
-    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self.args.should_save:
-            self.accelerator.unwrap_model(self.model).save_pretrained(output_dir or self.args.output_dir)
+            self._adapted.save_pretrained(output_dir or self._folder)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         checkpoint = Path(resume_from_checkpoint)
         check_trainer_state(checkpoint, self.args.max_steps)
         check_rng_states(checkpoint, self.args.process_index, self.args.world_size)
         self.accelerator.unwrap_model(model or self.model).load_weights(checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """In place of the Trainer's, which reads the files itself, and in 4.57 cannot for several processes on CPUs."""
+        """Check and load the states. The Trainer's own method does not check, and fails on several CPUs in 4.57."""
         if checkpoint is None:
             return
         folder, optimizer, scheduler = Path(checkpoint), self.optimizer, self.lr_scheduler
         assert optimizer is not None and scheduler is not None
-        # accelerate wraps the optimizer
+        # accelerate wraps the optimizer, which the check has to see itself.
         moments = read_optimizer(folder / OPTIMIZER_NAME, getattr(optimizer, "optimizer", optimizer))
         step = check_trainer_state(folder, self.args.max_steps)
         scaled = self.accelerator.scaler is not None
@@ -219,18 +261,17 @@ class HyperFormerTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         try:
             super()._load_rng_state(checkpoint)
-        except Exception as error:  # Python, NumPy and torch refuse an invalid state in different classes
+        except Exception as error:  # Python, NumPy and torch raise different classes
             raise CheckpointError(f"{checkpoint}: the RNG states cannot be set: {error}") from error
 
-    def _get_output_dir(self, trial) -> str:
+    def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
 
-    def _save_checkpoint(self, model, trial, *args, **kwargs) -> None:
-        """Trainer's own files and ours, collected in a folder of another name, which takes the checkpoint's when it is
-        whole."""
+    def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:
+        """Save the Trainer's files and ours in a staging folder, which is renamed once it is complete."""
         self._check_finite(weights=True)
         name = f"checkpoint-{self.state.global_step}"
-        folder = Path(self.args.output_dir)
+        folder = self._folder
         staging = folder / STAGING
         if self.args.should_save:
             remove(staging)
@@ -249,7 +290,7 @@ class HyperFormerTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             if (folder / name).is_symlink():
-                # what it leads to is not the run's, and may lie on another disk
+                # The link's target does not belong to the run and may be on another file system.
                 (folder / name).unlink()
             with write_directory(folder / name) as whole:
                 for path in sorted((staging / name).iterdir()):

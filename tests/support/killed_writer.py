@@ -56,7 +56,7 @@ def kill_writers(path: Path, write, draw: random.Random) -> None:
 
 def main(root: Path) -> None:
     torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", message=".*is absent, or differs")
+    warnings.filterwarnings("ignore", message=".*is absent or differs")
     draw = random.Random(0)
     for kind, write in (("file", write_checkpoint), ("directory", write_directory), ("renames", write_directory)):
         if kind == "renames":
