@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,7 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 if TYPE_CHECKING:
     from transformers import T5Config
 
-#: Name -> weight, or None if its values cannot be read as numbers (quantised, or not in memory).
+#: Name -> weight. None stands for an opaque weight, whose values cannot be read as numbers (quantised, or not in memory).
 Weights = dict[str, Tensor | None]
 
 #: Name -> "precision:digest precision:digest ...", the weight's own precision first; empty for a weight that is None.
@@ -31,6 +31,9 @@ _NARROWER = {
     torch.float64: (torch.float32, torch.bfloat16, torch.float16),
     torch.float32: (torch.bfloat16, torch.float16),
 }
+# Modules that may share one weight, which has the name of the first of them. Quantising any of them unties it.
+_MAY_BE_TIED = ("shared", "encoder.embed_tokens", "decoder.embed_tokens", "lm_head")
+
 _ENTRY = re.compile(r"(?:[a-z0-9_]+:[0-9a-f]{16}(?: |$))*")
 _CHUNK = 1 << 18  # numbers per chunk, so that the rounded values are still in the cache when they are hashed
 _SHOW_PROGRESS = 10**9  # show a progress bar from this number of bytes, which take about half a second
@@ -46,11 +49,9 @@ _known = WeakTensorKeyDictionary()
 def frozen(t5: nn.Module, trained: Iterable[str]) -> Weights:
     """Return the T5's weights except the ``trained`` ones, sorted by name."""
     trained = set(trained)
-    found: Weights = {name: p if _is_plain(p) else None for name, p in t5.named_parameters() if name not in trained}
-    tied = (getattr(t5, "_tied_weights_keys", None) or ()) if config_of(t5).tie_word_embeddings else ()
+    found: Weights = {name: p if is_plain(p) else None for name, p in t5.named_parameters() if name not in trained}
     for path, module in t5.named_modules():
-        # torch's quantised linears have a method weight() and no parameter. A tied head is then a copy, and skipped.
-        if callable(getattr(module, "weight", None)) and f"{path}.weight" not in tied:
+        if hides_its_weight(module):
             found[f"{path}.weight"] = None
     return dict(sorted(found.items()))
 
@@ -60,7 +61,17 @@ def config_of(t5: nn.Module) -> T5Config:
     return cast("T5Config", t5.config)
 
 
-def _is_plain(parameter: Tensor) -> bool:
+def hides_its_weight(module: nn.Module) -> bool:
+    """Return whether a module has a weight that is not a parameter: torch's quantised linears have a method of that
+    name, other quantisers keep it in buffers."""
+    if callable(getattr(module, "weight", None)):
+        return True
+    has_parts = any(True for _ in module.children()) or any(True for _ in module.parameters(recurse=False))
+    return not has_parts and any(True for _ in module.buffers(recurse=False))
+
+
+def is_plain(parameter: Tensor) -> bool:
+    """Return whether a parameter's values can be read as numbers: it is not quantised, and it is in memory."""
     dense = type(parameter.data) is Tensor and parameter.layout == torch.strided and not parameter.is_meta
     return dense and parameter.is_floating_point()
 
@@ -95,27 +106,66 @@ def difference(weights: Weights, theirs: Tensor, digests: Record | None) -> tupl
 
     Args:
         weights: the frozen weights, as :func:`frozen` returns them.
-        theirs: the checkpoint's :func:`sample`, with as many numbers as there are weights.
+        theirs: the checkpoint's :func:`sample`.
         digests: the checkpoint's :func:`record`; None for an old file, which has only a sample.
 
     Returns:
         A description of the first difference, or None; and the names of weights that could not be compared value by
         value.
     """
-    names = list(weights)
-    if digests is not None and digests.keys() != weights.keys():
-        return f"{min(weights.keys() ^ digests.keys())} is frozen in one of the two only", []
-    ours = sample(weights)
-    known = torch.tensor([w is not None for w in weights.values()]) & ~(
-        torch.tensor([digests is not None and not digests[name] for name in names])
-    )
-    differs = ~torch.isclose(ours, theirs.float(), rtol=_RTOL, atol=_ATOL, equal_nan=True) & known
-    if differs.any():
-        first = int(differs.nonzero()[0])
-        return f"its frozen {names[first]} has {theirs[first]:.6g} where this one's has {ours[first]:.6g}", []
+    opaque = {name for name, weight in weights.items() if weight is None}
     if digests is None:
-        return None, [name for name, w in weights.items() if w is None]
-    return _difference_of_digests(weights, digests)
+        # An old file has the number of weights, and not their names. Quantising may have untied some, which then have
+        # no counterpart in it.
+        if len(weights) != len(theirs):
+            weights = {name: w for name, w in weights.items() if not (name in opaque and _may_be_tied(name))}
+        names = list(weights)
+    else:
+        names = sorted(digests)
+        other = _missing_elsewhere(weights.keys(), opaque, digests)
+        if other is not None:
+            return f"{other} is frozen in one of the two only", []
+    if len(names) != len(theirs):
+        return f"it had {len(theirs)} frozen parameters, this one has {len(weights)}", []
+    for name, number in zip(names, theirs.tolist(), strict=True):
+        weight = weights.get(name)
+        if weight is None or (digests is not None and not digests[name]):
+            continue
+        ours = sample({name: weight})
+        if not torch.isclose(ours, torch.tensor([number]), rtol=_RTOL, atol=_ATOL, equal_nan=True):
+            return f"its frozen {name} has {number:.6g} where this one's has {ours.item():.6g}", []
+    if digests is None:
+        return None, sorted(opaque)
+    alone = weights.keys() ^ digests.keys()
+    differs, unread = _difference_of_digests({n: w for n, w in weights.items() if n not in alone}, digests)
+    return differs, sorted({*unread, *alone}) if differs is None else []
+
+
+def _missing_elsewhere(ours: Set[str], opaque: Set[str], digests: Record) -> str | None:
+    """Return the first name that only one of two T5s has and that quantising the other does not explain; or None.
+
+    A quantiser may give a module's weight another name (``W_q``), and a tied module a weight of its own.
+    """
+    theirs_opaque = {name for name, entry in digests.items() if not entry}
+    for here, here_opaque, there, there_opaque in (
+        (ours, opaque, digests.keys(), theirs_opaque),
+        (digests.keys(), theirs_opaque, ours, opaque),
+    ):
+        modules, opaque_modules = set(map(_module_of, there)), set(map(_module_of, there_opaque))
+        for name in sorted(here - there):
+            renamed = _module_of(name) in (modules if name in here_opaque else opaque_modules)
+            untied = _may_be_tied(name) and any(map(_may_be_tied, here_opaque))
+            if not renamed and not untied:
+                return name
+    return None
+
+
+def _may_be_tied(name: str) -> bool:
+    return _module_of(name) in _MAY_BE_TIED
+
+
+def _module_of(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def _difference_of_digests(weights: Weights, digests: Record) -> tuple[str | None, list[str]]:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .config import HyperFormerConfig
+from .fingerprint import hides_its_weight, is_plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -21,7 +22,11 @@ NEW_HEADS = ("classification_head", "classifier", "qa_outputs")
 
 def trained_names(t5: nn.Module, config: HyperFormerConfig) -> set[str]:
     """Names of the T5's parameters that are trained: those that the configuration trains, and a head that the T5 was
-    not pretrained with (``NEW_HEADS``). The names are those of ``named_parameters``, which lists tied ones once."""
+    not pretrained with (``NEW_HEADS``). The names are those of ``named_parameters``, which lists tied ones once.
+
+    Raises:
+        ValueError: ``unfreeze_lm_head`` without such a head, or a head that is to be trained is quantised.
+    """
     chosen: list[nn.Parameter] = []
     if config.unfreeze_layer_norms:
         # By name, because the class is T5LayerNorm, or apex's FusedRMSNorm where that is installed.
@@ -32,11 +37,19 @@ def trained_names(t5: nn.Module, config: HyperFormerConfig) -> set[str]:
         head = getattr(t5, "lm_head", None)
         if head is None:
             raise ValueError(f"unfreeze_lm_head is True, but {type(t5).__name__} has no lm_head")
-        chosen += head.parameters()
-    for head in (getattr(t5, name, None) for name in NEW_HEADS):
-        chosen += head.parameters() if head is not None else ()
+        chosen += _expect_trainable(head, "lm_head", "unfreeze_lm_head is True")
+    for name in NEW_HEADS:
+        if getattr(t5, name, None) is not None:
+            chosen += _expect_trainable(getattr(t5, name), name, "T5s are pretrained without it, so it is trained")
     identities = {id(parameter) for parameter in chosen}
     return {name for name, parameter in t5.named_parameters() if id(parameter) in identities}
+
+
+def _expect_trainable(head: nn.Module, name: str, why: str) -> list[nn.Parameter]:
+    parameters = list(head.parameters())
+    if any(map(hides_its_weight, head.modules())) or not all(p.is_meta or is_plain(p) for p in parameters):
+        raise ValueError(f"{why}, but this T5's {name} is quantised: quantise the T5 without its {name}")
+    return parameters
 
 
 def place(t5: nn.Module, trained: set[str]) -> tuple[torch.device, torch.dtype]:

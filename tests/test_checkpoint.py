@@ -206,7 +206,7 @@ def test_another_t5_of_the_same_size_is_refused(saved):
         HyperFormerModel.from_pretrained(tiny_t5(dtype=torch.float32, seed=9), saved[0])
     with pytest.raises(CheckpointError, match="num_layers was 3, this one's is 2"):
         HyperFormerModel.from_pretrained(tiny_t5(num_layers=2), saved[0])
-    with pytest.raises(CheckpointError, match="another T5: it had 41 frozen parameters, this one has 46"):
+    with pytest.raises(CheckpointError, match=r"another T5: .*DenseReluDense.wi_0.weight is frozen in one"):
         HyperFormerModel.from_pretrained(tiny_t5(gated=True), saved[0])
 
 

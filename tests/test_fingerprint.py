@@ -135,23 +135,62 @@ def quantised(t5):
 
 
 @pytest.mark.filterwarnings("ignore:.*deprecated")
-def test_a_quantised_t5_loads_with_a_warning_and_another_one_not(saved):
-    weights = fingerprint.frozen(quantised(base()), ())
-    blind = sum(w is None for w in weights.values())
-    trained = [name for name in weights if name.endswith("layer_norm.weight")]
-    float_weights = fingerprint.frozen(base(), trained)
-    weights = fingerprint.frozen(quantised(base()), trained)
-    assert 0 < blind < len(weights) and weights.keys() == float_weights.keys()
-    record, sample = fingerprint.record(float_weights), fingerprint.sample(float_weights)
-    difference, unread = fingerprint.difference(weights, sample, record)
-    assert difference is None and len(unread) == blind
-    # and the other way round
-    difference, unread = fingerprint.difference(float_weights, fingerprint.sample(weights), fingerprint.record(weights))
-    assert difference is None and len(unread) == blind
-    other = fingerprint.frozen(quantised(base(change=retrain_rows)), trained)
-    assert "shared.weight" in fingerprint.difference(other, sample, record)[0]
-    difference, unread = fingerprint.difference(weights, sample, None)
-    assert difference is None and len(unread) == blind
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_quantised_t5_is_compared_by_the_weights_that_can_be_read(tied):
+    # a tied head gets a weight of its own when it is quantised
+    here = lambda change=None: fingerprint.frozen(base(change=change, tied=tied), ())  # noqa: E731
+    there = lambda change=None: fingerprint.frozen(quantised(base(change=change, tied=tied)), ())  # noqa: E731
+    blind = sorted(name for name, weight in there().items() if weight is None)
+    assert 0 < len(blind) < len(there()) and "lm_head.weight" in blind
+    for ours, theirs in ((here, there), (there, here), (there, there)):
+        record, sample = fingerprint.record(theirs()), fingerprint.sample(theirs())
+        assert fingerprint.difference(ours(), sample, record) == (None, blind)
+        assert "shared.weight" in fingerprint.difference(ours(retrain_rows), sample, record)[0]
+    # an old file has no names
+    assert fingerprint.difference(there(), fingerprint.sample(here()), None) == (None, blind)
+
+
+class Renamed(torch.nn.Module):
+    """A linear under a quantiser that gives its weight other names, as parameters or as buffers."""
+
+    def __init__(self, how):
+        super().__init__()
+        if how == "parameter":
+            self.W_q = torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.uint8), requires_grad=False)
+        else:
+            self.register_buffer("qweight", torch.zeros(2, 2, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("how", ["parameter", "buffer"])
+def test_a_weight_under_another_name_is_said_not_to_be_compared(how):
+    t5, name = base(), "encoder.block.1.layer.1.DenseReluDense.wi"
+    t5.set_submodule(name, Renamed(how))
+    here, there = fingerprint.frozen(t5, ()), fingerprint.frozen(base(), ())
+    names = sorted({f"{name}.weight", *([f"{name}.W_q"] if how == "parameter" else ())})
+    for ours, theirs in ((here, there), (there, here)):
+        found = fingerprint.difference(ours, fingerprint.sample(theirs), fingerprint.record(theirs))
+        assert found == (None, names)
+
+
+def test_an_untied_head_beside_quantised_embeddings_is_said_not_to_be_compared():
+    t5 = base()
+    for module in {t5.shared, t5.encoder.embed_tokens, t5.decoder.embed_tokens}:
+        module.weight = torch.nn.Parameter(module.weight.detach().to(torch.int8), requires_grad=False)
+    here, there = fingerprint.frozen(t5, ()), fingerprint.frozen(base(), ())
+    names = {"shared.weight", *(here.keys() - there.keys())}
+    assert "lm_head.weight" in names and here["lm_head.weight"] is not None
+    for ours, theirs in ((here, there), (there, here)):
+        found = fingerprint.difference(ours, fingerprint.sample(theirs), fingerprint.record(theirs))
+        assert found == (None, sorted(names))
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated")
+@pytest.mark.parametrize("make", [lambda t5: t5, quantised])
+def test_a_quantised_t5_of_another_architecture_is_refused(make):
+    here, there = fingerprint.frozen(quantised(base(gated=True)), ()), fingerprint.frozen(make(base()), ())
+    for ours, theirs in ((here, there), (there, here)):
+        found = fingerprint.difference(ours, fingerprint.sample(theirs), fingerprint.record(theirs))
+        assert "is frozen in one of the two only" in found[0]
 
 
 def test_weights_that_are_not_in_memory_are_said_not_to_be_compared(saved):

@@ -1,11 +1,17 @@
-"""Quantised T5s: those that pass gradients on are trained through, those that cut them are refused."""
+"""Quantised T5s: those that pass gradients on are trained through, those that cut them are refused, and checkpoints go
+between a T5 and its quantised forms."""
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
-from support.t5s import batch, tiny_model, tiny_t5
+from support.t5s import batch, tiny_config, tiny_model, tiny_t5, train
 from torch import nn
+
+from hyperformer_fast import HyperFormerModel, get_hyperformer_model
+from hyperformer_fast.checkpoint import CheckpointError
 
 SIZES = {"d_model": 64, "d_kv": 16, "d_ff": 128}
 REFUSED = "no gradient flows through .* of this T5, as in one under torch's dynamic int8 quantisation"
@@ -56,14 +62,16 @@ def test_weights_in_int8_are_trained_through():
 
 
 def test_torchao_is_trained_through():
+    assert_trains(tiny_model(t5=in_torchao(t5())))
+
+
+def in_torchao(t5):
     torchao = pytest.importorskip("torchao.quantization")
-    quantised = t5()
-    torchao.quantize_(quantised, torchao.Int8WeightOnlyConfig())
-    assert_trains(tiny_model(t5=quantised))
+    torchao.quantize_(t5, torchao.Int8WeightOnlyConfig())
+    return t5
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_bitsandbytes_is_trained_through(bits):
+def in_bitsandbytes(t5, bits):
     bnb = pytest.importorskip("bitsandbytes")
 
     def make(linear):
@@ -78,16 +86,110 @@ def test_bitsandbytes_is_trained_through(bits):
         return made
 
     # transformers leaves the head and T5's wo as they are, too
-    assert_trains(tiny_model(t5=replace_linears(t5(), make, ("lm_head", "wo")).to("cpu")), 0.05 if bits == 8 else 0.4)
+    return replace_linears(t5, make, ("lm_head", "wo")).to("cpu")
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_bitsandbytes_is_trained_through(bits):
+    assert_trains(tiny_model(t5=in_bitsandbytes(t5(), bits)), 0.05 if bits == 8 else 0.4)
+
+
+def in_dynamic_int8(t5, linears=frozenset({nn.Linear})):
+    if "fbgemm" not in torch.backends.quantized.supported_engines and torch.backends.quantized.engine == "none":
+        pytest.skip("needs an engine for quantised linears, which this build of torch lacks")
+    return torch.ao.quantization.quantize_dynamic(t5, set(linears), dtype=torch.qint8)
+
+
+class Int8Tensor(torch.Tensor):
+    """A weight in int8 under the name of a float32 one, as torchao makes them: it knows linear, detach and little
+    else."""
+
+    @staticmethod
+    def __new__(cls, q, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, q.shape, dtype=scale.dtype)
+
+    def __init__(self, q, scale):
+        self.q, self.scale = q, scale
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is nn.functional.linear:
+            x, weight = args[:2]
+            return x @ (weight.q.to(x.dtype) * weight.scale).T
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            return cls(args[0].q, args[0].scale)
+        raise NotImplementedError(f"{function} of an Int8Tensor")
+
+
+def in_int8_tensors(t5):
+    for module in t5.modules():
+        if isinstance(module, nn.Linear):
+            scale = module.weight.detach().abs().amax(1, keepdim=True) / 127
+            q = (module.weight.detach() / scale).round().to(torch.int8)
+            module.weight = nn.Parameter(Int8Tensor(q, scale), requires_grad=False)
+    return t5
+
+
+FORMS = {
+    "float": lambda t5: t5,
+    "int8 parameters": lambda t5: replace_linears(t5, Int8),
+    "int8 tensors": in_int8_tensors,
+    "dynamic int8": in_dynamic_int8,
+    "torchao": in_torchao,
+    "bitsandbytes 8": lambda t5: in_bitsandbytes(t5, 8),
+    "bitsandbytes 4": lambda t5: in_bitsandbytes(t5, 4),
+}
+QUANTISED = [form for form in FORMS if form != "float"]
+PAIRS = [*(("float", form) for form in QUANTISED), *((form, "float") for form in QUANTISED)]
+PAIRS += [(form, form) for form in QUANTISED]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("there", "here"), PAIRS)
+def test_checkpoints_go_between_a_t5_and_its_quantised_forms(tmp_path, there, here, tied):
+    make = lambda form, seed=0: FORMS[form](tiny_t5(dtype=torch.float32, tied=tied, seed=seed, **SIZES))  # noqa: E731
+    trained = tiny_model(t5=make(there))
+    if there != "dynamic int8":
+        train(trained)
+    trained.save_pretrained(tmp_path)
+    base, other = make(here), make(here, seed=9)
+    served = tiny_model(t5=make(here))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        loaded = HyperFormerModel.from_pretrained(base, tmp_path)
+        served.load_weights(tmp_path)
+    assert len(said) == 2 and all("make sure that this is the T5 it was trained on" in str(w.message) for w in said)
+    for model in (loaded, served):
+        for name, parameter in trained._trained_tensors().items():
+            assert torch.equal(parameter, model._trained_tensors()[name])
+        model.generate(batch()["input_ids"], task="mnli", max_new_tokens=2)
+        model.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="another T5"):
+        HyperFormerModel.from_pretrained(other, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("form", ["int8 tensors", "dynamic int8", "torchao"])
+def test_a_head_that_is_to_be_trained_must_not_be_quantised(form, tmp_path):
+    message = "unfreeze_lm_head is True, but this T5's lm_head is quantised: quantise the T5 without its lm_head"
+    config = tiny_config(unfreeze_lm_head=True)
+    with pytest.raises(ValueError, match=message):
+        get_hyperformer_model(FORMS[form](t5()), config)
+    get_hyperformer_model(t5(), config).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=message):
+        HyperFormerModel.from_pretrained(FORMS[form](t5()), tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("head", [True, False])
 def test_torchs_dynamic_quantisation_is_refused_in_training_only(head):
-    if "fbgemm" not in torch.backends.quantized.supported_engines and torch.backends.quantized.engine == "none":
-        pytest.skip("needs an engine for quantised linears, which this build of torch lacks")
     linears = {nn.Linear} if head else {"encoder.block.1.layer.1.DenseReluDense.wi"}
-    model = tiny_model(t5=torch.ao.quantization.quantize_dynamic(t5(), linears, dtype=torch.qint8))
+    model = tiny_model(t5=in_dynamic_int8(t5(), linears))
     with torch.no_grad():
         model(**batch(), task="mnli")
     assert model.generate(batch()["input_ids"], task="mnli", max_new_tokens=2).shape[0] == 4
