@@ -9,6 +9,7 @@ import pytest
 import torch
 from support.t5s import batch, tiny_config, tiny_model, tiny_t5, train
 from torch import nn
+from transformers import T5ForSequenceClassification
 
 from hyperformer_fast import HyperFormerModel, get_hyperformer_model
 from hyperformer_fast.checkpoint import CheckpointError
@@ -190,6 +191,22 @@ def test_a_head_that_is_to_be_trained_must_not_be_quantised(form, tmp_path):
     get_hyperformer_model(t5(), config).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=message):
         HyperFormerModel.from_pretrained(FORMS[form](t5()), tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("form", ["int8 tensors", "dynamic int8", "torchao"])
+def test_a_new_head_must_not_be_quantised_but_the_rest_may(form):
+    classifier = lambda: T5ForSequenceClassification(tiny_t5().config).float().eval()  # noqa: E731
+    with pytest.raises(ValueError, match="this T5's classification_head is quantised: quantise the T5 without its"):
+        tiny_model(t5=FORMS[form](classifier()))
+    head = classifier().classification_head
+    quantised = FORMS[form](classifier())
+    quantised.classification_head = head
+    model = tiny_model(t5=quantised)
+    assert all(parameter.requires_grad for parameter in head.parameters())
+    assert {name for name in model._trained_tensors() if "head" in name} == {
+        f"t5.classification_head.{name}" for name, _ in head.named_parameters()
+    }
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
