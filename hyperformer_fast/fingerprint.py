@@ -21,7 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 if TYPE_CHECKING:
     from transformers import T5Config
 
-#: Name -> weight. None stands for an opaque weight, whose values cannot be read as numbers (quantised, or not in memory).
+#: Name -> weight. None stands for an opaque weight, whose values cannot be read as numbers: quantised or not in memory.
 Weights = dict[str, Tensor | None]
 
 #: Name -> "precision:digest precision:digest ...", the weight's own precision first; empty for a weight that is None.
