@@ -43,6 +43,8 @@ def write_file(path: str | Path) -> Iterator[Path]:
     path = Path(os.path.realpath(path))
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "a directory has the name of the file to write", str(path))
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "a device or a pipe has the name of the file to write", str(path))
     _sweep(path)
     partial = _partial(path)
     with explain_unwritable(path):

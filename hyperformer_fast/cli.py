@@ -230,8 +230,13 @@ def _predict(options: argparse.Namespace) -> None:
     if options.output is None:
         sys.stdout.write(text)
         return
-    with write_file(options.output) as partial:
-        Path(partial).write_text(text, encoding=encoding)
+    output = Path(options.output)
+    if output.exists() and not (output.is_file() or output.is_dir()):
+        # A device or a pipe, such as /dev/stdout, is written to, where a file would be replaced.
+        output.write_text(text, encoding=encoding)
+    else:
+        with write_file(output) as partial:
+            Path(partial).write_text(text, encoding=encoding)
     say(console, f"{len(labelled)} rows in {options.output}")
 
 

@@ -97,10 +97,13 @@ def choose_outside_the_graph(
     task = kwargs.get("task")
     if task is None or isinstance(task, TaskChoice) or kwargs.get("task_index") is not None or model.t5 is None:
         return None
+    first = next(model.task_embeddings.parameters(), None)
+    if first is None:
+        # A replica of nn.DataParallel has plain attributes in place of parameters. Its forward chooses.
+        return None
     # Within a module that is compiled as a whole this hook is a part of the graph.
     choose = _choose if torch.compiler.is_compiling() else _choose_eagerly
-    device = next(model.task_embeddings.parameters()).device
-    return args, {**kwargs, "task": choose(model.hyperformer_config, task, device)}
+    return args, {**kwargs, "task": choose(model.hyperformer_config, task, first.device)}
 
 
 # torch.compile leaves the hooks of the module that it compiles outside of the graph, but makes a graph of its own of

@@ -159,6 +159,13 @@ def test_sweeping_a_run_removes_what_killed_writers_left_and_nothing_else(tmp_pa
     assert not list((tmp_path / "best").iterdir())
 
 
+def test_a_pipe_is_not_replaced_by_a_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="a device or a pipe has the name"), write_file(tmp_path / "pipe"):
+        pytest.fail("nothing should be written")
+    assert (tmp_path / "pipe").is_fifo()
+
+
 SAVES = """
 import resource, sys
 from pathlib import Path

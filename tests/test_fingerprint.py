@@ -243,6 +243,25 @@ def test_loading_in_the_same_precision_reads_each_weight_once(saved, read):
     assert set(read) == {torch.float32} and len(read) == len(set(read)) * (len(list(t5.parameters())) - norms(t5))
 
 
+def test_rows_written_past_the_version_are_seen_by_a_process_that_knows_the_old_ones(tmp_path):
+    """Writing through ``.data`` does not change a parameter's version."""
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    t5 = model.unload()
+    version = t5.shared.weight._version
+    t5.shared.weight.data[3:5] = torch.randn_like(t5.shared.weight[3:5])
+    assert t5.shared.weight._version == version
+    with pytest.raises(CheckpointError, match="shared.weight"):
+        HyperFormerModel.from_pretrained(t5, tmp_path)
+
+
+def test_an_observer_is_no_hidden_weight(saved):
+    t5 = base()
+    t5.encoder.observer = torch.nn.Module()
+    t5.encoder.observer.register_buffer("count", torch.zeros(()))
+    assert fingerprint.frozen(t5, ()).keys() == fingerprint.frozen(base(), ()).keys()
+
+
 def norms(t5) -> int:
     return sum(name.endswith("layer_norm.weight") for name, _ in t5.named_parameters())
 

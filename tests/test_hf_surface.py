@@ -222,3 +222,11 @@ def test_around_and_within_peft():
 def test_a_bare_copy_has_no_adapters_left():
     model = tiny_model()
     torch.testing.assert_close(bare_copy(model.t5)(**batch()).logits, model.unload()(**batch()).logits)
+
+
+def test_a_replica_without_parameters_takes_task_names(monkeypatch):
+    """``nn.DataParallel`` gives its replicas plain attributes in place of parameters."""
+    model = tiny_model().eval()
+    expected = model(**batch(), task=TASKS[0]).logits
+    monkeypatch.setattr(model.task_embeddings, "parameters", lambda recurse=True: iter(()))
+    assert torch.equal(model(**batch(), task=TASKS[0]).logits, expected)

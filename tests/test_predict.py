@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 
 import pytest
@@ -132,3 +133,17 @@ def test_what_utf8_lacks_is_escaped_in_columns_and_refused_in_texts(run, tmp_pat
     assert json.loads(ascii_only.read())["text"] == "größte"
     none, said = predict(run, tmp_path, capsys, "trec", [{"text": "a\ud800"}])
     assert none is None and "in.jsonl:1: column 'text' is not text" in said.err
+
+
+def test_a_pipe_is_written_to(run, tmp_path, writes):
+    """As /dev/stdout is, which a file must not replace."""
+    writes("3")
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        assert main(["predict", str(run), "--task", "trec", "--text", "Who is it ?", "--output", str(pipe)]) == 0
+        assert json.loads(os.read(reader, 1 << 16))["text"] == "Who is it ?"
+    finally:
+        os.close(reader)
+    assert pipe.is_fifo()

@@ -85,6 +85,19 @@ def test_labels_with_one_reading_are_still_read():
         assert infer_spec("mine", texts(labels), "").labels == expected
 
 
+def test_labels_that_no_two_rows_share(tmp_path):
+    """Ratings may all differ. Integers and texts that do seem to name the row, unless task.json says otherwise."""
+    ratings = [i / 10 + 0.05 for i in range(30)]
+    assert infer_spec("mine", texts([*ratings, 5]), "here").labels is None
+    with pytest.raises(DataError, match="can be read as .* classes or as a number"):
+        infer_spec("mine", texts([str(rating) for rating in ratings]), "here")
+    named = [f"name {i}" for i in range(30)]
+    with pytest.raises(DataError, match="no two rows .*label_columns"):
+        infer_spec("mine", texts(named), "here")
+    found, _ = labels_of(folder(tmp_path, texts(named), fields={"label_columns": ["label"]}))
+    assert sorted(found) == list(range(30))
+
+
 @pytest.mark.parametrize("column", ["id", "ID", "idx", "guid", "pair_id", "pairID", "uuid", "index"])
 def test_a_text_column_that_names_the_row_is_not_fed_to_the_model(tmp_path, column):
     found = [{column: f"train-{i}", "text": f"some words {i}", "label": i % 2} for i in range(4)]

@@ -137,6 +137,14 @@ def test_a_folder_that_cannot_be_written_costs_a_test_per_process(backend, folde
     assert calls and made.library().calls == calls and remembered(folder) == []
 
 
+def test_kernels_that_cannot_be_tested_now_do_not_serve_untested(backend, monkeypatch):
+    """As while a CUDA graph is captured."""
+    made = backend()
+    monkeypatch.setattr(made, "testable", lambda: False)
+    support = made.availability()
+    assert not support and "have not been tested yet" in support.reason and "before the capture" in support.reason
+
+
 def test_the_callers_modes_do_not_reach_the_test(backend):
     from torch._subclasses.fake_tensor import FakeTensorMode
 

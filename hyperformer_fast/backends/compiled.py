@@ -39,10 +39,15 @@ class CompiledBackend(Backend):
     def trusted(self) -> Support:
         """Whether the kernels of the loaded library pass their self-test, which runs at the first call."""
         file = native.library_file(self.name)
-        if file is None or not self.testable():
+        if file is None:
             return Support.yes()
         key = self.circumstances()
         if key not in self._verdicts:
+            if not self.testable():
+                return Support.no(
+                    "its kernels have not been tested yet, and cannot be while a CUDA graph is captured: "
+                    "call an op once before the capture"
+                )
             self._verdicts[key] = trust.fault(self, file, list(key), native.rebuild_command())
         fault = self._verdicts[key]
         self.wrong = fault is not None

@@ -43,6 +43,7 @@ def infer_spec(
         ValueError: the ``given`` fields contradict each other.
     """
     given = dict(given or {})
+    chosen = "label_columns" in given
     label = given["label_columns"][0] if "label_columns" in given else _label_column(name, rows[0], where, given)
     given.setdefault("label_columns", (label,))
     if "columns" not in given:
@@ -50,7 +51,7 @@ def infer_spec(
         given["columns"] = {c: (c,) for c in _text_columns(name, rows, where, taken)}
     if "labels" not in given:
         column = next((column for column in given["label_columns"] if column in rows[0]), label)
-        given = {**_classes(name, [row.get(column) for row in rows], where), **given}
+        given = {**_classes(name, [row.get(column) for row in rows], where, chosen), **given}
     return TaskSpec(name=name, **given)
 
 
@@ -100,11 +101,12 @@ def _names_rows(values: list[Any]) -> bool:
     )
 
 
-def _classes(name: str, found: list[Any], where: str) -> dict[str, Any]:
+def _classes(name: str, found: list[Any], where: str, chosen: bool) -> dict[str, Any]:
     """Infer ``labels``, ``label_names`` and ``metrics`` from the labels of the training rows."""
     values = {value for value in found if not isinstance(value, (list, dict))}
     kinds = {type(value) for value in values}
-    if len(found) > _MANY_ROWS and len(values) == len(found) and kinds & {int, str}:
+    unique = len(found) > _MANY_ROWS and len(values) == len(found)
+    if unique and not chosen and kinds <= {int, str} and not _are_decimals(values):
         raise DataError(
             f"{where}: no two rows of {name!r} have the same label, so it seems to identify the row; "
             + _say(where, "which column is the label", {"label_columns": ["COLUMN"]})
@@ -126,6 +128,12 @@ def _classes(name: str, found: list[Any], where: str) -> dict[str, Any]:
         + _say(where, "what they are", {"labels": None, "low": 0, "high": 100})
         + " for numbers of another range"
     )
+
+
+def _are_decimals(values: set[Any]) -> bool:
+    """Whether all are numbers written as text, and some of them have a point."""
+    texts = [str(value) for value in values]
+    return all(map(NUMBER.fullmatch, texts)) and any("." in text for text in texts)
 
 
 def _in_order(name: str, values: set[str], where: str) -> list[str]:
