@@ -30,19 +30,22 @@ class Project:
         self.one.write_text('extern "C" int one() { return 1; }\n')
         self.two.write_text('#include "number.h"\nextern "C" int two() { return NUMBER; }\n')
         self.header.write_text("#define NUMBER 2\n")
-        self.compiled = folder / "compiled"
+        # A file for each call, because two at once would mix their words in one.
+        self.calls = folder / "calls"
+        self.calls.mkdir()
         self.compiler = folder / "counting g++"
-        self.compiler.write_text(f"#!/bin/sh\n(printf '%s|' \"$@\"; echo) >> '{self.compiled}'\nexec g++ \"$@\"\n")
+        self.compiler.write_text(f"#!/bin/sh\nprintf '%s|' \"$@\" > '{self.calls}'/$$\nexec g++ \"$@\"\n")
         self.compiler.chmod(0o755)
 
     def build(self, *flags: str, jobs: int = 2, facts: tuple[str, ...] = ()) -> list[str]:
         """The sources that were compiled anew, and "link"."""
-        self.compiled.write_text("")
+        for call in self.calls.iterdir():
+            call.unlink()
         units = [ninja_build.Unit(source, [str(self.compiler), "-fPIC", *flags]) for source in (self.one, self.two)]
         link = ninja_build.Link([str(self.compiler), "-shared"], [])
         inputs = [self.one, self.two, self.header]
         self.library = ninja_build.build_library("small", units, link, inputs, facts, jobs, self.cache)
-        calls = [line.split("|") for line in self.compiled.read_text().splitlines()]
+        calls = [call.read_text().split("|") for call in self.calls.iterdir()]
         return sorted("link" if "-shared" in call else Path(call[call.index("-c") + 1]).name for call in calls)
 
     def two_says(self) -> int:
