@@ -63,12 +63,12 @@ def build_libraries(out: Path, objects: Path = CACHE) -> dict:
         "not_built": dict(plan.reasons),
     }
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("cpu", "cuda"):
+    for name in sources.PATTERNS:
         library = out / f"_hf_{name}.so"
         library.unlink(missing_ok=True)  # one of an earlier build may lie in the same folder
         if name not in plan.build:
             continue
-        compiler = Compiler(torch, cxx, cuda_home if name == "cuda" else None)
+        compiler = Compiler(torch, cxx, cuda_home if name == "cuda" else None, stable=name != "autograd")
         try:
             shutil.copy2(compiler.build(f"_hf_{name}", sources.source_files(CSRC, name), objects), library)
         except BuildError as error:
@@ -108,9 +108,9 @@ class BuildNative(build_ext):
             raise PlatformError(f"hyperformer_fast: {error}") from None
         self._files = [INFO, RECORD, *(library["file"] for library in info["libraries"].values())]
         if self.inplace:
-            for name in ("_hf_cpu.so", "_hf_cuda.so"):
+            for name in sources.PATTERNS:
                 # Replaced, never overwritten: a running process may have it mapped.
-                (ROOT / PACKAGE / name).unlink(missing_ok=True)
+                (ROOT / PACKAGE / f"_hf_{name}.so").unlink(missing_ok=True)
             for name in self._files:
                 shutil.copy2(self._folder / name, ROOT / PACKAGE / name)
 

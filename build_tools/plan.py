@@ -11,7 +11,14 @@ from typing import NamedTuple
 from find_torch import Torch
 
 MODES = ("auto", "cpu", "cuda", "all", "none")
-NEEDED = {"auto": (), "cpu": ("cpu",), "cuda": ("cuda",), "all": ("cpu", "cuda"), "none": ()}
+#: What each mode must make. The autograd library, which is C++ alone, goes with either library of kernels.
+NEEDED: dict[str, tuple[str, ...]] = {
+    "auto": (),
+    "cpu": ("cpu", "autograd"),
+    "cuda": ("cuda", "autograd"),
+    "all": ("cpu", "cuda", "autograd"),
+    "none": (),
+}
 
 
 class BuildError(Exception):
@@ -20,7 +27,7 @@ class BuildError(Exception):
 
 class Plan(NamedTuple):
     mode: str
-    build: tuple[str, ...]  #: libraries to build, of "cpu" and "cuda"
+    build: tuple[str, ...]  #: libraries to build, of "cpu", "cuda" and "autograd"
     reasons: dict[str, str]  #: library -> why it is not built
 
 
@@ -54,6 +61,7 @@ def make_plan(
             f"torch {torch.version} is a build without CUDA (HYPERFORMER_FAST_BUILD=all builds it all the same)"
         )
     missing["cuda"] = missing["cuda"] or no_nvcc or no_cxx
+    missing["autograd"] = missing["cpu"]
     chosen = tuple(missing) if mode == "auto" else NEEDED[mode]
     for name in NEEDED[mode]:
         if missing[name]:

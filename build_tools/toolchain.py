@@ -19,7 +19,7 @@ from plan import BuildError, split_flags
 #: libtorch's stable ABI as of 2.11: one library then loads in every torch from 2.11 on.
 TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 #: No -march=native: wheels travel; vector widths are chosen at run time.
-CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", TARGET]
+CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--expt-relaxed-constexpr", TARGET]
 #: Machine code for three architectures shrinks to a fifth. nvcc knows the first form, the tighter one, from 12.8 on.
 NVCC_COMPRESSION = (["--compress-mode=size"], ["-Xfatbin", "-compress-all"])
@@ -110,14 +110,15 @@ class Compiler:
         torch: whose headers and libraries.
         cxx: the C++ compiler.
         cuda_home: the CUDA toolkit, where the library has .cu sources.
+        stable: whether the library keeps to libtorch's stable ABI. One that does not fits only the torch in ``torch``.
     """
 
-    def __init__(self, torch: Torch, cxx: list[str], cuda_home: Path | None = None):
+    def __init__(self, torch: Torch, cxx: list[str], cuda_home: Path | None = None, stable: bool = True):
         self.torch, self.cxx, self.cuda_home = torch, cxx, cuda_home
         self.archs = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or DEFAULT_ARCHS
         self.version = version_line(cxx)
         ieee = ieee_flags(cxx)
-        self.cxx_flags = [*CXX_FLAGS, *without_ofast(split_flags("CXXFLAGS")), *ieee]
+        self.cxx_flags = [*CXX_FLAGS, *([TARGET] if stable else []), *without_ofast(split_flags("CXXFLAGS")), *ieee]
         self.link_flags = without_ofast(split_flags("LDFLAGS"))
         refuse_fast_start([*cxx, "-shared", *self.link_flags])
         self.nvcc, self.nvcc_flags = [], []

@@ -12,11 +12,12 @@ from pathlib import Path
 PATTERNS = {
     "cpu": ("*.h", "cpu/*.cpp", "cpu/*.h", "cpu/isa/*.cpp", "cpu/isa/*.h"),
     "cuda": ("*.h", "cuda/*.cpp", "cuda/*.cu", "cuda/*.cuh", "cuda/*.h"),
+    "autograd": ("autograd/*.cpp",),
 }
 
 
 def source_files(csrc: Path, library: str) -> list[Path]:
-    """Every source and header of ``library`` ("cpu" or "cuda"), in a fixed order."""
+    """Every source and header of ``library``, a key of ``PATTERNS``, in a fixed order."""
     return sorted(path for pattern in PATTERNS[library] for path in csrc.glob(pattern))
 
 

@@ -35,7 +35,7 @@ def diagnose(check: bool = True) -> dict[str, Any]:
 
     from .backends import backend_report
 
-    libraries = {name: _library(name) for name in ("cpu", "cuda")}
+    libraries = {name: _library(name) for name in ("cpu", "cuda", "autograd")}
     backends = [_json_ready(entry) for entry in backend_report()]
     if check:
         for entry in backends:

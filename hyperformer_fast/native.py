@@ -30,8 +30,8 @@ def build_info() -> dict[str, Any]:
 
 
 def stale(library: str) -> bool:
-    """Whether the sources of ``library`` ("cpu" or "cuda") changed since it was built. False if there is no library, or
-    if there are no sources, as in a wheel."""
+    """Whether the sources of ``library`` ("cpu", "cuda" or "autograd") changed since it was built. False if there is no
+    library, or if there are no sources, as in a wheel."""
     built = build_info().get("libraries", {}).get(library)
     csrc = _source_tree() / "csrc"
     if not built or not csrc.is_dir():
@@ -67,6 +67,11 @@ def _load(library: str) -> str | None:
         return f"the {library} library is not built: {why or 'the package was never built'}{cure}"
     import torch
 
+    if library == "autograd" and info.get("torch") != torch.__version__:
+        return (
+            f"the autograd library was built against torch {info.get('torch')} and fits no other, "
+            f"this is {torch.__version__}; rebuild it with: {rebuild_command()}"
+        )
     subnormals = _has_subnormals()
     try:
         torch.ops.load_library(str(library_file(library)))
@@ -85,7 +90,7 @@ def _load(library: str) -> str | None:
 
 
 def library_file(library: str) -> Path | None:
-    """The file of ``library`` ("cpu" or "cuda"), or None if it was not built."""
+    """The file of ``library`` ("cpu", "cuda" or "autograd"), or None if it was not built."""
     built = build_info().get("libraries", {}).get(library)
     return _PACKAGE / built["file"] if built else None
 
@@ -117,8 +122,19 @@ def cuda_library() -> Any:
     return torch.ops.hyperformer_fast_cuda
 
 
+@functools.cache
+def autograd_library() -> Any:
+    """Load the autograd nodes in C++. Returns ``torch.ops.hyperformer_fast_autograd``, or None if the library cannot be
+    loaded (:func:`status` says why), as with a torch that is not the one it was built against."""
+    if _load("autograd"):
+        return None
+    import torch
+
+    return torch.ops.hyperformer_fast_autograd
+
+
 def status(library: str = "cpu") -> dict[str, Any]:
-    """Load ``library`` ("cpu" or "cuda"), and report on it.
+    """Load ``library`` ("cpu", "cuda" or "autograd"), and report on it.
 
     Returns:
         ``built``: whether the build made it; ``loaded``: whether it loads; ``stale``: whether its sources changed since

@@ -21,7 +21,7 @@ def test_json(capsys):
     report = json.loads(capsys.readouterr().out)
     assert report["ok"] and report["versions"]["hyperformer_fast"] == __version__
     assert torch.__version__.startswith(report["versions"]["torch"].split("+")[0])
-    assert set(report["native"]) == {"cpu", "cuda"}
+    assert set(report["native"]) == {"cpu", "cuda", "autograd"}
     entries = {entry["name"]: entry for entry in report["backends"]}
     assert set(entries) == {"reference", "cpu", "triton", "cuda"}
     for name, entry in entries.items():

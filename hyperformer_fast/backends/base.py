@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -56,6 +56,15 @@ class Support:
         return self.reason is None
 
 
+class Nodes(NamedTuple):
+    """The autograd functions of a backend, which take the place of those in ``ops/eager.py`` where they can."""
+
+    #: x, packed, folded, spec, task_index -> out
+    adapter: Callable[[Tensor, Tensor, Folded, AdapterSpec, Tensor | None], Tensor]
+    #: x, E, G, g0, spec, task_index -> out; None where the backend does not serve these inputs in one call
+    hyper_adapter: Callable[[Tensor, Tensor, Tensor, Tensor, AdapterSpec, Tensor | None], Tensor | None]
+
+
 class Backend(abc.ABC):
     """A set of kernels.
 
@@ -73,6 +82,11 @@ class Backend(abc.ABC):
     serves: Sequence[str] = OPS
     #: Whether its kernels failed their self-test. Such a backend is not available.
     wrong: bool = False
+
+    @property
+    def nodes(self) -> Nodes | None:
+        """Autograd functions of its own; None if those in Python of ``ops/eager.py`` call the backend."""
+        return None
 
     @abc.abstractmethod
     def availability(self) -> Support:

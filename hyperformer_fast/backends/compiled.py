@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import functools
 from typing import Any
 
 import torch
@@ -12,7 +13,15 @@ from .. import native
 from .. import reference as truth
 from ..layout import AdapterLayout, AdapterSpec, Folded, Saved
 from . import trust
-from .base import Backend, Support
+from .base import Backend, Nodes, Support
+
+#: The compiled libraries, in the order of their numbers in csrc/autograd.
+_LIBRARIES = ("cpu", "cuda")
+
+
+@functools.lru_cache(maxsize=256)
+def _integers(spec: AdapterSpec) -> list[int]:
+    return [int(value) for value in spec.arguments]
 
 
 class CompiledBackend(Backend):
@@ -23,6 +32,28 @@ class CompiledBackend(Backend):
 
     def __init__(self) -> None:
         self._verdicts: dict[tuple[str, ...], str | None] = {}
+
+    @functools.cached_property
+    def nodes(self) -> Nodes | None:
+        library = native.autograd_library()
+        if library is None or self.library() is None:
+            return None
+        which = _LIBRARIES.index(self.name)
+        adapter, hyper_adapter = library.adapter.default, library.hyper_adapter.default
+
+        def of_adapter(x: Tensor, packed: Tensor, folded: Folded, spec: AdapterSpec, index: Tensor | None) -> Tensor:
+            out: Tensor = adapter(x, packed, folded, index, _integers(spec), which)
+            return out
+
+        def of_hyper_adapter(
+            x: Tensor, E: Tensor, G: Tensor, g0: Tensor, spec: AdapterSpec, index: Tensor | None
+        ) -> Tensor | None:
+            if not self._one_call(x, E, G, g0):
+                return None
+            out: Tensor = hyper_adapter(x, E, G, g0, index, _integers(spec), which)
+            return out
+
+        return Nodes(of_adapter, of_hyper_adapter)
 
     @abc.abstractmethod
     def library(self) -> Any:
@@ -91,6 +122,9 @@ class CompiledBackend(Backend):
         """Whether the library's op ``hyper_adapter`` serves x. Otherwise its other ops are called in turn."""
         return True
 
+    def _one_call(self, x: Tensor, E: Tensor, G: Tensor, g0: Tensor) -> bool:
+        return self.in_one_call(x) and E.dtype == G.dtype == g0.dtype == torch.float32
+
     @torch.no_grad()
     def hyper_adapter(
         self,
@@ -102,7 +136,7 @@ class CompiledBackend(Backend):
         task_index: Tensor | None,
         save: bool,
     ) -> tuple[Tensor, Saved, Tensor, Folded]:
-        if not self.in_one_call(x) or any(t.dtype != torch.float32 for t in (E, G, g0)):
+        if not self._one_call(x, E, G, g0):
             return super().hyper_adapter(x, E, G, g0, spec, task_index, save)
         parts = (part.contiguous() for part in (E, G, g0))
         out, *rest = self.library().hyper_adapter(x, *parts, task_index, *spec.arguments, save)

@@ -1,6 +1,7 @@
 """The ops in eager mode, as autograd functions that call a backend directly.
 
-Calling a registered op whose autograd formula is written in Python takes several times as long (docs/design.md).
+Calling a registered op whose autograd formula is written in Python takes several times as long (docs/design.md). The
+compiled libraries have autograd functions in C++ (csrc/autograd), whose host time is about half.
 """
 
 from __future__ import annotations
@@ -98,5 +99,38 @@ def _gradients(ctx: Any, g: Tensor, kept: Any, need_dx: bool, need_dpacked: bool
 
 
 generate_weights: Callable[..., Tensor] = _Generate.apply
-adapter: Callable[..., Tensor] = _Adapter.apply
-hyper_adapter: Callable[..., Tensor] = _HyperAdapter.apply
+_adapter: Callable[..., Tensor] = _Adapter.apply
+_hyper_adapter: Callable[..., Tensor] = _HyperAdapter.apply
+
+
+def adapter(
+    x: Tensor,
+    packed: Tensor,
+    folded: Folded,
+    spec: AdapterSpec,
+    task_index: Tensor | None,
+    forward: Backend,
+    backward: Backend,
+) -> Tensor:
+    """``ops.adapter`` with a gradient, by the backends of its forward and of its backward."""
+    if forward is backward and (nodes := forward.nodes):
+        return nodes.adapter(x, packed, folded, spec, task_index)
+    return _adapter(x, packed, folded, spec, task_index, forward, backward)
+
+
+def hyper_adapter(
+    x: Tensor,
+    E: Tensor,
+    G: Tensor,
+    g0: Tensor,
+    spec: AdapterSpec,
+    task_index: Tensor | None,
+    forward: Backend,
+    backward: Backend,
+) -> Tensor:
+    """``ops.hyper_adapter`` with a gradient, by the backends of its forward and of its backward."""
+    if forward is backward and (nodes := forward.nodes):
+        out = nodes.hyper_adapter(x, E, G, g0, spec, task_index)
+        if out is not None:
+            return out
+    return _hyper_adapter(x, E, G, g0, spec, task_index, forward, backward)
