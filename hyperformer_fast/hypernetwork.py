@@ -57,9 +57,16 @@ class TaskEmbeddings(nn.Module):
         )
 
     def forward(self) -> torch.Tensor:
-        """Return the embeddings [T, out_dim] of all tasks, in the order of ``config.tasks``."""
+        """Return the embeddings [T, out_dim] of all tasks, in the order of ``config.tasks``.
+
+        Autocast is switched off within, as in :meth:`HyperNetwork.forward`.
+        """
         stacked = torch.stack([self.task_to_embeddings[self.config.embedding_of(task)] for task in self.config.tasks])
-        return stacked if self.projector is None else self.projector(stacked)
+        if self.projector is None:
+            return stacked
+        with torch.autocast(stacked.device.type, enabled=False):
+            projected: torch.Tensor = self.projector(stacked)
+        return projected
 
     @torch.no_grad()
     def add_task(self, name: str, init_from: str | list[str] | None = None) -> None:

@@ -137,6 +137,10 @@ class StackWeights:
         self.num_layers = net.num_layers
         self.activation = activation
         self._ran = 0
+        self._net, self._generated = net, packed
+        #: The same weights on other devices, where a T5 is spread over several.
+        self._elsewhere: dict[torch.device, StackWeights] = {}
+        self._moved: tuple[Tensor, Tensor] | None = None
         self._whole = packed.detach()
         # The backward of unbind is one stack; indexing site by site would fill a [S, T, P] of zeros for each site.
         self._packed = packed.unbind(0)
@@ -153,9 +157,25 @@ class StackWeights:
             return None
         return next(site for site in range(len(self._packed)) if not self._ran >> site & 1)
 
+    def _on(self, device: torch.device) -> StackWeights:
+        """These weights on another device: copied there once per forward, and their gradient copied back."""
+        if device not in self._elsewhere:
+            self._elsewhere[device] = StackWeights(self._net, self._generated.to(device), self.activation)
+        return self._elsewhere[device]
+
+    def _index_here(self, task_index: Tensor) -> Tensor:
+        """``task_index`` [B] on the device of these weights, copied once per forward."""
+        if self._moved is None or self._moved[0] is not task_index:
+            self._moved = task_index, task_index.to(self._whole.device)
+        return self._moved[1]
+
     def adapt(self, x: Tensor, site: int, task_index: Tensor | None) -> Tensor:
         """The adapter of ``site`` applied to x [B, ..., d]."""
         self._ran |= 1 << site
+        if x.device != self._whole.device:
+            return self._on(x.device).adapt(x, site, task_index)
+        if task_index is not None and task_index.device != x.device:
+            task_index = self._index_here(task_index)
         if x.dtype == torch.float16:
             # T5's blocks clamp what overflowed, but only behind the adapter, which would make NaN of an infinity.
             # Numbers that are finite stay what they are.

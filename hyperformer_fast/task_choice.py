@@ -1,13 +1,20 @@
-"""The tasks of one forward as tensors, so that a compiled forward does not depend on their names."""
+"""The tasks of one forward as tensors, so that a compiled forward does not depend on their names.
+
+A list of names becomes numbers on the model's device. The numbers of the last lists are kept there, because the names
+of a batch come again, and a copy to a GPU that has to wait for it stalls the host.
+"""
 
 from __future__ import annotations
 
+import collections
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._dynamo.eval_frame import skip_code
+from torch.utils._python_dispatch import _get_current_dispatch_mode as _current_mode
 
 from .config import HyperFormerConfig
 from .ops.checks import check_task_range
@@ -28,6 +35,63 @@ class Selection(NamedTuple):
     rows: Tensor | None
     task_index: Tensor | None
     samples: int | None = None
+
+
+#: How many lists of task numbers are kept, for all models of the process.
+_KEPT = 1024
+
+
+class _Numbers:
+    """Lists of integers as tensors on a device; the last ``_KEPT`` are kept.
+
+    A list that a CUDA graph was captured with is kept for good, because a replay of the graph reads it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._made: collections.OrderedDict[tuple[object, ...], tuple[Tensor, Tensor]] = collections.OrderedDict()
+        self._captured: list[tuple[Tensor, Tensor]] = []
+
+    def on(self, device: torch.device, numbers: Sequence[int]) -> Tensor:
+        """Return ``numbers`` as int64 on ``device``, without waiting for it. The tensor must not be written to.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured, and these numbers are not on the device yet.
+        """
+        if torch.compiler.is_compiling() or _current_mode() is not None:
+            # Fake tensors and their like must not be kept.
+            return torch.tensor(numbers, device=device)
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        key = (device, *numbers)
+        with self._lock:
+            made = self._made.get(key)
+            if made is None:
+                if capturing:
+                    raise RuntimeError(
+                        "this list of tasks is new, and its numbers cannot be copied to the GPU while a CUDA graph is "
+                        "captured: run the model with it once before the capture, or pass task_index, on the GPU"
+                    )
+                made = self._made[key] = self._make(device, numbers)
+                if len(self._made) > _KEPT:
+                    self._made.popitem(last=False)
+            self._made.move_to_end(key)
+            if capturing:
+                self._captured.append(made)
+        return made[1]
+
+    @staticmethod
+    def _make(device: torch.device, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+        # Autograd refuses to save what was made in inference mode, and a later training step may use these numbers.
+        with torch.inference_mode(False):
+            source = torch.tensor(numbers, dtype=torch.long)
+            if device.type != "cuda":
+                return source, source.to(device)
+            # Copying from pinned memory does not wait. The source is kept with the copy, until that has been made.
+            source = source.pin_memory()
+            return source, source.to(device, non_blocking=True)
+
+
+_numbers = _Numbers()
 
 
 class TaskChoice:
@@ -53,8 +117,8 @@ class TaskChoice:
             return
         place = {name: i for i, name in enumerate(names)}
         index = [place[name] for name in task]
-        # One copy to the device for all three.
-        numbers = torch.tensor([*ids, *index, *(ids[i] for i in index)], device=device)
+        # One tensor for all three.
+        numbers = _numbers.on(device, [*ids, *index, *(ids[i] for i in index)])
         self.rows, self.index, self.every = numbers.split([len(ids), len(index), len(index)])
 
     def selection(self) -> Selection:

@@ -25,10 +25,10 @@ def _nothing_chosen(monkeypatch):
     for variable in [name for name in os.environ if name.startswith(choice.ENVIRONMENT_VARIABLE)]:
         monkeypatch.delenv(variable)
     choice.forget()
-    before = choice._of_thread.name
-    choice._of_thread.name = None
+    before = choice._of_thread()
+    choice._set_of_thread(None)
     yield
-    choice._of_thread.name = before
+    choice._set_of_thread(before)
     monkeypatch.undo()
     choice.forget()
 

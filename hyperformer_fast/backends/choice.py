@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-import threading
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, TypeVar
@@ -32,23 +31,30 @@ ENVIRONMENT_VARIABLE = "HYPERFORMER_FAST_BACKEND"
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-class _OfThread(threading.local):
-    name: str | None = None
+#: The name under which a thread's choice is kept. torch hands what is kept there on to the threads on which autograd
+#: runs a backward for a GPU, with its recomputation of checkpoints, for which threading.local would be empty.
+_OF_THREAD = "hyperformer_fast.use_backend"
 
 
-_of_thread = _OfThread()
+def _of_thread() -> str | None:
+    """The backend that this thread, or the one whose backward it runs, chose by :class:`use_backend`."""
+    kept: str | None = torch._C._get_obj_in_tls(_OF_THREAD) if torch._C._is_key_in_tls(_OF_THREAD) else None
+    return kept
 
 
-def _choose(name: str) -> None:
+def _set_of_thread(name: str | None) -> None:
+    torch._C._stash_obj_in_tls(_OF_THREAD, name)
+
+
+def _expect_no_graph() -> None:
     if torch.compiler.is_compiling():
         # The ops of a compiled graph choose a backend when they run. That is after the block, which would silently have
         # no effect.
         torch._dynamo.graph_break(msg="use_backend in a compiled graph: use it outside, or pass impl= to the op")
-    _of_thread.name = name
 
 
 class use_backend:  # lower case, because it is called like a function, as is torch.set_grad_enabled
-    """Choose the backend for all later calls in this thread.
+    """Choose the backend for all later calls in this thread, and in the backward passes that it starts.
 
     ``with use_backend(...):`` restores the previous choice after the block, and ``@use_backend(...)`` makes the choice
     for a function. Other threads are not affected; to choose for the whole process, set HYPERFORMER_FAST_BACKEND. A
@@ -64,24 +70,26 @@ class use_backend:  # lower case, because it is called like a function, as is to
 
     def __init__(self, name: str):
         self._name = registry.known(name, "use_backend")
-        self._before = [_of_thread.name]
+        _expect_no_graph()
+        self._before = [_of_thread()]
         self._entered = False
-        _choose(self._name)
+        _set_of_thread(self._name)
 
     def __enter__(self) -> None:
+        _expect_no_graph()
         if self._entered:  # the same object is used for a further block
-            self._before.append(_of_thread.name)
+            self._before.append(_of_thread())
         self._entered = True
-        _choose(self._name)
+        _set_of_thread(self._name)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _of_thread.name = self._before.pop()
+        _set_of_thread(self._before.pop())
 
     def __call__(self, function: _Function) -> _Function:
         if self._before and not self._entered:  # used as a decorator: the choice is for the function alone
-            _of_thread.name = self._before.pop()
+            _set_of_thread(self._before.pop())
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -105,8 +113,8 @@ def _asked(op: str | None, impl: str | None) -> tuple[str, str]:
     """Return the name of the backend that is asked for, and what asks for it."""
     if impl is not None:
         return registry.known(impl, "impl"), "impl="
-    if _of_thread.name is not None:
-        return _of_thread.name, "use_backend"
+    if (name := _of_thread()) is not None:
+        return name, "use_backend"
     chosen = environment()
     for variable in (variable_of(op), ENVIRONMENT_VARIABLE) if op else (ENVIRONMENT_VARIABLE,):
         if variable in chosen:
@@ -137,12 +145,12 @@ def select(request: Request, impl: str | None = None) -> Backend:
         BackendError: the backend that is asked for by name cannot serve the request.
         ValueError: no backend has the name that is asked for.
     """
-    return _select(_of_thread.name if impl is None else impl, *request)
+    return _select(_of_thread() if impl is None else impl, *request)
 
 
 def serving(op: str, device: str, dtype: torch.dtype, d: int = 0, b: int = 0, impl: str | None = None) -> Backend:
     """:func:`select` without making a :class:`Request`, because every eager call comes through here."""
-    return _select(_of_thread.name if impl is None else impl, op, device, dtype, d, b)
+    return _select(_of_thread() if impl is None else impl, op, device, dtype, d, b)
 
 
 @functools.lru_cache(maxsize=4096)
