@@ -1,7 +1,10 @@
 """``hyperformer-fast tune``: time tiles of the Triton kernels on this GPU, and save the fastest in a table.
 
-The table's key is (kernel, d, b, dtype, pre-norm, architecture). Tiles are timed with one number of rows and used for
-any number; no call of an op ever tunes.
+The table's key is (kernel, d, b, dtype, pre-norm, architecture, Triton's version): another version compiles the same
+tile to other code. Tiles are timed with one number of rows and used for any number; no call of an op ever tunes.
+
+A time is the GPU's own: launches are captured in a CUDA graph and take turns with buffers that the L2 cache cannot hold
+together (graph_timing.py).
 """
 
 from __future__ import annotations
@@ -9,13 +12,14 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from . import graph_timing
 from .backends.triton import TritonBackend
 from .extras import require
 from .layout import AdapterLayout, AdapterSpec
@@ -39,23 +43,18 @@ def candidates(kernel: str) -> list[Tile]:
     return plain + [Tile(BM, BK, warps, 2, True) for BM, BK, warps in itertools.product((16, 32), (64, 128), (4, 8))]
 
 
-def on_the_gpu(call: Callable[[], object]) -> float:
-    """Return the median seconds of a call, measured with CUDA events after a warm-up."""
-    for _ in range(5):
-        call()
-    times = []
-    for _ in range(25):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return sorted(times)[len(times) // 2]
+#: A call of a kernel that returns its results.
+Call = Callable[[], list[Tensor]]
 
 
-def calls(layout: AdapterLayout, dtype: torch.dtype, rows: int, device: str) -> dict[str, Callable[[], list[Tensor]]]:
-    """Return, for each kernel of ``kernels/tiles.py``, a function that runs it and returns its results."""
+def on_the_gpu(calls: Sequence[Call]) -> float:
+    """Return the median seconds of a launch, with calls that take turns in a CUDA graph."""
+    return graph_timing.median_seconds(graph_timing.record(calls, torch.device("cuda")))
+
+
+def calls(layout: AdapterLayout, dtype: torch.dtype, rows: int, device: str) -> dict[str, list[Call]]:
+    """Return, for each kernel of ``kernels/tiles.py``, functions that run it and return its results. Those of one
+    kernel do the same on buffers of their own."""
     backend = TritonBackend()
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
@@ -63,17 +62,23 @@ def calls(layout: AdapterLayout, dtype: torch.dtype, rows: int, device: str) -> 
     layout.unpack(packed)["post_gamma" if layout.post_norm else "up_bias"].add_(1)
     x, g = (draw(rows, layout.d).to(dtype).to(device) for _ in range(2))
     spec, folded = AdapterSpec(layout, "gelu_new"), backend.fold(packed, layout, dtype)
-    _, saved = backend.adapter_forward(x, folded, spec, None, True)
 
-    def backward(need_dx: bool, need_dpacked: bool) -> list[Tensor]:
-        found = backend.adapter_backward(g, x, saved, packed, folded, spec, None, need_dx, need_dpacked)
-        return [part for part in found if part.numel()]
+    def on_buffers(x: Tensor, g: Tensor) -> dict[str, Call]:
+        _, saved = backend.adapter_forward(x, folded, spec, None, True)
 
-    return {
-        "forward": lambda: [backend.adapter_forward(x, folded, spec, None, True)[0]],
-        "backward": lambda: backward(True, False),
-        "weights": lambda: backward(False, True),
-    }
+        def backward(need_dx: bool, need_dpacked: bool) -> list[Tensor]:
+            found = backend.adapter_backward(g, x, saved, packed, folded, spec, None, need_dx, need_dpacked)
+            return [part for part in found if part.numel()]
+
+        return {
+            "forward": lambda: [backend.adapter_forward(x, folded, spec, None, True)[0]],
+            "backward": lambda: backward(True, False),
+            "weights": lambda: backward(False, True),
+        }
+
+    count = graph_timing.buffers(x.numel() * x.element_size(), device)
+    found = [on_buffers(x.clone(), g.clone()) for _ in range(count)]
+    return {kernel: [each[kernel] for each in found] for kernel in found[0]}
 
 
 def _agrees(mine: list[Tensor], expected: list[Tensor], dtype: torch.dtype) -> bool:
@@ -86,7 +91,7 @@ def tune(
     layout: AdapterLayout,
     dtype: torch.dtype,
     rows: int,
-    timer: Callable[[Callable[[], object]], float] = on_the_gpu,
+    timer: Callable[[Sequence[Call]], float] = on_the_gpu,
     device: str = "cuda",
     tiles_of: Callable[[str], list[Tile]] = candidates,
     tried: Callable[[str], object] = lambda line: None,
@@ -99,7 +104,8 @@ def tune(
         layout: the adapter's layout.
         dtype: dtype of x.
         rows: the number of rows N to time with.
-        timer: a function that returns the seconds that a call takes.
+        timer: a function that returns the seconds that one of several calls takes, which do the same on buffers of
+            their own.
         device: the device to run on.
         tiles_of: a function that returns the tiles to try for a kernel.
         tried: a function that is called with one line of text for each tile that was tried.
@@ -108,15 +114,15 @@ def tune(
 
     arch, entries = tiles.architecture(torch.device(device)), {}
     facts = layout.d, layout.b, dtype, layout.pre_norm, arch
-    for kernel, call in calls(layout, dtype, rows, device).items():
+    for kernel, same in calls(layout, dtype, rows, device).items():
         rule = getattr(tiles, kernel).rule(*facts)
         with tiles.forced(kernel, rule):
-            expected, least = call(), timer(call) * GAIN
+            expected, least = same[0](), timer(same) * GAIN
         best = None
         for tile in tiles_of(kernel):
             with tiles.forced(kernel, tile):
                 try:
-                    seconds = timer(call) if _agrees(call(), expected, dtype) else None
+                    seconds = timer(same) if _agrees(same[0](), expected, dtype) else None
                 except Exception as error:  # an error of Triton or ptxas, or lack of shared memory
                     tried(f"{kernel} {tuple(tile)}: {type(error).__name__}")
                     continue
@@ -131,10 +137,12 @@ def tune(
 
 
 def merge(path: Path, entries: dict[str, dict[str, Any]], device: str) -> int:
-    """Merge ``entries`` into the table at ``path`` atomically. Returns how many entries the table then has."""
+    """Merge ``entries`` into the table at ``path`` atomically, and drop entries that name no version of Triton, which
+    nothing reads. Returns how many entries the table then has."""
     from .kernels import tiles
 
-    everything = {name: tile._asdict() for name, tile in tiles.read(path).items()} | entries
+    kept = {name: tile._asdict() for name, tile in tiles.read(path).items() if tiles.names_version(name)}
+    everything = kept | entries
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(json.dumps({"device": device, "tiles": dict(sorted(everything.items()))}, indent=1) + "\n")

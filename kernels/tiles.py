@@ -1,7 +1,8 @@
 """The choice of each kernel's tile.
 
 A tile depends on d, b, the dtype, the norms and the GPU's architecture. It never depends on the number of rows, and no
-call tunes anything. A table written by `hyperformer-fast tune` takes precedence over the rules in this file.
+call tunes anything. A table written by `hyperformer-fast tune` takes precedence over the rules in this file, for the
+version of Triton that it was tuned with.
 docs/triton_gate.md lists the registers, the shared memory and the spills of each kernel with its tile.
 """
 
@@ -11,6 +12,7 @@ import contextlib
 import functools
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -47,9 +49,20 @@ def table_path() -> Path:
 
 
 def key(kernel: str, d: int, b: int, dtype: torch.dtype, pre_norm: bool, arch: int) -> str:
-    """The name of a table's entry, as ``forward, d=768, b=24, bfloat16, sm_90``."""
+    """The name of a table's entry, as ``forward, d=768, b=24, bfloat16, sm_90, triton 3.6.0``."""
+    import triton
+
     norm = ", pre-norm" if pre_norm else ""
-    return f"{kernel}, d={d}, b={b}, {str(dtype).removeprefix('torch.')}{norm}, sm_{arch}"
+    return f"{kernel}, d={d}, b={b}, {str(dtype).removeprefix('torch.')}{norm}, sm_{arch}{_VERSION}{triton.__version__}"
+
+
+#: What stands before Triton's version in the name of an entry.
+_VERSION = ", triton "
+
+
+def names_version(name: str) -> bool:
+    """Whether the name of a table's entry has Triton's version. Tables of earlier releases have entries without."""
+    return _VERSION in name
 
 
 def read(path: Path) -> dict[str, Tile]:
@@ -78,7 +91,15 @@ def read(path: Path) -> dict[str, Tile]:
 
 @functools.cache
 def _table() -> dict[str, Tile]:
-    return read(table_path())
+    path = table_path()
+    table = read(path)
+    if old := sum(not names_version(name) for name in table):
+        warnings.warn(
+            f"{path}: {old} tiles are ignored, because they do not say with which version of Triton they were tuned: "
+            "tune again with: hyperformer-fast tune",
+            stacklevel=2,
+        )
+    return table
 
 
 _forced: dict[str, Tile] = {}
