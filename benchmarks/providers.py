@@ -80,20 +80,24 @@ class Provider(NamedTuple):
         build: makes a function of (x, packed) that returns out. It may have an attribute ``parameters``: tensors that
             it trains in place of ``packed``.
         missing: why it cannot run on a device, and what to install; empty where it can.
+        recordable: whether a CUDA graph can record it; not if it replays graphs of its own.
     """
 
     build: Callable[[Case], Apply]
     missing: Callable[[str], str]
+    recordable: bool = True
 
 
 PROVIDERS: dict[str, Provider] = {}
 
 
-def provider(name: str, missing: Callable[[str], str] = lambda device: "") -> Callable[[Callable], Callable]:
+def provider(
+    name: str, missing: Callable[[str], str] = lambda device: "", recordable: bool = True
+) -> Callable[[Callable], Callable]:
     """Register a :class:`Provider` under ``name``; tables keep the order of registration."""
 
     def register(build: Callable[[Case], Apply]) -> Callable[[Case], Apply]:
-        PROVIDERS[name] = Provider(build, missing)
+        PROVIDERS[name] = Provider(build, missing, recordable)
         return build
 
     return register
@@ -147,7 +151,7 @@ def compiled(case: Case) -> Apply:
     return torch.compile(eager(case), dynamic=False)
 
 
-@provider("torch.compile, CUDA graphs", _without_gpu)
+@provider("torch.compile, CUDA graphs", _without_gpu, recordable=False)
 def graphed(case: Case) -> Apply:
     torch._dynamo.reset()
     return torch.compile(eager(case), dynamic=False, mode="reduce-overhead")
@@ -227,24 +231,51 @@ def make(name: str, case: Case, backward: bool) -> Callable[[], object]:
         Unavailable: the provider does not serve this case.
         Wrong: its result is off.
     """
+    (call,) = calls(name, case, backward, 1)
+    check(name, case, call())
+    return call
+
+
+def calls(name: str, case: Case, backward: bool, buffers: int) -> list[Callable[[], list[Tensor]]]:
+    """Calls of a provider that do the same on buffers of their own; each returns out, and dx and the gradient of the
+    weights after it. Nothing is checked yet, see :func:`check`.
+
+    Raises:
+        Unavailable: the provider does not serve this case.
+    """
     apply = PROVIDERS[name].build(case)
     # Generated weights are float32 and cast at every call; a provider with parameters of its own has them in x's dtype.
     packed = case.packed.clone().requires_grad_(backward)
-    x = case.x.clone().requires_grad_(backward)
-    leaves = [x, *getattr(apply, "parameters", [packed])]
+    weights = getattr(apply, "parameters", [packed])
 
-    def forward_only() -> Tensor:
-        with torch.no_grad():
-            return apply(x, packed)
+    def on_buffers(x: Tensor, g: Tensor) -> Callable[[], list[Tensor]]:
+        def forward_only() -> list[Tensor]:
+            with torch.no_grad():
+                return [apply(x, packed)]
 
-    def forward_backward() -> list[Tensor]:
-        out = apply(x, packed)
-        return [out, *torch.autograd.grad(out, leaves, case.g)]
+        def forward_backward() -> list[Tensor]:
+            out = apply(x, packed)
+            return [out.detach(), *torch.autograd.grad(out, [x, *weights], g)]
 
-    results = forward_backward() if backward else [forward_only()]
-    # dpacked is not compared where the provider trains parameters of its own
-    for what, mine, truth in zip(("out", "dx", "dpacked")[: 3 if leaves[1] is packed else 2], results, case.truth):
+        return forward_backward if backward else forward_only
+
+    return [on_buffers(case.x.clone().requires_grad_(backward), case.g.clone()) for _ in range(buffers)]
+
+
+def check(name: str, case: Case, results: list[Tensor]) -> float:
+    """Compare what a call returned with float64; returns the largest relative error.
+
+    Raises:
+        Wrong: it is too large for rounding.
+    """
+    worst = 0.0
+    for what, mine, truth in zip(("out", "dx", "dpacked"), results, case.truth):
+        if mine.shape != truth.shape:
+            if what == "dpacked":
+                continue  # the gradients of a provider's own parameters are not compared
+            raise Wrong(f"{name}: {what} is {list(mine.shape)}, expected {list(truth.shape)}")
         error = relative_error(mine, truth)
         if not error <= 16 * torch.finfo(case.dtype).eps:
             raise Wrong(f"{name}: {what} is off by {error:.1e} relative to float64")
-    return forward_backward if backward else forward_only
+        worst = max(worst, error)
+    return worst

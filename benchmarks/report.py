@@ -3,9 +3,13 @@
     python benchmarks/report.py [--sizes T5-base] [--rows 1024 4096] [--reductions 32] [--dtypes fp32 bf16]
         [--rounds 15] [--device cuda] [--output DIR]
 
-All providers take turns in one process, and each result is checked against float64 before it is timed. The ceilings are
-measured beside them: the bytes at the rate of a copy, and the operations at the rate of a large product of the same
-dtype. "of bound" is the larger of the two least times over the time that we took.
+All providers take turns in one process, and what was timed is checked against float64; a result that is wrong has no
+ratio. The ceilings are measured beside them: the bytes at the rate of a copy, and the operations at the rate of a large
+product of the same dtype. "of bound" is the larger of the two least times over the time that we took.
+
+On a GPU every provider is recorded in a CUDA graph, so that like is compared with like: ratios are of the GPU's own
+time. What was called eagerly has the host's time too, and ", called" in its name; torch.compile's own CUDA graphs are
+always called.
 """
 
 from __future__ import annotations
@@ -14,15 +18,18 @@ from collections.abc import Callable
 
 import torch
 from plots import draw
-from providers import DTYPES, MODELS, OURS, PROVIDERS, Case, Unavailable, absent, make, present
+from providers import DTYPES, MODELS, OURS, PROVIDERS, Case, Unavailable, Wrong, absent, calls, check, present
 from rich.progress import track
-from timing import arguments, interleaved, machine, show, write
+from timing import Timed, arguments, interleaved, machine, show, write
+
+from hyperformer_fast import graph_timing
 
 
-def ceilings(case: Case) -> dict[str, Callable[[], object]]:
+def ceilings(case: Case) -> dict[str, list[Callable[[], object]]]:
     """The calls whose rates bound every provider: a copy of x into fresh memory, and a square product of its dtype."""
     a, b = (torch.randn(side(case), side(case)).to(case.dtype).to(case.device) for _ in range(2))
-    return {"copy": lambda: torch.empty_like(case.x).copy_(case.x), "product": lambda: a @ b}
+    sources = [case.x.clone() for _ in range(graph_timing.buffers(case.row_bytes, case.device))]
+    return {"copy": [lambda x=x: torch.empty_like(x).copy_(x) for x in sources], "product": [lambda: a @ b]}
 
 
 def side(case: Case) -> int:
@@ -30,36 +37,72 @@ def side(case: Case) -> int:
     return 8192 if case.device.startswith("cuda") else 1024
 
 
+#: What is added to the name of a provider whose time includes the host's.
+CALLED = ", called"
+
+
+def timed(name: str, case: Case, backward: bool) -> dict[str, Timed]:
+    """The ways in which a provider is timed, by the name of its ratio; each is checked.
+
+    Raises:
+        Unavailable: the provider does not serve this case.
+        Wrong: its result is off.
+    """
+    on_gpu = case.device.startswith("cuda")
+    made = calls(name, case, backward, graph_timing.buffers(case.row_bytes, case.device))
+    check(name, case, made[0]())
+    if not (on_gpu and PROVIDERS[name].recordable):
+        return {name: made[0]}
+    recorded = graph_timing.record(made, case.device)
+    recorded.replay()
+    check(name, case, recorded.results[-1])
+    return {name: recorded, f"{name}{CALLED}": made[0]}
+
+
 def measure(case: Case, backward: bool, rounds: int) -> dict:
-    calls, without = {}, absent(case.device)
+    """The ratios of one case; ``absent`` and ``wrong`` say why a provider has none."""
+    ways: dict[str, Timed] = {}
+    without, wrong = absent(case.device), {}
     for name in present(case.device):
         try:
-            calls[name] = make(name, case, backward)
+            ways |= timed(name, case, backward)
+        except Wrong as error:
+            wrong[name] = str(error)
         except Unavailable as error:
-            if name == OURS:
-                raise
             without[name] = str(error)
-    times = interleaved({**calls, **ceilings(case)}, rounds)
+    found = {
+        "N": case.N, "d": case.d, "b": case.b, "dtype": str(case.dtype).removeprefix("torch."), "backward": backward,
+        "ratios": {}, "absent": without,
+    }  # fmt: skip
+    if wrong:
+        found["wrong"] = wrong
+    if OURS not in ways:
+        return found
+    bounds: dict[str, Timed] = {
+        name: graph_timing.record(made, case.device) if case.device.startswith("cuda") else made[0]
+        for name, made in ceilings(case).items()
+    }
+    times = interleaved({**ways, **bounds}, rounds)
     copy, product = times.pop("copy"), times.pop("product")
     flops, tensors = case.forward_flops * (3 if backward else 1), 5 if backward else 2
     # A copy touches two tensors like x. A forward must touch two (x, out), a backward three more (g, x, dx).
     bound = max(copy * tensors / 2, flops / (2 * side(case) ** 3 / product))
     return {
-        "N": case.N, "d": case.d, "b": case.b, "dtype": str(case.dtype).removeprefix("torch."), "backward": backward,
+        **found,
         "ratios": {name: t / times[OURS] for name, t in times.items()},
+        "our_seconds": times[OURS],
         "of_bound": bound / times[OURS],
         "bound_by": "bytes" if bound == copy * tensors / 2 else "flops",
-        "absent": without,
-    }  # fmt: skip
+    }
 
 
 def table(results: list[dict], where: dict[str, str]) -> None:
-    rivals = [name for name in PROVIDERS if name != OURS]
+    rivals = list(dict.fromkeys(name for r in results for name in r["ratios"] if name != OURS))
     rows = [
         (
             "fwd+bwd" if r["backward"] else "fwd", r["d"], r["b"], r["N"], r["dtype"],
             *(r["ratios"].get(name, "-") for name in rivals),
-            f"{100 * r['of_bound']:.0f} % ({r['bound_by']})",
+            f"{100 * r['of_bound']:.0f} % ({r['bound_by']})" if "of_bound" in r else "-",
         )
         for r in results
     ]  # fmt: skip
@@ -95,6 +138,8 @@ def main() -> None:
         print(f"not measured: {name}: {reason}")
     path = write("adapter", where, results, options.output)
     draw(path)
+    if wrong := sorted({why for r in results for why in r.get("wrong", {}).values()}):
+        raise SystemExit(f"wrong: {'; '.join(wrong)}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,13 @@
-"""What every report shares: its command line, interleaved timing, the machine's description, tables and JSON."""
+"""What every report shares: its command line, interleaved timing, the machine's description, tables and JSON.
+
+A GPU is timed in one way: launches recorded in a CUDA graph and timed by events (``hyperformer_fast.graph_timing``).
+What is called eagerly there is timed with the host's time, and says so.
+"""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import platform
@@ -10,14 +15,17 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from hyperformer_fast import atomic, graph_timing
 from hyperformer_fast.backends import explain
 from hyperformer_fast.backends.cpu import CpuBackend
+from hyperformer_fast.graph_timing import Recorded
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -86,25 +94,43 @@ def slug(where: dict[str, str]) -> str:
     return f"{where['instruction_set'].lower()}-{where['backend']}-{where['threads']}threads"
 
 
-def seconds(call: Callable[[], object], repeats: int) -> float:
-    """Mean seconds per call; on a GPU, synchronises after the last."""
+class Within(NamedTuple):
+    """A call that is timed within a context, whose entry and exit are not timed."""
+
+    context: Callable[[], contextlib.AbstractContextManager]
+    call: Callable[[], object]
+
+
+Timed = Recorded | Within | Callable[[], object]
+
+
+def seconds(timed: Timed, repeats: int) -> float:
+    """Mean seconds per call.
+
+    Of what is recorded in a CUDA graph, this is the GPU's own time per launch; ``repeats`` is not read then. Otherwise
+    it is the host's time, and on a GPU until it has finished the last call.
+    """
+    if isinstance(timed, Recorded):
+        return graph_timing.seconds(timed)
+    context, call = timed if isinstance(timed, Within) else (contextlib.nullcontext, timed)
     settle = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
-    settle()
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    settle()
-    return (time.perf_counter() - start) / repeats
+    with context():
+        settle()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        settle()
+        return (time.perf_counter() - start) / repeats
 
 
-def interleaved(calls: dict[str, Callable[[], object]], rounds: int, least: float = 2e-3) -> dict[str, float]:
+def interleaved(calls: dict[str, Timed], rounds: int, least: float = 2e-3) -> dict[str, float]:
     """Median seconds of each call over ``rounds`` in which all calls take turns, so that disturbances meet all alike.
 
-    A turn repeats the call until it lasts about ``least`` seconds.
+    A turn repeats a call until it lasts about ``least`` seconds; one that is recorded is replayed once.
     """
     repeats = {}
     for name, call in calls.items():
-        call()
+        seconds(call, 1)
         repeats[name] = max(1, round(least / max(seconds(call, 1), 1e-7)))
     times: dict[str, list[float]] = {name: [] for name in calls}
     gc.collect()
@@ -139,6 +165,7 @@ def write(name: str, where: dict[str, str], results: object, folder: Path = RESU
     """Write ``folder/name-<machine>.json``, named by :func:`slug`; returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}-{slug(where)}.json"
-    path.write_text(json.dumps({"machine": where, "results": results}, indent=1) + "\n")
+    with atomic.write_file(path) as partial:
+        partial.write_text(json.dumps({"machine": where, "results": results}, indent=1) + "\n")
     print(path)
     return path
