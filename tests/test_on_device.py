@@ -1,11 +1,16 @@
 """The kernels on a GPU: large shapes, every option, graphs, streams, offsets beyond 32 bits.
 
 ``HYPERFORMER_FAST_TEST_DEVICE`` names another device than "cuda": with "cpu" these tests try themselves out.
+``HYPERFORMER_FAST_TEST_BACKENDS`` names the backends, separated by commas. A dozen fixed examples come first; they
+compile some sixty Triton kernels. The sweep compiles about six for every example: ``HYPERFORMER_FAST_SWEEP_SECONDS``
+ends it after a time, and ``HYPERFORMER_FAST_SWEEP_EXAMPLES`` after a number.
 """
 
 from __future__ import annotations
 
 import os
+import time
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -25,7 +30,8 @@ DEVICE = os.environ.get("HYPERFORMER_FAST_TEST_DEVICE", "cuda")
 ON_GPU = DEVICE.startswith("cuda")
 pytestmark = pytest.mark.skipif(ON_GPU and not torch.cuda.is_available(), reason="needs a GPU, and torch sees none")
 #: Quick backends of the device, the reference apart.
-BACKENDS = ["triton", "cuda"] if ON_GPU else ["cpu"]
+BACKENDS = os.environ.get("HYPERFORMER_FAST_TEST_BACKENDS", "triton,cuda" if ON_GPU else "cpu").split(",")
+SWEEP_SECONDS = float(os.environ.get("HYPERFORMER_FAST_SWEEP_SECONDS", "inf"))
 
 
 def skip_where_absent(name: str) -> None:
@@ -41,11 +47,73 @@ def backend(request):
         yield request.param
 
 
+class Example(NamedTuple):
+    """An adapter and a batch of 5 x 37 rows."""
+
+    layout: AdapterLayout
+    dtype: torch.dtype
+    activation: str = "gelu_new"
+    T: int = 1  #: tasks; with more than one, some samples have none
+    contiguous: bool = True
+
+    def __str__(self) -> str:
+        norms = "-".join(name for name, on in (("pre", self.layout.pre_norm), ("post", self.layout.post_norm)) if on)
+        return f"{self.layout.d}-{self.layout.b}-{norms}-{self.dtype}-{self.activation}-{self.T}"
+
+
+#: Every published shape, dtype, norm and activation, widths and bottlenecks off a power of two, rows that stay on chip
+#: and rows that do not.
+EXAMPLES = [
+    Example(AdapterLayout(768, 24), torch.bfloat16),
+    Example(AdapterLayout(768, 24), torch.bfloat16, T=3),
+    Example(AdapterLayout(768, 24), torch.float32, T=3, contiguous=False),
+    Example(AdapterLayout(768, 24), torch.float16),
+    Example(AdapterLayout(768, 24, pre_norm=True), torch.bfloat16, "gelu", T=3, contiguous=False),
+    Example(AdapterLayout(512, 16), torch.float32, "silu"),
+    Example(AdapterLayout(1024, 32), torch.bfloat16, "silu", T=2),
+    Example(AdapterLayout(1024, 128), torch.bfloat16, T=2),
+    Example(AdapterLayout(1024, 64, pre_norm=True), torch.float32, T=2),
+    Example(AdapterLayout(97, 5, post_norm=False), torch.float16, "gelu", T=2, contiguous=False),
+    Example(AdapterLayout(2050, 24), torch.bfloat16, T=2, contiguous=False),
+    Example(AdapterLayout(40, 3, pre_norm=True, post_norm=False), torch.float32, "relu", T=2),
+]
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=str)
+def test_an_example(backend, example):
+    layout, T = example.layout, example.T
+    index = torch.tensor([0, T - 1, -1, 1, 0], device=DEVICE) if T > 1 else None
+    packed = random_packed(layout, T).float().to(DEVICE)
+    while True:
+        x, g = (torch.randn(5, 37, 2 * layout.d).to(DEVICE, example.dtype)[..., : layout.d] for _ in range(2))
+        if example.contiguous:
+            x, g = x.contiguous(), g.contiguous()
+        if example.activation != "relu" or away_from_the_kink(x, packed, layout, index):
+            break
+    check_against_truth(x, g, packed, layout, example.activation, index, backend=backend)
+
+
+class Sweep:
+    """When the sweep ends, and how many examples were checked until then."""
+
+    def __init__(self, seconds: float):
+        self.end, self.checked = time.monotonic() + seconds, 0
+
+
+@pytest.fixture(scope="module")
+def sweep():
+    made = Sweep(SWEEP_SECONDS)
+    yield made
+    print(f"\nsweep: {made.checked} examples checked")
+
+
 @pytest.mark.parametrize("backend_name", BACKENDS)
 @settings(max_examples=int(os.environ.get("HYPERFORMER_FAST_SWEEP_EXAMPLES", 400)), deadline=None, print_blob=True)
 @given(data=st.data())
-def test_sweep(backend_name, data):
+def test_sweep(backend_name, sweep, data):
     skip_where_absent(backend_name)
+    if time.monotonic() > sweep.end:
+        return
     draw = data.draw
     torch.manual_seed(draw(st.integers(0, 2**31), label="seed"))
     layout = AdapterLayout(
@@ -66,6 +134,7 @@ def test_sweep(backend_name, data):
     if activation == "relu":
         assume(away_from_the_kink(x, packed, layout, index))
     check_against_truth(x, g, packed, layout, activation, index, backend=backend_name)
+    sweep.checked += 1
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
@@ -84,9 +153,10 @@ def test_a_whole_stack_is_generated_and_folded(backend, dtype):
     layout = AdapterLayout(768, 24)
     E, G, g0 = (torch.randn(s, device=DEVICE) for s in ((2, 50, 64), (2, layout.numel, 64), (2, layout.numel)))
     packed = ops.generate_weights(E, G, g0)
+    folded = ops.fold(packed, layout, dtype)
     truth = reference.generate_weights(E.double(), G.double(), g0.double())
     assert (packed.double() - truth).norm() <= 1e-6 * truth.norm()
-    for mine, exact in zip(ops.fold(packed, layout, dtype), reference.fold(packed.double(), layout, torch.float64)):
+    for mine, exact in zip(folded, reference.fold(packed.double(), layout, torch.float64)):
         assert (mine.double() - exact).norm() <= torch.finfo(mine.dtype).eps * exact.norm()
 
 
