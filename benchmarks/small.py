@@ -17,7 +17,7 @@ from unittest import mock
 
 import torch
 from providers import ACTIVATION, Case
-from timing import Timed, Within, arguments, interleaved, machine, relative_error, show, write
+from timing import Timed, Within, arguments, interleaved, machine, relative_error, show, tolerance, write
 from torch import Tensor
 
 from hyperformer_fast import backends, graph_timing, ops, reference
@@ -113,7 +113,7 @@ def measure(device: str, rows: list[int], rounds: int) -> Iterator[dict]:
                         recorded = graph_timing.record(made[what], device)
                         recorded.replay()
                     error = relative_error(recorded.results[-1], truth)
-                    if not error <= 16 * torch.finfo(case.dtype).eps:
+                    if not error <= tolerance(case.dtype):
                         wrong[name] = f"off by {error:.1e} relative to float64"
                         continue
                     ways["called"][name] = Within(lambda name=name: form(name), made[what][0])

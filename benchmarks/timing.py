@@ -51,6 +51,12 @@ def relative_error(mine: Tensor, truth: Tensor) -> float:
     return ((mine.double() - truth.double()).norm() / truth.double().norm()).item()
 
 
+def tolerance(dtype: torch.dtype) -> float:
+    """The largest relative error of what may be timed. Eager PyTorch's sums in float32 are off by several units in the
+    last place; what is rounded to 16 bits at the end is off by less than one."""
+    return (16 if dtype in (torch.float32, torch.float64) else 4) * torch.finfo(dtype).eps
+
+
 def machine(device: str = "cpu") -> dict[str, str]:
     """The CPU, PyTorch's instruction set and ours, threads and torch; or the GPU, where that is the device."""
     if device.startswith("cuda"):

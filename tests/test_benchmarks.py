@@ -40,7 +40,6 @@ def benchmark_module(monkeypatch):
         "stack.py --quick",
         "memory.py --quick",
         "training.py --quick",
-        "gpu_report.py --dry-run --parts tests sanitizer kernels small memory",
         "small.py --device cpu --rows 3 --rounds 1",
     ],
     ids=lambda command: command.split()[0],
@@ -138,6 +137,34 @@ def test_a_provider_that_computes_something_else_is_not_timed(benchmark_module, 
     assert providers.make("eager", case, True)()[0].shape == (3, 16)
 
 
+@needs_library
+def test_a_form_that_is_wrong_has_no_ratio(benchmark_module, monkeypatch):
+    small = benchmark_module("small")
+    right = small.ops.adapter
+    monkeypatch.setattr(small.ops, "adapter", lambda *arguments: right(*arguments) * 1.1)
+    forward, site = small.measure("cpu", [3], 1)
+    assert forward["over_first"] == {} and "off by 1.0e-01" in forward["wrong"]["cpu"]
+    assert site["over_first"] == {"cpu": 1.0} and "wrong" not in site
+
+
+def test_a_rival_that_is_wrong_has_no_ratio_and_is_named(benchmark_module, monkeypatch):
+    providers, report = benchmark_module("providers"), benchmark_module("report")
+    chosen = {name: providers.PROVIDERS[name] for name in ("eager", providers.OURS)}
+    chosen["identity"] = providers.Provider(lambda case: lambda x, packed: x * 1, lambda device: "")
+    for module in (providers, report):
+        monkeypatch.setattr(module, "PROVIDERS", chosen)
+    found = report.measure(providers.Case(3, 16, 4, providers.DTYPES["fp32"]), False, 1)
+    assert set(found["ratios"]) == {"eager", providers.OURS}
+    assert "identity: out is off by" in found["wrong"]["identity"]
+
+
+def test_compiled_cases_do_not_meet_each_others_guards(benchmark_module):
+    providers = benchmark_module("providers")
+    function = providers.eager(providers.Case(3, 16, 4, providers.DTYPES["fp32"]))
+    copies = [providers.own_code(function) for _ in range(2)]
+    assert len({id(each.__code__) for each in (function, *copies)}) == 3
+
+
 @pytest.fixture
 def figures(monkeypatch):
     """The figures that are saved, kept open so that they can be looked at."""
@@ -154,16 +181,21 @@ def figures(monkeypatch):
 GPU_REPORT = {
     "machine": {"gpu": "a GPU", "torch": "2.13.0", "backend": "triton"},
     "results": {
-        "kernels": [
-            {
-                "backend": backend,
-                "dtype": dtype,
-                "N": N,
-                "forward_of_copy_bandwidth": 0.8,
-                "both_of_copy_bandwidth": 0.5,
-            }
-            for backend, dtype, N in itertools.product(("triton", "cuda"), ("bfloat16", "float32"), (1024, 4096, 65536))
-        ]
+        "kernels": {
+            "entries": [
+                {
+                    "backend": backend,
+                    "dtype": dtype,
+                    "N": N,
+                    "tasks": "one",
+                    "forward_of_copy_bandwidth": 0.8,
+                    "both_of_copy_bandwidth": 0.5,
+                }
+                for backend, dtype, N in itertools.product(
+                    ("triton", "cuda"), ("bfloat16", "float32"), (1024, 4096, 65536)
+                )
+            ]
+        }
     },
 }
 RESULTS = sorted(path for path in (BENCHMARKS / "results").glob("*.json") if path.with_suffix(".png").exists())
