@@ -1,221 +1,214 @@
-"""Test and time everything on a GPU, in one command.
+"""Time and test everything on a GPU, in one command.
 
-    python benchmarks/gpu_report.py [--output DIR] [--parts tests adapter ...] [--dry-run]
+    python benchmarks/gpu_report.py [--parts kernels adapter ...] [--build] [--limit SECONDS] [--output DIR] [--dry-run]
+    python benchmarks/gpu_report.py --warm DIR --arch 90 [--keyed-for DIR]      # on a machine without a GPU
 
-tests        tests/test_on_device.py
-sanitizer    compute-sanitizer (memcheck, racecheck, synccheck), where it is found, over every op of both backends
-kernels      each Triton and CUDA kernel's own time, from the profiler, and the adapter's share of a copy's bandwidth
-small        small.py: few rows and whole sites, by both backends and every form of the CUDA library
-adapter      report.py: eager, torch.compile with CUDA graphs and without, `adapters`, ours, and two ceilings
-memory       the peak memory of a forward and backward, ours and eager's
+Each part runs in a process of its own, with its own limit; one that crashes or hangs is killed with everything that it
+started, and the next one runs. What a part measures is printed and written to the JSON file at once, so that a run that
+is cut off leaves all that was measured. Numbers come first; what only looks for faults comes last. Whatever is timed is
+checked in the same run, and has no number if it is wrong. The exit code is 1 if anything failed.
 
-Parts that start processes have time limits, and a part that fails does not stop the others. JSON and plots are named
-after the device. ``--dry-run`` walks through all parts on the CPU with tiny inputs.
+A report needs torch and one of our backends. What else is missing (the CUDA library, nvcc, compute-sanitizer,
+`adapters`) is named and left out. ``--build`` first compiles the CUDA library for this GPU alone. ``--dry-run`` walks
+through all parts on the CPU with tiny inputs, and counts what a real run compiles. ``--warm`` compiles the Triton
+kernels into a folder that can be carried to a GPU machine and named there by TRITON_CACHE_DIR
+(docs/performance.md#on-a-gpu).
+
+Each part's results have a ``status`` (done, failed, crashed, timed out, skipped), seconds, and ``entries`` in the order
+in which they came. An entry has a ``line`` for people, numbers, and, where they apply, ``absent``, ``wrong`` or
+``failed`` with reasons.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
-import re
-import shutil
 import subprocess
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from plots import draw
-from providers import ACTIVATION, OURS, Case, make, present
-from small import ROWS, ours
-from small import measure as measure_small
-from timing import RESULTS, machine, seconds, show, write
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the package beside this folder
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from gpu import children, planted
+from gpu.plan import LIMIT, PARTS
 
-from hyperformer_fast import backends, ops
-from hyperformer_fast.layout import AdapterLayout
+from hyperformer_fast import atomic
 
-ROOT = Path(__file__).parents[1]
-SANITIZER_TOOLS = ("memcheck", "racecheck", "synccheck")
-#: Our kernels in the names that the profiler reports, of either backend.
-KERNEL = re.compile(r"\b([a-z_]+)_kernel\b")
+RESULTS = Path(__file__).resolve().parent / "results"
+#: A part is skipped if fewer seconds are left for it.
+LEAST = 3
 
 
-def run(command: list[str], limit: float, **environment: str) -> dict:
-    """Run a command for ``limit`` seconds at most: its exit code (-1 if it took too long), seconds, and last output."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")])
-    start = time.perf_counter()
-    try:
-        done = subprocess.run(
-            command, env={**os.environ, "PYTHONPATH": path, **environment}, cwd=ROOT / "benchmarks",
-            capture_output=True, text=True, timeout=limit,
-        )  # fmt: skip
-        code, said = done.returncode, done.stdout + done.stderr
-    except subprocess.TimeoutExpired as late:
-        code, said = -1, f"{(late.stdout or b'').decode()}\ntook more than {limit:.0f} s"
-    return {"exit": code, "seconds": round(time.perf_counter() - start), "said": said[-4000:]}
+class Report:
+    """The results so far, as a file that is always whole.
+
+    Args:
+        folder: where the file is written; its name says which machine it is from as soon as that is known.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.machine, self.results = folder, {}, {}
+        self.path = folder / "gpu-report-unknown.json"
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def name(self, where: dict[str, str], slug: str) -> None:
+        self.path.unlink(missing_ok=True)
+        self.machine, self.path = where, self.folder / f"gpu-report-{slug}.json"
+
+    def write(self) -> None:
+        with atomic.write_file(self.path) as partial:
+            partial.write_text(json.dumps({"machine": self.machine, "results": self.results}, indent=1) + "\n")
+
+    def failures(self) -> list[str]:
+        """One line for each part and each entry that failed."""
+        found = []
+        for name, part in self.results.items():
+            if part["status"] != "done":
+                found.append(f"{name}: {part['status']}: {part['detail']}")
+            for entry in part["entries"]:
+                if "failed" in entry:
+                    found.append(f"{name}: {entry['line']}")
+                for what, why in entry.get("wrong", {}).items():
+                    found.append(f"{name}: wrong: {what}: {why}")
+        return list(dict.fromkeys(found))
+
+    def absent(self) -> list[str]:
+        """What was not measured, and why."""
+        return list(dict.fromkeys(
+            f"{what}: {why}"
+            for part in self.results.values()
+            for entry in part["entries"]
+            for what, why in entry.get("absent", {}).items()
+        ))  # fmt: skip
 
 
-def tests(options: argparse.Namespace) -> dict:
-    return run(
-        [sys.executable, "-m", "pytest", "-q", "--import-mode=importlib", "-p", "no:cacheprovider",
-         str(ROOT / "tests/test_on_device.py")],
-        140, HYPERFORMER_FAST_TEST_DEVICE=options.device,
-        HYPERFORMER_FAST_SWEEP_EXAMPLES="3" if options.dry_run else "200",
-    )  # fmt: skip
+def run_part(name: str, options: argparse.Namespace, report: Report, limit: float, elapsed) -> None:
+    """Run one part, and keep each entry as it comes."""
+    found = report.results[name] = {"status": "running", "limit": round(limit), "entries": []}
+
+    def keep(entry: dict) -> None:
+        if "compiled" in entry:
+            found["compiled"] = entry["compiled"]
+            return
+        found["entries"].append(entry)
+        if "slug" in entry:
+            report.name(entry["where"], entry["slug"])
+            options.arch = entry.get("arch", options.arch)
+        report.write()
+        print(f"[{elapsed():5.0f} s] {name}: {entry['line']}", flush=True)
+
+    passed = {
+        "device": "cpu" if options.dry_run else options.device, "dry_run": options.dry_run, "limit": limit,
+        "backend": PARTS[name].backend, "arch": options.arch, "plant": options.plant.get(name),
+    }  # fmt: skip
+    command = [sys.executable, "-m", "gpu.child", name, json.dumps(passed)]
+    ended = children.run(command, limit, keep)
+    found |= {"status": ended.status, "seconds": ended.seconds, "detail": ended.detail}
+    if ended.status != "done":
+        found["said"] = ended.said
+    compiled = found.get("compiled", {}).get("ours")
+    more = f"; {compiled['compiled']} kernels compiled in {compiled['seconds']:.0f} s" if compiled else ""
+    print(f"[{elapsed():5.0f} s] {name}: {ended.status} after {ended.seconds} s {ended.detail}{more}", flush=True)
+    if ended.status != "done":
+        print(*(f"    {line}" for line in ended.said.strip().splitlines()[-8:]), sep="\n", flush=True)
+    report.write()
 
 
-def every_op(device: str) -> None:
-    """Run all kernels once, with mixed tasks, ragged rows, many rows and few, for the sanitizer to look at."""
-    for name in ours(device):
-        with backends.use_backend(name):
-            for dtype, d, b, pre in ((torch.bfloat16, 768, 24, False), (torch.float32, 97, 5, True)):
-                layout = AdapterLayout(d, b, pre)
-                shapes = (1, 3, 64), (1, layout.numel, 64), (1, layout.numel)
-                E, G, g0 = (torch.randn(shape, device=device) for shape in shapes)
-                packed = ops.generate_weights(E, G, g0)[0].requires_grad_()
-                index = torch.tensor([2, -1, 0, 2], device=device)
-                for L in (33, 1):
-                    x = torch.randn(4, L, d, device=device).to(dtype).requires_grad_()
-                    out = ops.adapter(x, packed, layout, ACTIVATION, task_index=index)
-                    torch.autograd.grad(out, (x, packed), torch.ones_like(out))
-                    ops.hyper_adapter(x, E[0], G[0], g0[0], layout, ACTIVATION, index)
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
+def pair(text: str) -> tuple[str, str]:
+    """``part=value`` of the command line."""
+    name, sign, value = text.partition("=")
+    if not sign or name not in PARTS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not PART=VALUE with a part of {', '.join(PARTS)}")
+    return name, value
 
 
-def sanitizer(options: argparse.Namespace) -> dict:
-    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
-    call = [sys.executable, __file__, "--every-op", "--device", options.device]
-    if tool is None:
-        return {"exit": 0, "said": "compute-sanitizer is not on this machine", "plain": run(call, 60)["exit"]}
-    return {
-        name: run([tool, "--tool", name, "--error-exitcode", "9", *call], 60, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-        for name in SANITIZER_TOOLS
-    }
-
-
-def kernels(options: argparse.Namespace) -> list[dict]:
-    """Time each kernel by the profiler, and the whole adapter as a share of a same-size copy's bandwidth."""
-    activity = torch.profiler.ProfilerActivity
-    activities = [activity.CPU] if options.device == "cpu" else [activity.CPU, activity.CUDA]
-    found = []
-    for N in [130] if options.dry_run else [1024, 4096, 16384, 65536]:
-        for dtype in (torch.bfloat16, torch.float32):
-            case = Case(N, 768, 24, dtype, options.device)
-            for backend in ours(options.device):
-                with backends.use_backend(backend):
-                    found.append({"backend": backend, **kernels_of(case, activities, 2 if options.dry_run else 20)})
-    return found
-
-
-def kernels_of(case: Case, activities: list, repeats: int) -> dict:
-    calls = {"forward": make(OURS, case, False), "both": make(OURS, case, True)}
-    for call in calls.values():
-        seconds(call, 3)
-    with torch.profiler.profile(activities=activities) as profile:
-        seconds(calls["both"], repeats)
-    times: dict[str, float] = defaultdict(float)
-    for event in profile.key_averages():
-        kernel = KERNEL.search(event.key)
-        if kernel and getattr(event, "self_device_time_total", 0):
-            times[kernel[1]] += event.self_device_time_total / repeats
-    copy = seconds(lambda: torch.empty_like(case.x).copy_(case.x), repeats)
-    whole = {name: seconds(call, repeats) for name, call in calls.items()}
-    return {
-        "N": case.N,
-        "dtype": str(case.dtype).removeprefix("torch."),
-        "kernel_us": dict(times),
-        # a forward reads x and writes out, as a copy does; a backward reads g and x and writes dx besides
-        "forward_of_copy_bandwidth": copy / whole["forward"],
-        "both_of_copy_bandwidth": 2.5 * copy / whole["both"],
-    }
-
-
-def small(options: argparse.Namespace) -> list[dict]:
-    return measure_small(options.device, [3] if options.dry_run else list(ROWS), 1 if options.dry_run else 9)
-
-
-def adapter(options: argparse.Namespace) -> dict:
-    rows = ["65"] if options.dry_run else ["128", "1024", "4096", "16384"]
-    return run(
-        [sys.executable, "report.py", "--device", options.device, "--rounds", "1" if options.dry_run else "9",
-         "--rows", *rows, "--output", str(options.output)],
-        150,
-    )  # fmt: skip
-
-
-def memory(options: argparse.Namespace) -> list[dict]:
-    """The peak memory of a forward and backward beyond x, g and the weights, in sizes of x."""
-    if options.device == "cpu":
-        return []
-    found = []
-    for dtype in (torch.bfloat16, torch.float32):
-        case = Case(16384, 768, 24, dtype, options.device)
-        peaks = {}
-        for provider in sorted({"eager", OURS, f"{OURS}, CUDA C++"} & {*present(options.device)}):
-            call = make(provider, case, True)
-            call()
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            call()
-            peaks[provider] = (torch.cuda.max_memory_allocated() - before) / case.row_bytes
-        found.append({"dtype": str(dtype).removeprefix("torch."), "peak_over_x": peaks})
-    return found
-
-
-PARTS: dict[str, Callable[[argparse.Namespace], object]] = {
-    "tests": tests, "sanitizer": sanitizer, "kernels": kernels, "small": small, "adapter": adapter, "memory": memory,
-}  # fmt: skip
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse() -> argparse.Namespace:
+    parts = "\n".join(f"  {name:13}{part.budget:4} s  {part.what}" for name, part in PARTS.items())
+    parser = argparse.ArgumentParser(
+        description=f"{__doc__}\nparts, with their budgets:\n{parts}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, help="only these parts, and the machine's description")
+    parser.add_argument("--build", action="store_true", help="compile the CUDA library first")
+    parser.add_argument("--limit", type=float, default=LIMIT, metavar="SECONDS", help=f"of it all (default: {LIMIT})")
+    parser.add_argument(
+        "--budget", nargs="+", type=pair, default=[], metavar="PART=SECONDS", help="another limit of a part"
+    )
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, tiny")
-    parser.add_argument("--every-op", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--warm", type=Path, metavar="DIR", help="compile the Triton kernels into this folder, and exit"
+    )
+    parser.add_argument("--arch", type=int, default=90, help="the architecture for --warm (default: 90)")
+    parser.add_argument(
+        "--keyed-for", type=Path, metavar="DIR",
+        help="--warm for the build of the same Triton whose wheel is unpacked in DIR, as of another version of Python",
+    )  # fmt: skip
+    parser.add_argument("--plant", nargs="+", type=pair, default=[], help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.every_op:
-        return every_op(options.device)
-    if options.dry_run:
-        options.device = "cpu"
-    elif not torch.cuda.is_available():
-        sys.exit("gpu_report.py needs a GPU, and torch sees none; --dry-run walks through it on the CPU")
-    where, report = machine(options.device), {}
-    for name in options.parts:
-        print(f"{name} ...", flush=True)
-        start = time.perf_counter()
-        try:
-            report[name] = PARTS[name](options)
-        except Exception as error:  # whatever failed, the other parts must still run
-            report[name] = {"exit": 1, "said": f"{type(error).__name__}: {error}"}
-        print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
-        path = write("gpu-report", where, report, options.output)
-    shares = report.get("kernels")
-    if isinstance(shares, list):
-        passes = ("forward", "both")
-        rows = [
-            (
-                r["backend"],
-                r["N"],
-                r["dtype"],
-                *(f"{100 * r[f'{w}_of_copy_bandwidth']:.0f} %" for w in ("forward", "both")),
-            )
-            for r in shares
-        ]
-        show("Share of a same-size copy's bandwidth", where, ("backend", "N", "dtype", *passes), rows)
-        draw(path)
-    failed = [name for name, found in report.items() if isinstance(found, dict) and found.get("exit", 0)]
-    failed += [
-        f"sanitizer {tool}" for tool, found in report.get("sanitizer", {}).items()
-        if isinstance(found, dict) and found["exit"]
+    options.budget, options.plant = dict(options.budget), dict(options.plant)
+    try:
+        options.budget = {name: float(seconds) for name, seconds in options.budget.items()}
+    except ValueError as error:
+        parser.error(f"--budget: {error}")
+    if unknown := set(options.plant.values()) - set(planted.KINDS):
+        parser.error(f"--plant: the kind must be one of {', '.join(planted.KINDS)}, got {', '.join(unknown)}")
+    return options
+
+
+def warm(folder: Path, arch: int, other: Path | None) -> int:
+    """Compile the Triton kernels into ``folder``; returns the exit code."""
+    os.environ |= {"TRITON_CACHE_DIR": str(folder.resolve()), **children.environment()}
+    from gpu.compilation import warm as compiled
+
+    code = 0
+    for entry in compiled(arch, 3600, other):
+        print(entry["line"], *filter(None, [entry.get("failed")]), flush=True)
+        code = code or int("failed" in entry)
+    return code
+
+
+def plot(path: Path) -> None:
+    """Draw what can be drawn; a plot that fails is no failure of the report."""
+    command = [sys.executable, str(Path(__file__).with_name("plots.py")), str(path)]
+    done = subprocess.run(command, env=children.environment(), capture_output=True, text=True, timeout=60)
+    print((done.stdout or done.stderr).strip().splitlines()[-1], flush=True)
+
+
+def main() -> int:
+    options = parse()
+    if options.warm:
+        return warm(options.warm, options.arch, options.keyed_for)
+    start = time.monotonic()
+    elapsed = lambda: time.monotonic() - start  # noqa: E731
+    report = Report(options.output)
+    chosen = ["machine"] + [
+        name for name, part in PARTS.items()
+        if name != "machine" and (name in options.parts if options.parts else not part.asked or options.build)
     ]  # fmt: skip
-    sys.exit(f"failed: {', '.join(failed)}; see {path}" if failed else None)
+    with children.killed_is_exit():
+        for name in chosen:
+            limit = min(options.budget.get(name, PARTS[name].budget), options.limit - elapsed())
+            if limit < LEAST:
+                report.results[name] = {"status": "skipped", "detail": "no time is left", "entries": []}
+                continue
+            run_part(name, options, report, limit, elapsed)
+            if name == "machine" and report.results[name]["status"] != "done":
+                break
+    report.write()
+    if any("forward_of_copy_bandwidth" in entry for part in report.results.values() for entry in part["entries"]):
+        plot(report.path)
+    print(f"\n{'part':13} {'status':10} {'seconds':>8} {'entries':>8}")
+    for name, part in report.results.items():
+        print(f"{name:13} {part['status']:10} {part.get('seconds', 0):8.0f} {len(part['entries']):8}")
+    print(*(f"not measured: {line}" for line in report.absent()), sep="\n")
+    failures = report.failures()
+    print(*(f"FAILED: {line}" for line in failures), report.path, sep="\n", flush=True)
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -131,10 +131,15 @@ def training(results: dict, where: Mapping[str, str], path: Path) -> None:
 
 def gpu_report(results: dict, where: Mapping[str, str], path: Path) -> None:
     """The share of a copy's bandwidth that the adapter reaches, over the number of rows."""
-    found = results["kernels"]
+    found = [
+        entry
+        for part in results.values()
+        for entry in part["entries"]
+        if "forward_of_copy_bandwidth" in entry and entry["tasks"] == "one"
+    ]
     with panels(1, path, where) as (axis,):
         for i, (backend, dtype) in enumerate(sorted({(r["backend"], r["dtype"]) for r in found})):
-            rows = [r for r in found if (r["backend"], r["dtype"]) == (backend, dtype)]
+            rows = sorted((r for r in found if (r["backend"], r["dtype"]) == (backend, dtype)), key=lambda r: r["N"])
             for style, name, words in (("-", "forward", "forward"), ("--", "both", "forward and backward")):
                 shares = [100 * r[f"{name}_of_copy_bandwidth"] for r in rows]
                 label = f"{backend}, {words}, {dtype}"
