@@ -174,8 +174,12 @@ def warm(folder: Path, arch: int, other: Path | None) -> int:
 def plot(path: Path) -> None:
     """Draw what can be drawn; a plot that fails is no failure of the report."""
     command = [sys.executable, str(Path(__file__).with_name("plots.py")), str(path)]
-    done = subprocess.run(command, env=children.environment(), capture_output=True, text=True, timeout=60)
-    print((done.stdout or done.stderr).strip().splitlines()[-1], flush=True)
+    try:
+        done = subprocess.run(command, env=children.environment(), capture_output=True, text=True, timeout=60)
+    except subprocess.TimeoutExpired as error:
+        print(f"no plot: {error}", flush=True)
+    else:
+        print(children.last_line(done.stdout + done.stderr, done.returncode), flush=True)
 
 
 def main() -> int:
