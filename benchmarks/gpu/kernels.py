@@ -221,7 +221,7 @@ def kernel_times(calls: list[Callable[[], object]], device: str) -> dict:
             if event.self_device_time_total:
                 name = KERNEL.search(event.key)
                 times[name[1] if name else event.key[:START]] += event.self_device_time_total / (turns * len(calls))
-    except RuntimeError as error:  # where the machine does not let CUPTI in, the passes' times are still there
+    except (RuntimeError, AssertionError) as error:  # without CUPTI the times of the passes are still there
         return {"kernel_us": {}, "absent": {"profiler": str(error)}}
     return {"kernel_us": dict(times)}
 
