@@ -25,6 +25,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PIPE = "HFF_REPORT_PIPE"
 #: Seconds between two looks at whether the child still lives, while it writes nothing.
 TICK = 0.1
+#: Seconds to wait for a process that was killed.
+REAPED = 20
 #: How much of a child's output is kept of the end.
 LAST_OUTPUT = 4000
 
@@ -115,7 +117,8 @@ def kill_session(child: subprocess.Popen) -> None:
     """Kill what is left of the child's session, and reap the child. A child that has ended keeps its exit code."""
     os.killpg(child.pid, signal.SIGKILL)
     child.stdin.close()
-    child.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired):  # a driver that hangs can keep a killed process
+        child.wait(REAPED)
 
 
 @contextlib.contextmanager
