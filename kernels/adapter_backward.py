@@ -1,6 +1,6 @@
 """``adapter_backward`` in Triton, in three launches (docs/design.md has the formulas).
 
-``rows_kernel`` in this file computes dx, with one program for BM rows of one sample. It also stores dz, m2 and
+``rows_kernel`` in this file computes dx, with one program for BM rows of one sample. It also stores dz, r h, m2 and
 s = g . gamma of each row, from which the two kernels of ``weight_gradients.py`` sum the gradients of the weights. No
 kernel adds with atomics, so two runs give the same bits.
 """
@@ -57,7 +57,7 @@ def _project(g, WG, GB, GAMMA, k, t, along_bias, along_gamma, D: tl.constexpr, B
 
 @triton.jit(do_not_specialize=LENGTHS)
 def rows_kernel(
-    G, X, Z, R, PRE_MEAN, PRE_RSTD, WD, WG, VECTORS, SCALE, ROOT, PACKED, TASK, DX, DZ, M2, S,
+    G, X, Z, R, PRE_MEAN, PRE_RSTD, WD, WG, VECTORS, SCALE, ROOT, PACKED, TASK, DX, DZ, RH, M2, S,
     M, T, g_stride_sample, g_stride_row, stride_sample, stride_row,
     D: tl.constexpr, BW: tl.constexpr, P: tl.constexpr, GAMMA_AT: tl.constexpr, ACT: tl.constexpr,
     PRE: tl.constexpr, POST: tl.constexpr, NEED_DX: tl.constexpr, NEED_SUMS: tl.constexpr, MIXED: tl.constexpr,
@@ -82,6 +82,8 @@ def rows_kernel(
         TASK      [B]             int32 or int64; the task of each sample, -1 for none (None unless MIXED)
         DX        [N, d]          compute dtype; output, the gradient of x (written if NEED_DX)
         DZ        [N, b]          compute dtype; output, the gradient of Z (written if NEED_SUMS)
+        RH        [N, b]          compute dtype, but float32 for float16, whose range r h may leave; output, r h, or h
+                                  without a post-norm (written if NEED_SUMS)
         M2        [N]             float32; output, m2 of docs/design.md (written if NEED_SUMS and POST)
         S         [N]             float32; output, g . gamma (written if NEED_SUMS and POST)
 
@@ -131,7 +133,11 @@ def rows_kernel(
         dh = r[:, None] * (t - (m2 * D * r)[:, None] * u)
     dz = (dh * activate_grad(z, ACT)).to(X.dtype.element_ty)
     if NEED_SUMS:
-        tl.store(DZ + flat[:, None] * BW + j[None, :], dz, mask=row_ok[:, None] & j_ok[None, :])
+        at = flat[:, None] * BW + j[None, :]
+        at_ok = row_ok[:, None] & j_ok[None, :]
+        tl.store(DZ + at, dz, mask=at_ok)
+        rh = h * r[:, None] if POST else activate(z, ACT)
+        tl.store(RH + at, rh.to(RH.dtype.element_ty), mask=at_ok)
         if POST:
             tl.store(M2 + flat, m2, mask=row_ok)
             tl.store(S + flat, along_gamma, mask=row_ok)
@@ -196,11 +202,14 @@ def adapter_backward(
     exact = packed.contiguous() if packed.dtype != torch.float64 else packed.float()
     act = ACTIVATIONS.index(spec.activation)
     dz = torch.empty((N, b) if need_sums else 0, dtype=x.dtype, device=x.device)
+    # r h may leave float16's range
+    kind = torch.float32 if x.dtype == torch.float16 else x.dtype
+    rh = torch.empty(dz.shape, dtype=kind, device=x.device)
     m2, s = (torch.empty(N if need_sums and post else 0, dtype=torch.float32, device=x.device) for _ in range(2))
     tile = tiles.backward(d, b, x.dtype, pre, tiles.architecture(x.device))
     with device_guard(x):
         rows_kernel[(xs.B * triton.cdiv(xs.M, tile.BM),)](
-            gs.data, xs.data, *saved, wd, wg, vectors, scale, root, exact if T else wd, task_index, dx, dz, m2, s,
+            gs.data, xs.data, *saved, wd, wg, vectors, scale, root, exact if T else wd, task_index, dx, dz, rh, m2, s,
             xs.M, T, gs.stride_sample, gs.stride_row, xs.stride_sample, xs.stride_row,
             D=d, BW=b, P=layout.numel, GAMMA_AT=layout.slices["post_gamma"].start if post else 0, ACT=act,
             PRE=pre, POST=post, NEED_DX=need_dx, NEED_SUMS=need_sums, MIXED=task_index is not None,
@@ -209,5 +218,5 @@ def adapter_backward(
         )  # fmt: skip
         if not need_sums:
             return dx, torch.empty_like(packed) if need_dpacked else packed.new_empty(0)
-        dpacked = weight_gradients(gs, xs, saved, (dz, m2, s), exact, folded, layout, act, task_index)
+        dpacked = weight_gradients(gs, xs, saved, (dz, rh, m2, s), exact, folded, layout, act, task_index)
     return dx, dpacked.to(packed.dtype)

@@ -257,7 +257,7 @@ def weight_gradients(
     g: Rows,
     x: Rows,
     saved: Saved,
-    per_row: tuple[Tensor, Tensor, Tensor],
+    per_row: tuple[Tensor, Tensor, Tensor, Tensor],
     packed: Tensor,
     folded: Folded,
     layout: AdapterLayout,
@@ -270,7 +270,7 @@ def weight_gradients(
         g: the rows of the output's gradient.
         x: the rows of the forward's input.
         saved: what the forward saved.
-        per_row: dz, m2 and s = g . gamma of every row, as ``rows_kernel`` stored them.
+        per_row: dz, r h, m2 and s = g . gamma of every row, as ``rows_kernel`` stored them.
         packed: [T, P], T >= 1.
         folded: the folded weights; only their mean is read.
         layout: the layout of ``packed``.
@@ -279,6 +279,7 @@ def weight_gradients(
     """
     d, b, pre, post, T = layout.d, layout.b, layout.pre_norm, layout.post_norm, packed.shape[0]
     BB, dtype, at = padded(b), x.data.dtype, {name: part.start for name, part in layout.slices.items()}
+    dz, _, m2, s = per_row
     tile = tiles.weights(d, b, dtype, pre, tiles.architecture(packed.device))
     chunks = triton.cdiv(d, tile.BK)
     units = x.B * triton.cdiv(x.M, tile.BM)
@@ -295,7 +296,7 @@ def weight_gradients(
     precision = "tf32" if wide_range and not torch.version.hip else matmul_precision(dtype)
     common = {"D": d, "BW": b, "SIZE": size, "PRE": pre, "POST": post, "BB": BB}
     weights_kernel[(splits * (chunks + 1), T)](
-        g.data, x.data, saved.z, saved.r, saved.pre_mean, saved.pre_rstd, *per_row, task_index, part,
+        g.data, x.data, saved.z, saved.r, saved.pre_mean, saved.pre_rstd, dz, m2, s, task_index, part,
         x.B, x.M, T, units_per_split, g.stride_sample, g.stride_row, x.stride_sample, x.stride_row,
         ACT=act, MIXED=task_index is not None, G_ALIGN=g.align, ALIGN=x.align, PRECISION=precision,
         WIDE_RANGE=wide_range, BM=tile.BM, BK=tile.BK, num_warps=tile.warps, num_stages=tile.stages, **common,
