@@ -48,6 +48,13 @@ LENGTHS = (
     "splits",
 )
 
+#: Passed to do_not_specialize_on_alignment: a site's part of a stack's tensors starts at any multiple of 4 bytes, for
+#: example [b+1, b+1] matrices of an even b. Each kernel would be compiled once for the sites that happen to start at a
+#: multiple of 16 bytes, and once for the others. These tensors are read a number at a time, so nothing is lost.
+#: VECTORS is not among them: its loads of whole rows would become narrow, and d and b that are multiples of 4 keep every
+#: site's part aligned.
+UNALIGNED = ("ROOT", "MEAN", "SCALE", "R", "M2", "S", "PRE_MEAN", "PRE_RSTD")
+
 
 @triton.jit
 def sigmoid(u):
