@@ -15,7 +15,8 @@ from triton.runtime import interpreter
 
 @dataclasses.dataclass
 class Launch:
-    """What one launch did. Bytes are counted per access, whatever a cache would serve."""
+    """What one launch did. Bytes are counted per access, whatever a cache would serve; lanes that load the same address
+    count once, as on a GPU."""
 
     kernel: str
     programs: int
@@ -63,7 +64,7 @@ class Watch:
         owner, offset = self._owner(addresses)
         assert owner is not None, f"a {kind} outside every tensor that the kernel was given"
         assert not (offset % itemsize).any(), f"a misaligned {kind}"
-        counts[owner] += addresses.size * itemsize
+        counts[owner] += np.unique(addresses).size * itemsize
         tensor = self._tensors[owner]
         launch.touched[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
         if kind == "store":
