@@ -18,9 +18,12 @@ from . import tiles
 from .adapter_forward import readable
 from .common import (
     LENGTHS,
+    UNALIGNED,
     activate,
     activate_grad,
+    copy_or_nan,
     device_guard,
+    load_last,
     load_rows,
     load_vector,
     load_weight,
@@ -28,34 +31,208 @@ from .common import (
     normalised,
     padded,
     root_product,
-    root_rows,
     row_start,
     rows_of,
-    rows_of_unit,
-    store_sum,
+    settled,
+    store_rows,
     task_of,
+)
+from .fragments import (
+    as_rows,
+    by_thread,
+    left,
+    lines,
+    load_across,
+    load_columns,
+    load_right,
+    load_tile,
+    normalised_tile,
+    of_rows,
+    on_lines,
+    store_tile,
+    summed,
+    two_of_rows,
 )
 from .weight_gradients import weight_gradients
 
 
 @triton.jit
-def _project(g, WG, GB, GAMMA, k, t, along_bias, along_gamma, D: tl.constexpr, BW: tl.constexpr, BB: tl.constexpr,
-             BK: tl.constexpr, POST: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Add the share of columns k*BK to (k+1)*BK to three sums over the columns of g, and return the sums.
+def _through_root(
+    Z, R, ROOT, RH, flat, row_ok, BW: tl.constexpr, ACT: tl.constexpr, POST: tl.constexpr, NEED_SUMS: tl.constexpr,
+    KEEP: tl.constexpr, BM: tl.constexpr, BB: tl.constexpr,
+):  # fmt: skip
+    """Do what needs no g for the rows ``flat``: return R^T R [h ; 1] without its last entry, as [BM, BB] (zeros without
+    a post-norm), and store r h (if NEED_SUMS).
 
-    They are t = g Wg^T [BM, BB], and if POST along_bias = g . bias [BM] and along_gamma = g . gamma [BM] (the last only
-    if SUMS). ``g`` [BM, BK] holds those columns. Pointers to the weights of one task: WG [b, d], GB [d] the folded up
-    bias, GAMMA [d] the post-norm's gamma."""
-    t = tl.dot(g, tl.trans(load_weight(WG, k, D, BW, BB, BK)), t, input_precision=PRECISION)
+    Pointers as in ``rows_kernel``; those to weights are those of the rows' task."""
+    j = tl.arange(0, BB)
+    at = flat[:, None] * BW + j[None, :]
+    at_ok = row_ok[:, None] & (j < BW)[None, :]
+    h = settled(activate(tl.load(Z + at, mask=at_ok, other=0.0).to(tl.float32), ACT))
+    u = tl.zeros((BM, BB), tl.float32)
+    rh = h
     if POST:
-        wide = g.to(tl.float32)
-        along_bias += tl.sum(wide * load_vector(GB, k, D, BK)[None, :], 1)
-        if SUMS:
-            along_gamma += tl.sum(wide * load_vector(GAMMA, k, D, BK)[None, :], 1)
-    return t, along_bias, along_gamma
+        column, _ = load_last(ROOT, BW, BB)
+        q = root_product(h, ROOT, u + column[None, :], True, KEEP, BW, BM, BB)
+        u = root_product(q, ROOT, u, False, KEEP, BW, BM, BB)
+        rh = h * tl.load(R + flat, mask=row_ok, other=0.0)[:, None]
+    if NEED_SUMS:
+        tl.store(RH + at, rh.to(RH.dtype.element_ty), mask=at_ok)
+    return u
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit
+def _bottleneck(
+    t, u, along_bias, Z, R, SCALE, DZ, M2, flat, row_ok, D: tl.constexpr, BW: tl.constexpr, BB: tl.constexpr,
+    ACT: tl.constexpr, POST: tl.constexpr, NEED_SUMS: tl.constexpr,
+):  # fmt: skip
+    """Return dz [BM, BB] in z's dtype, from t = g Wg^T [BM, BB], u of ``_through_root`` and ``along_bias`` = g . bias
+    [BM]. Also store it and, if POST, m2 (if NEED_SUMS)."""
+    j = tl.arange(0, BB)
+    at = flat[:, None] * BW + j[None, :]
+    at_ok = row_ok[:, None] & (j < BW)[None, :]
+    # z is loaded again rather than kept, as the kernel has no register to spare.
+    z = tl.load(Z + at, mask=at_ok, other=0.0).to(tl.float32)
+    dh = t
+    if POST:
+        r = tl.load(R + flat, mask=row_ok, other=0.0)
+        t = t * tl.load(SCALE + j, mask=j < BW, other=0.0)[None, :]
+        m2 = (tl.sum(t * activate(z, ACT), 1) + along_bias) * r / D
+        dh = r[:, None] * (t - (m2 * D * r)[:, None] * u)
+        if NEED_SUMS:
+            tl.store(M2 + flat, m2, mask=row_ok)
+    dz = (dh * activate_grad(z, ACT)).to(Z.dtype.element_ty)
+    if NEED_SUMS:
+        tl.store(DZ + at, dz, mask=at_ok)
+    return dz
+
+
+@triton.jit
+def _kept_rows(
+    G, X, Z, R, PRE_MEAN, PRE_RSTD, WD, WG, VECTORS, SCALE, ROOT, GAMMA, DX, DZ, RH, M2, S, sample, unit, M,
+    g_stride_sample, g_stride_row, stride_sample, stride_row,
+    D: tl.constexpr, BW: tl.constexpr, ACT: tl.constexpr, PRE: tl.constexpr, POST: tl.constexpr,
+    NEED_DX: tl.constexpr, NEED_SUMS: tl.constexpr, G_ALIGN: tl.constexpr, ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr, BB: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Compute the results of tile ``unit`` of BM rows; g stays in registers. Pointers to weights are those of the
+    sample's task, and GAMMA points to the post-norm's gamma."""
+    NK: tl.constexpr = (D + BK - 1) // BK
+    C: tl.constexpr = BK // 32
+    line, first = lines(BM, BK)
+    line += unit * BM
+    ok = line < M
+    row = unit * BM + tl.arange(0, BM)
+    row_ok = row < M
+    flat = sample.to(tl.int64) * M + row
+    g_rows = G + row_start(sample, line, g_stride_sample, g_stride_row, G_ALIGN)
+    kept = ()
+    for k in tl.static_range(NK):
+        kept = kept + (load_tile(g_rows, first, k, ok, D, BK),)
+    # While g is on its way:
+    u = _through_root(Z, R, ROOT, RH, flat, row_ok, BW, ACT, POST, NEED_SUMS, True, BM, BB)
+    t = tl.zeros((C, BM, BB), tl.float32)
+    for k in tl.static_range(NK):
+        t = tl.dot(left(kept[k], BM), load_right(WG, k, D, BW, BB, BK), t, input_precision=PRECISION)
+    t = summed(t)
+    along_bias = tl.zeros((BM,), tl.float32)
+    if POST:
+        # After the barriers of the sum: together the two would take too many registers.
+        by_bias = tl.zeros((BM * C, 4), tl.float32)
+        by_gamma = tl.zeros((BM * C, 4), tl.float32)
+        for k in tl.static_range(NK):
+            g = kept[k].to(tl.float32)
+            by_bias += by_thread(g * load_columns(VECTORS + BW, k, BM, D, BK))
+            if NEED_SUMS:
+                by_gamma += by_thread(g * load_columns(GAMMA, k, BM, D, BK))
+            tl.debug_barrier()  # keeps ptxas from loading all tiles at once, which spills
+        along_bias, along_gamma = two_of_rows(by_bias, by_gamma, BM)
+        if NEED_SUMS:
+            tl.store(S + flat, along_gamma, mask=row_ok)
+    if NEED_DX:
+        # Load before the barriers of the bottleneck what is needed after them.
+        down = load_across(WD, 0, D, BW, BB, BK)
+    dz = _bottleneck(t, u, along_bias, Z, R, SCALE, DZ, M2, flat, row_ok, D, BW, BB, ACT, POST, NEED_SUMS)
+    if NEED_DX:
+        dz = tl.broadcast_to(dz[None, :, :], (C, BM, BB))
+        dx_rows = DX + (sample.to(tl.int64) * M + line) * D
+        if PRE:
+            x_rows = X + row_start(sample, line, stride_sample, stride_row, ALIGN)
+            at = sample.to(tl.int64) * M + line
+            mean = tl.load(PRE_MEAN + at, mask=ok, other=0.0)[:, None]
+            rstd = tl.load(PRE_RSTD + at, mask=ok, other=0.0)[:, None]
+            total = tl.zeros((BM * C, 4), tl.float32)
+            along = tl.zeros((BM * C, 4), tl.float32)
+            for k in tl.static_range(NK):
+                branch = as_rows(tl.dot(dz, load_across(WD, k, D, BW, BB, BK), input_precision=PRECISION))
+                xhat = normalised_tile(load_tile(x_rows, first, k, ok, D, BK), mean, rstd, first, k, D, BK)
+                total += by_thread(branch)
+                along += by_thread(branch * xhat)
+            total = on_lines(of_rows(total, BM) / D, C)
+            along = on_lines(of_rows(along, BM) / D, C)
+        for k in tl.static_range(NK):
+            branch = as_rows(tl.dot(dz, down, input_precision=PRECISION))
+            if k + 1 < NK:
+                down = load_across(WD, k + 1, D, BW, BB, BK)
+            if PRE:
+                xhat = normalised_tile(load_tile(x_rows, first, k, ok, D, BK), mean, rstd, first, k, D, BK)
+                branch = rstd * (branch - total - xhat * along)
+            store_tile(dx_rows, first, kept[k].to(tl.float32) + branch, k, ok, D, BK)
+            tl.debug_barrier()  # keeps ptxas from loading all tiles at once, which spills
+
+
+@triton.jit
+def _streamed_rows(
+    G, X, Z, R, PRE_MEAN, PRE_RSTD, WD, WG, VECTORS, SCALE, ROOT, GAMMA, DX, DZ, RH, M2, S, sample, unit, M,
+    g_stride_sample, g_stride_row, stride_sample, stride_row,
+    D: tl.constexpr, BW: tl.constexpr, ACT: tl.constexpr, PRE: tl.constexpr, POST: tl.constexpr,
+    NEED_DX: tl.constexpr, NEED_SUMS: tl.constexpr, G_ALIGN: tl.constexpr, ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr, BB: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """As ``_kept_rows``, but g is loaded again for dx."""
+    NK: tl.constexpr = (D + BK - 1) // BK
+    row = unit * BM + tl.arange(0, BM)
+    row_ok = row < M
+    flat = sample.to(tl.int64) * M + row
+    g_rows = G + row_start(sample, row, g_stride_sample, g_stride_row, G_ALIGN)
+    t = tl.zeros((BM, BB), tl.float32)
+    along_bias = tl.zeros((BM,), tl.float32)
+    along_gamma = tl.zeros((BM,), tl.float32)
+    for k in range(NK):
+        g = load_rows(g_rows, k, row_ok, D, BK)
+        t = tl.dot(g, tl.trans(load_weight(WG, k, D, BW, BB, BK)), t, input_precision=PRECISION)
+        if POST:
+            wide = g.to(tl.float32)
+            along_bias += tl.sum(wide * load_vector(VECTORS + BW, k, D, BK)[None, :], 1)
+            if NEED_SUMS:
+                along_gamma += tl.sum(wide * load_vector(GAMMA, k, D, BK)[None, :], 1)
+    u = _through_root(Z, R, ROOT, RH, flat, row_ok, BW, ACT, POST, NEED_SUMS, False, BM, BB)
+    dz = _bottleneck(t, u, along_bias, Z, R, SCALE, DZ, M2, flat, row_ok, D, BW, BB, ACT, POST, NEED_SUMS)
+    if NEED_SUMS and POST:
+        tl.store(S + flat, along_gamma, mask=row_ok)
+    if NEED_DX:
+        dx_rows = DX + flat * D
+        if PRE:
+            x_rows = X + row_start(sample, row, stride_sample, stride_row, ALIGN)
+            mean = tl.load(PRE_MEAN + flat, mask=row_ok, other=0.0)
+            rstd = tl.load(PRE_RSTD + flat, mask=row_ok, other=0.0)
+            total = tl.zeros((BM,), tl.float32)
+            along = tl.zeros((BM,), tl.float32)
+            for k in range(NK):
+                branch = tl.dot(dz, load_weight(WD, k, D, BW, BB, BK), input_precision=PRECISION)
+                xhat = normalised(load_rows(x_rows, k, row_ok, D, BK).to(tl.float32), mean, rstd, k, D, BK)
+                total += tl.sum(branch, 1)
+                along += tl.sum(branch * xhat, 1)
+            total, along = total / D, along / D
+        for k in range(NK):
+            branch = tl.dot(dz, load_weight(WD, k, D, BW, BB, BK), input_precision=PRECISION)
+            if PRE:
+                xhat = normalised(load_rows(x_rows, k, row_ok, D, BK).to(tl.float32), mean, rstd, k, D, BK)
+                branch = rstd[:, None] * (branch - total[:, None] - xhat * along[:, None])
+            store_rows(dx_rows, load_rows(g_rows, k, row_ok, D, BK).to(tl.float32) + branch, k, row_ok, D, BK)
+
+
+@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=UNALIGNED)
 def rows_kernel(
     G, X, Z, R, PRE_MEAN, PRE_RSTD, WD, WG, VECTORS, SCALE, ROOT, PACKED, TASK, DX, DZ, RH, M2, S,
     M, T, g_stride_sample, g_stride_row, stride_sample, stride_row,
@@ -90,86 +267,34 @@ def rows_kernel(
     M is the number of rows per sample, T the number of tasks; the strides of G are in units of G_ALIGN elements, those
     of X in units of ALIGN. GAMMA_AT is where the post-norm's gamma starts in a packed adapter.
     """
-    NK: tl.constexpr = (D + BK - 1) // BK
     V: tl.constexpr = BW + 2 * D if POST else BW + D
-    sample, row, row_ok, flat = rows_of_unit(tl.program_id(0), M, BM)
+    per_sample = (M + BM - 1) // BM
+    sample = tl.program_id(0) // per_sample
+    unit = tl.program_id(0) - sample * per_sample
     task, weights, valid = task_of(TASK, sample, T, MIXED)
-    g_rows = G + row_start(sample, row, g_stride_sample, g_stride_row, G_ALIGN)
-    x_rows = X + row_start(sample, row, stride_sample, stride_row, ALIGN)
     WD += weights * (BW * D)
     WG += weights * (BW * D)
-    bias = VECTORS + weights * V + BW
-    gamma = PACKED + weights * P + GAMMA_AT
-    j = tl.arange(0, BB)
-    j_ok = j < BW
-
-    kept = ()
-    t = tl.zeros((BM, BB), tl.float32)
-    along_bias = tl.zeros((BM,), tl.float32)
-    along_gamma = tl.zeros((BM,), tl.float32)
-    if KEEP:
-        for k in tl.static_range(NK):
-            g = load_rows(g_rows, k, row_ok, D, BK)
-            kept = kept + (g,)
-            t, along_bias, along_gamma = _project(
-                g, WG, bias, gamma, k, t, along_bias, along_gamma, D, BW, BB, BK, POST, NEED_SUMS, PRECISION
-            )
-    else:
-        for k in range(NK):
-            g = load_rows(g_rows, k, row_ok, D, BK)
-            t, along_bias, along_gamma = _project(
-                g, WG, bias, gamma, k, t, along_bias, along_gamma, D, BW, BB, BK, POST, NEED_SUMS, PRECISION
-            )
-    z = tl.load(Z + flat[:, None] * BW + j[None, :], mask=row_ok[:, None] & j_ok[None, :], other=0.0).to(tl.float32)
-    dh = t
-    if POST:
-        h = activate(z, ACT)
-        r = tl.load(R + flat, mask=row_ok, other=0.0)
-        root = ROOT + weights * ((BW + 1) * (BW + 1))
-        q, _ = root_rows(h, root, BW, BM, BB)
-        u = root_product(q, root, tl.zeros((BM, BB), tl.float32), False, BW, BM, BB)
-        t = t * tl.load(SCALE + weights * BW + j, mask=j_ok, other=0.0)[None, :]
-        m2 = (tl.sum(t * h, 1) + along_bias) * r / D
-        dh = r[:, None] * (t - (m2 * D * r)[:, None] * u)
-    dz = (dh * activate_grad(z, ACT)).to(X.dtype.element_ty)
-    if NEED_SUMS:
-        at = flat[:, None] * BW + j[None, :]
-        at_ok = row_ok[:, None] & j_ok[None, :]
-        tl.store(DZ + at, dz, mask=at_ok)
-        rh = h * r[:, None] if POST else activate(z, ACT)
-        tl.store(RH + at, rh.to(RH.dtype.element_ty), mask=at_ok)
-        if POST:
-            tl.store(M2 + flat, m2, mask=row_ok)
-            tl.store(S + flat, along_gamma, mask=row_ok)
-
-    if NEED_DX:
-        dx_rows = DX + flat * D
-        if PRE:
-            mean = tl.load(PRE_MEAN + flat, mask=row_ok, other=0.0)
-            rstd = tl.load(PRE_RSTD + flat, mask=row_ok, other=0.0)
-            total = tl.zeros((BM,), tl.float32)
-            along = tl.zeros((BM,), tl.float32)
-            for k in range(NK):
-                branch = tl.dot(dz, load_weight(WD, k, D, BW, BB, BK), input_precision=PRECISION)
-                xhat = normalised(load_rows(x_rows, k, row_ok, D, BK).to(tl.float32), mean, rstd, k, D, BK)
-                total += tl.sum(branch, 1)
-                along += tl.sum(branch * xhat, 1)
-            total, along = total / D, along / D
+    VECTORS += weights * V
+    SCALE += weights * BW
+    ROOT += weights * ((BW + 1) * (BW + 1))
+    GAMMA = PACKED + weights * P + GAMMA_AT
+    if not MIXED or valid:
         if KEEP:
-            for k in tl.static_range(NK):
-                branch = tl.dot(dz, load_weight(WD, k, D, BW, BB, BK), input_precision=PRECISION)
-                if PRE:
-                    xhat = normalised(load_rows(x_rows, k, row_ok, D, BK).to(tl.float32), mean, rstd, k, D, BK)
-                    branch = rstd[:, None] * (branch - total[:, None] - xhat * along[:, None])
-                store_sum(dx_rows, kept[k], branch, k, row_ok, task, valid, D, BK, MIXED)
+            _kept_rows(
+                G, X, Z, R, PRE_MEAN, PRE_RSTD, WD, WG, VECTORS, SCALE, ROOT, GAMMA, DX, DZ, RH, M2, S, sample, unit, M,
+                g_stride_sample, g_stride_row, stride_sample, stride_row, D, BW, ACT, PRE, POST, NEED_DX, NEED_SUMS,
+                G_ALIGN, ALIGN, PRECISION, BB, BM, BK,
+            )  # fmt: skip
         else:
-            for k in range(NK):
-                branch = tl.dot(dz, load_weight(WD, k, D, BW, BB, BK), input_precision=PRECISION)
-                if PRE:
-                    xhat = normalised(load_rows(x_rows, k, row_ok, D, BK).to(tl.float32), mean, rstd, k, D, BK)
-                    branch = rstd[:, None] * (branch - total[:, None] - xhat * along[:, None])
-                g = load_rows(g_rows, k, row_ok, D, BK)
-                store_sum(dx_rows, g, branch, k, row_ok, task, valid, D, BK, MIXED)
+            _streamed_rows(
+                G, X, Z, R, PRE_MEAN, PRE_RSTD, WD, WG, VECTORS, SCALE, ROOT, GAMMA, DX, DZ, RH, M2, S, sample, unit, M,
+                g_stride_sample, g_stride_row, stride_sample, stride_row, D, BW, ACT, PRE, POST, NEED_DX, NEED_SUMS,
+                G_ALIGN, ALIGN, PRECISION, BB, BM, BK,
+            )  # fmt: skip
+    elif NEED_DX:
+        row = unit * BM + tl.arange(0, BM)
+        g_rows = G + row_start(sample, row, g_stride_sample, g_stride_row, G_ALIGN)
+        copy_or_nan(DX + (sample.to(tl.int64) * M + row) * D, g_rows, task, row < M, D, BK)
 
 
 def adapter_backward(
@@ -214,7 +339,8 @@ def adapter_backward(
             D=d, BW=b, P=layout.numel, GAMMA_AT=layout.slices["post_gamma"].start if post else 0, ACT=act,
             PRE=pre, POST=post, NEED_DX=need_dx, NEED_SUMS=need_sums, MIXED=task_index is not None,
             G_ALIGN=gs.align, ALIGN=xs.align, PRECISION=matmul_precision(x.dtype),
-            BB=padded(b), BM=tile.BM, BK=tile.BK, KEEP=tile.keep, num_warps=tile.warps, num_stages=tile.stages,
+            BB=padded(b), BM=tile.BM, BK=tile.BK, KEEP=tile.keep and tile.BK >= 32,
+            num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         if not need_sums:
             return dx, torch.empty_like(packed) if need_dpacked else packed.new_empty(0)

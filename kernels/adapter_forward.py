@@ -16,20 +16,39 @@ from ..layout import EPS, AdapterSpec, Folded, Saved
 from . import tiles
 from .common import (
     LENGTHS,
+    UNALIGNED,
     activate,
+    copy_or_nan,
     device_guard,
+    load_last,
     load_rows,
     load_vector,
     load_weight,
     matmul_precision,
     normalised,
     padded,
-    root_rows,
+    root_product,
     row_start,
     rows_of,
-    rows_of_unit,
-    store_sum,
+    settled,
+    store_rows,
     task_of,
+)
+from .fragments import (
+    as_product,
+    as_rows,
+    by_thread,
+    left,
+    lines,
+    load_across,
+    load_columns,
+    load_right,
+    load_tile,
+    normalised_tile,
+    of_rows,
+    on_lines,
+    store_tile,
+    summed,
 )
 
 
@@ -52,22 +71,158 @@ def _merge_statistics(x, k, mean, squares, D: tl.constexpr, BK: tl.constexpr):
 
 
 @triton.jit
-def _branch(w, r, WG, GB, BETA, k, D: tl.constexpr, BW: tl.constexpr, BB: tl.constexpr, BK: tl.constexpr,
-            POST: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Return what the adapter adds to columns k*BK to (k+1)*BK of x, as [BM, BK] in float32.
+def _bottleneck(
+    parts, VECTORS, SCALE, ROOT, kind: tl.constexpr, BW: tl.constexpr, EPS: tl.constexpr, ACT: tl.constexpr,
+    POST: tl.constexpr, KEEP: tl.constexpr, BM: tl.constexpr, BB: tl.constexpr,
+):  # fmt: skip
+    """Return the bottleneck z [BM, BB] with its bias and in the dtype ``kind``, the row operand w [BM, BB] of the
+    up-projection and the post-norm's reciprocal standard deviation r [BM] (zero without a post-norm).
 
-    ``w`` [BM, BB] is the row operand of the up-projection and ``r`` [BM] the post-norm's reciprocal standard deviation.
-    Pointers to the weights of one task: WG [b, d], GB [d] the bias, BETA [d] the post-norm's beta (read only if
-    POST)."""
-    y = tl.dot(w, load_weight(WG, k, D, BW, BB, BK), input_precision=PRECISION)
+    ``parts`` is the product with the down-projection in float32: [C, BM, BB] to be summed if KEEP, otherwise [BM, BB].
+    Pointers to the weights of one task: VECTORS, SCALE and ROOT as in ``adapter_forward_kernel``."""
+    j = tl.arange(0, BB)
+    # Load before the barriers of the sum what is needed after them.
+    bias = tl.load(VECTORS + j, mask=j < BW, other=0.0)
     if POST:
-        y += r[:, None] * load_vector(GB, k, D, BK)[None, :] + load_vector(BETA, k, D, BK)[None, :]
-    else:
-        y += load_vector(GB, k, D, BK)[None, :]
-    return y
+        scale = tl.load(SCALE + j, mask=j < BW, other=0.0)
+        column, end = load_last(ROOT, BW, BB)
+    z = summed(parts) if KEEP else parts
+    # Round z before the activation: the backward reads the rounded z, and both must compute the same h.
+    z = (z + bias[None, :]).to(kind)
+    h = settled(activate(z.to(tl.float32), ACT))
+    r = tl.zeros((BM,), tl.float32)
+    w = h
+    if POST:
+        q = root_product(h, ROOT, tl.zeros((BM, BB), tl.float32) + column[None, :], True, KEEP, BW, BM, BB)
+        r = tl.rsqrt(tl.sum(q * q, 1) + end * end + EPS)
+        # Apply SCALE in float32, before rounding: r h may exceed float16's range, the scaled row does not.
+        w = h * scale[None, :] * r[:, None]
+    return z, w.to(kind), r
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit
+def _save(Z, R, z, r, flat, row_ok, BW: tl.constexpr, BB: tl.constexpr, POST: tl.constexpr):
+    """Store z [BM, BB] and, if POST, r [BM] of the rows ``flat`` for the backward."""
+    j = tl.arange(0, BB)
+    tl.store(Z + flat[:, None] * BW + j[None, :], z, mask=row_ok[:, None] & (j < BW)[None, :])
+    if POST:
+        tl.store(R + flat, r, mask=row_ok)
+
+
+@triton.jit
+def _kept_statistics(
+    kept, first, NK: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, EPS: tl.constexpr
+):  # fmt: skip
+    """Return the mean and the reciprocal standard deviation [BM/8, 8] of rows that are kept as NK tiles."""
+    C: tl.constexpr = BK // 32
+    total = tl.zeros((BM * C, 4), tl.float32)
+    for k in tl.static_range(NK):
+        total += by_thread(kept[k].to(tl.float32))
+    mean = of_rows(total, BM) / D
+    total = tl.zeros((BM * C, 4), tl.float32)
+    squares = tl.zeros((BM * C, 4), tl.float32)
+    for k in tl.static_range(NK):
+        centred = normalised_tile(kept[k], on_lines(mean, C), 1.0, first, k, D, BK)
+        total += by_thread(centred)
+        squares += by_thread(centred * centred)
+    # The mean was rounded: the second pass knows by how much.
+    step = of_rows(total, BM) / D
+    return mean + step, tl.rsqrt(of_rows(squares, BM) / D - step * step + EPS)
+
+
+@triton.jit
+def _kept_rows(
+    X, OUT, Z, R, PRE_MEAN, PRE_RSTD, WD, WG, VECTORS, SCALE, ROOT, sample, unit, M, stride_sample, stride_row,
+    D: tl.constexpr, BW: tl.constexpr, EPS: tl.constexpr, ACT: tl.constexpr, PRE: tl.constexpr, POST: tl.constexpr,
+    SAVE: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    BB: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Apply the adapter to tile ``unit`` of BM rows, which stay in registers. Pointers to weights are those of the
+    sample's task."""
+    NK: tl.constexpr = (D + BK - 1) // BK
+    C: tl.constexpr = BK // 32
+    line, first = lines(BM, BK)
+    line += unit * BM
+    ok = line < M
+    x_rows = X + row_start(sample, line, stride_sample, stride_row, ALIGN)
+    kept = ()
+    for k in tl.static_range(NK):
+        kept = kept + (load_tile(x_rows, first, k, ok, D, BK),)
+    if PRE:
+        mean, rstd = _kept_statistics(kept, first, NK, D, BM, BK, EPS)
+    parts = tl.zeros((C, BM, BB), tl.float32)
+    for k in tl.static_range(NK):
+        x = kept[k]
+        if PRE:
+            x = normalised_tile(x, on_lines(mean, C), on_lines(rstd, C), first, k, D, BK).to(x.dtype)
+        parts = tl.dot(left(x, BM), load_right(WD, k, D, BW, BB, BK), parts, input_precision=PRECISION)
+    # Load before the barriers of the bottleneck what is needed after them.
+    up = load_across(WG, 0, D, BW, BB, BK)
+    z, w, r = _bottleneck(parts, VECTORS, SCALE, ROOT, X.dtype.element_ty, BW, EPS, ACT, POST, True, BM, BB)
+    w = tl.broadcast_to(w[None, :, :], (C, BM, BB))
+    if POST:
+        spread = on_lines(tl.reshape(r, (BM // 8, 8)), C)
+    out_rows = OUT + (sample.to(tl.int64) * M + line) * D
+    for k in tl.static_range(NK):
+        if k > 0:
+            up = load_across(WG, k, D, BW, BB, BK)
+        y = load_columns(VECTORS + BW, k, BM, D, BK)
+        if POST:
+            y = spread * y + load_columns(VECTORS + BW + D, k, BM, D, BK)
+        y = as_rows(tl.dot(w, up, as_product(y, BM), input_precision=PRECISION))
+        store_tile(out_rows, first, kept[k].to(tl.float32) + y, k, ok, D, BK)
+    if SAVE:
+        row = unit * BM + tl.arange(0, BM)
+        flat = sample.to(tl.int64) * M + row
+        _save(Z, R, z, r, flat, row < M, BW, BB, POST)
+        if PRE:
+            tl.store(PRE_MEAN + flat, tl.reshape(mean, (BM,)), mask=row < M)
+            tl.store(PRE_RSTD + flat, tl.reshape(rstd, (BM,)), mask=row < M)
+
+
+@triton.jit
+def _streamed_rows(
+    X, OUT, Z, R, PRE_MEAN, PRE_RSTD, WD, WG, VECTORS, SCALE, ROOT, sample, unit, M, stride_sample, stride_row,
+    D: tl.constexpr, BW: tl.constexpr, EPS: tl.constexpr, ACT: tl.constexpr, PRE: tl.constexpr, POST: tl.constexpr,
+    SAVE: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    BB: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """As ``_kept_rows``, but the rows are loaded again for the up-projection."""
+    NK: tl.constexpr = (D + BK - 1) // BK
+    row = unit * BM + tl.arange(0, BM)
+    row_ok = row < M
+    flat = sample.to(tl.int64) * M + row
+    x_rows = X + row_start(sample, row, stride_sample, stride_row, ALIGN)
+    if PRE:
+        mean = tl.zeros((BM,), tl.float32)
+        squares = tl.zeros((BM,), tl.float32)
+        for k in range(NK):
+            mean, squares = _merge_statistics(load_rows(x_rows, k, row_ok, D, BK), k, mean, squares, D, BK)
+        rstd = tl.rsqrt(squares / D + EPS)
+    z = tl.zeros((BM, BB), tl.float32)
+    for k in range(NK):
+        x = load_rows(x_rows, k, row_ok, D, BK)
+        if PRE:
+            x = normalised(x, mean, rstd, k, D, BK)
+        z = tl.dot(x, tl.trans(load_weight(WD, k, D, BW, BB, BK)), z, input_precision=PRECISION)
+    z, w, r = _bottleneck(z, VECTORS, SCALE, ROOT, X.dtype.element_ty, BW, EPS, ACT, POST, False, BM, BB)
+    out_rows = OUT + flat * D
+    for k in range(NK):
+        y = tl.dot(w, load_weight(WG, k, D, BW, BB, BK), input_precision=PRECISION)
+        if POST:
+            y += r[:, None] * load_vector(VECTORS + BW, k, D, BK)[None, :]
+            y += load_vector(VECTORS + BW + D, k, D, BK)[None, :]
+        else:
+            y += load_vector(VECTORS + BW, k, D, BK)[None, :]
+        store_rows(out_rows, load_rows(x_rows, k, row_ok, D, BK).to(tl.float32) + y, k, row_ok, D, BK)
+    if SAVE:
+        _save(Z, R, z, r, flat, row_ok, BW, BB, POST)
+        if PRE:
+            tl.store(PRE_MEAN + flat, mean, mask=row_ok)
+            tl.store(PRE_RSTD + flat, rstd, mask=row_ok)
+
+
+@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=UNALIGNED)
 def adapter_forward_kernel(
     X, OUT, Z, R, PRE_MEAN, PRE_RSTD, WD, WG, VECTORS, SCALE, ROOT, TASK, M, T, stride_sample, stride_row,
     D: tl.constexpr, BW: tl.constexpr, EPS: tl.constexpr, ACT: tl.constexpr, PRE: tl.constexpr, POST: tl.constexpr,
@@ -92,80 +247,40 @@ def adapter_forward_kernel(
 
     M is the number of rows per sample, T the number of tasks; the strides of X are in units of ALIGN elements.
     """
-    NK: tl.constexpr = (D + BK - 1) // BK
     V: tl.constexpr = BW + 2 * D if POST else BW + D
-    sample, row, row_ok, flat = rows_of_unit(tl.program_id(0), M, BM)
+    per_sample = (M + BM - 1) // BM
+    sample = tl.program_id(0) // per_sample
+    unit = tl.program_id(0) - sample * per_sample
     task, weights, valid = task_of(TASK, sample, T, MIXED)
-    x_rows = X + row_start(sample, row, stride_sample, stride_row, ALIGN)
     WD += weights * (BW * D)
     WG += weights * (BW * D)
     VECTORS += weights * V
-    j = tl.arange(0, BB)
-
-    kept = ()
-    if PRE:
-        mean = tl.zeros((BM,), tl.float32)
-        squares = tl.zeros((BM,), tl.float32)
+    SCALE += weights * BW
+    ROOT += weights * ((BW + 1) * (BW + 1))
+    if not MIXED or valid:
         if KEEP:
-            for k in tl.static_range(NK):
-                x = load_rows(x_rows, k, row_ok, D, BK)
-                kept = kept + (x,)
-                mean, squares = _merge_statistics(x, k, mean, squares, D, BK)
+            _kept_rows(
+                X, OUT, Z, R, PRE_MEAN, PRE_RSTD, WD, WG, VECTORS, SCALE, ROOT, sample, unit, M, stride_sample,
+                stride_row, D, BW, EPS, ACT, PRE, POST, SAVE, ALIGN, PRECISION, BB, BM, BK,
+            )  # fmt: skip
         else:
-            for k in range(NK):
-                x = load_rows(x_rows, k, row_ok, D, BK)
-                mean, squares = _merge_statistics(x, k, mean, squares, D, BK)
-        rstd = tl.rsqrt(squares / D + EPS)
-
-    z = tl.zeros((BM, BB), tl.float32)
-    if KEEP:
-        for k in tl.static_range(NK):
-            if PRE:
-                x = normalised(kept[k], mean, rstd, k, D, BK)
-            else:
-                x = load_rows(x_rows, k, row_ok, D, BK)
-                kept = kept + (x,)
-            z = tl.dot(x, tl.trans(load_weight(WD, k, D, BW, BB, BK)), z, input_precision=PRECISION)
+            _streamed_rows(
+                X, OUT, Z, R, PRE_MEAN, PRE_RSTD, WD, WG, VECTORS, SCALE, ROOT, sample, unit, M, stride_sample,
+                stride_row, D, BW, EPS, ACT, PRE, POST, SAVE, ALIGN, PRECISION, BB, BM, BK,
+            )  # fmt: skip
     else:
-        for k in range(NK):
-            x = load_rows(x_rows, k, row_ok, D, BK)
+        row = unit * BM + tl.arange(0, BM)
+        row_ok = row < M
+        flat = sample.to(tl.int64) * M + row
+        copy_or_nan(OUT + flat * D, X + row_start(sample, row, stride_sample, stride_row, ALIGN), task, row_ok, D, BK)
+        if SAVE:
+            absent = tl.where(task == -1, 0.0, float("nan"))
+            nothing = tl.zeros((BM,), tl.float32) + absent
+            z = tl.zeros((BM, BB), tl.float32) + absent
+            _save(Z, R, z.to(Z.dtype.element_ty), nothing, flat, row_ok, BW, BB, POST)
             if PRE:
-                x = normalised(x, mean, rstd, k, D, BK)
-            z = tl.dot(x, tl.trans(load_weight(WD, k, D, BW, BB, BK)), z, input_precision=PRECISION)
-    z += tl.load(VECTORS + j, mask=j < BW, other=0.0)[None, :]
-    # Round z before the activation: the backward reads the rounded z, and both must compute the same h.
-    z = z.to(X.dtype.element_ty)
-    h = activate(z.to(tl.float32), ACT)
-    r = tl.zeros((BM,), tl.float32)
-    w = h
-    if POST:
-        q, last = root_rows(h, ROOT + weights * ((BW + 1) * (BW + 1)), BW, BM, BB)
-        r = tl.rsqrt(tl.sum(q * q, 1) + last * last + EPS)
-        # Apply SCALE in float32, before rounding: r h may exceed float16's range, the scaled row does not.
-        w = h * tl.load(SCALE + weights * BW + j, mask=j < BW, other=0.0)[None, :] * r[:, None]
-    w = w.to(X.dtype.element_ty)
-
-    out_rows = OUT + flat * D
-    if KEEP:
-        for k in tl.static_range(NK):
-            y = _branch(w, r, WG, VECTORS + BW, VECTORS + BW + D, k, D, BW, BB, BK, POST, PRECISION)
-            store_sum(out_rows, kept[k], y, k, row_ok, task, valid, D, BK, MIXED)
-    else:
-        for k in range(NK):
-            y = _branch(w, r, WG, VECTORS + BW, VECTORS + BW + D, k, D, BW, BB, BK, POST, PRECISION)
-            x = load_rows(x_rows, k, row_ok, D, BK)
-            store_sum(out_rows, x, y, k, row_ok, task, valid, D, BK, MIXED)
-
-    if SAVE:
-        absent = tl.where(task == -1, 0.0, float("nan"))
-        if MIXED:
-            z = tl.where(valid, z, absent.to(z.dtype))
-        tl.store(Z + flat[:, None] * BW + j[None, :], z, mask=row_ok[:, None] & (j < BW)[None, :])
-        if POST:
-            tl.store(R + flat, tl.where(valid, r, absent), mask=row_ok)
-        if PRE:
-            tl.store(PRE_MEAN + flat, tl.where(valid, mean, absent), mask=row_ok)
-            tl.store(PRE_RSTD + flat, tl.where(valid, rstd, absent), mask=row_ok)
+                tl.store(PRE_MEAN + flat, nothing, mask=row_ok)
+                tl.store(PRE_RSTD + flat, nothing, mask=row_ok)
 
 
 def adapter_forward(
@@ -187,7 +302,7 @@ def adapter_forward(
             rows.M, folded.wd.shape[0], rows.stride_sample, rows.stride_row,
             D=d, BW=b, EPS=EPS, ACT=ACTIVATIONS.index(spec.activation), PRE=pre, POST=post, SAVE=save,
             MIXED=task_index is not None, ALIGN=rows.align, PRECISION=matmul_precision(x.dtype),
-            BB=padded(b), BM=tile.BM, BK=tile.BK, KEEP=tile.keep,
+            BB=padded(b), BM=tile.BM, BK=tile.BK, KEEP=tile.keep and tile.BK >= 32,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return out, saved

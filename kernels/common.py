@@ -163,13 +163,12 @@ def store_rows(base, value, k, row_ok, D: tl.constexpr, BK: tl.constexpr):
 
 
 @triton.jit
-def store_sum(base, a, branch, k, row_ok, task, valid, D: tl.constexpr, BK: tl.constexpr, MIXED: tl.constexpr):
-    """Store a + branch [BM, BK] into the rows at ``base`` [BM]; ``a`` itself, bit for bit, for a sample without a task
-    (-1), and NaN for a sample whose task is out of range."""
-    out = (a.to(tl.float32) + branch).to(a.dtype)
-    if MIXED:
-        out = tl.where(task == -1, a, tl.where(valid, out, float("nan")))
-    store_rows(base, out, k, row_ok, D, BK)
+def copy_or_nan(base, source, task, row_ok, D: tl.constexpr, BK: tl.constexpr):
+    """Store the results of a sample without a valid task into the rows at ``base`` [BM], BK columns at a time: for no
+    task (-1) the rows at ``source`` [BM], bit for bit, and NaN for a task out of range."""
+    for k in range((D + BK - 1) // BK):
+        row = load_rows(source, k, row_ok, D, BK)
+        store_rows(base, tl.where(task == -1, row, float("nan")), k, row_ok, D, BK)
 
 
 @triton.jit
@@ -205,6 +204,13 @@ def normalised(x, mean, rstd, k, D: tl.constexpr, BK: tl.constexpr):
 
 
 @triton.jit
+def settled(a):
+    """Return ``a`` [M, K]. Triton repeats the computation of a tensor for each of the ways in which its users need it
+    distributed, however many threads then compute the same; it never repeats a sum."""
+    return tl.sum(a[:, :, None], 2)
+
+
+@triton.jit
 def some_columns(a, c, M: tl.constexpr, K: tl.constexpr):
     """Return columns 16c to 16c+15 of the register tile ``a`` [M, K], as [M, 16]."""
     pieces = tl.reshape(a, (M, K // 16, 16))
@@ -213,34 +219,43 @@ def some_columns(a, c, M: tl.constexpr, K: tl.constexpr):
 
 
 @triton.jit
-def root_product(a, base, start, TRANSPOSED: tl.constexpr, BW: tl.constexpr, M: tl.constexpr, BB: tl.constexpr):
+def load_root(base, c, TRANSPOSED: tl.constexpr, BW: tl.constexpr, BB: tl.constexpr, STEP: tl.constexpr):
+    """Load rows STEP*c to STEP*(c+1) of R_b, or of R_b^T if TRANSPOSED, as [STEP, BB]; zeros beyond b.
+
+    ``base`` points to R [b+1, b+1] in float32; R_b is R without its last row and column."""
+    # Loaded as a vector, because Triton gives a transposed load a transposed place in shared memory, where the threads'
+    # reads of the product would collide.
+    at = tl.arange(0, STEP * BB)
+    i = c * STEP + at // BB
+    j = at % BB
+    offset = j * (BW + 1) + i if TRANSPOSED else i * (BW + 1) + j
+    return tl.reshape(tl.load(base + offset, mask=(i < BW) & (j < BW), other=0.0), (STEP, BB))
+
+
+@triton.jit
+def root_product(
+    a, base, start, TRANSPOSED: tl.constexpr, WHOLE: tl.constexpr, BW: tl.constexpr, M: tl.constexpr, BB: tl.constexpr
+):  # fmt: skip
     """Return start + a R_b, or start + a R_b^T if TRANSPOSED, for ``a`` and ``start`` [M, BB] in float32.
 
     ``base`` points to R [b+1, b+1] in float32; R_b is R without its last row and column. The product is never computed
-    in tf32, because columns that nearly cancel are added here. It takes sixteen columns of ``a`` at a time: without
-    tensor cores ``tl.dot`` holds both operands in registers, and a bottleneck of 64 would spill."""
-    j = tl.arange(0, BB)
-    for c in range(BB // 16):
-        i = c * 16 + tl.arange(0, 16)
-        ok = (i < BW)[:, None] & (j < BW)[None, :]
-        if TRANSPOSED:
-            piece = tl.load(base + j[None, :] * (BW + 1) + i[:, None], mask=ok, other=0.0)
-        else:
-            piece = tl.load(base + i[:, None] * (BW + 1) + j[None, :], mask=ok, other=0.0)
-        start = tl.dot(some_columns(a, c, M, BB), piece, start, input_precision="ieee")
+    in tf32, because columns that nearly cancel are added here. It takes sixteen columns of ``a`` at a time, because
+    without tensor cores ``tl.dot`` holds both operands in registers. If WHOLE, and BB is at most 32, it takes all."""
+    if BB <= 16 or (WHOLE and BB <= 32):
+        start = tl.dot(a, load_root(base, 0, TRANSPOSED, BW, BB, BB), start, input_precision="ieee")
+    else:
+        for c in range(BB // 16):
+            piece = load_root(base, c, TRANSPOSED, BW, BB, 16)
+            start = tl.dot(some_columns(a, c, M, BB), piece, start, input_precision="ieee")
     return start
 
 
 @triton.jit
-def root_rows(h, base, BW: tl.constexpr, M: tl.constexpr, BB: tl.constexpr):
-    """Return the first b entries of q = R [h ; 1] for rows h [M, BB], as [M, BB], and its last entry, a scalar.
-
-    ``base`` points to R [b+1, b+1] in float32. R is upper triangular, so the last entry is R's last diagonal entry and
-    the same for all rows."""
+def load_last(base, BW: tl.constexpr, BB: tl.constexpr):
+    """Load the last column of R but for its end, as [BB] with zeros beyond b, and its end, R's last diagonal entry.
+    R is upper triangular, so that entry is also the last of R [h ; 1], whatever h."""
     j = tl.arange(0, BB)
-    bias = tl.load(base + j * (BW + 1) + BW, mask=j < BW, other=0.0)
-    q = root_product(h, base, tl.zeros((M, BB), tl.float32) + bias[None, :], True, BW, M, BB)
-    return q, tl.load(base + (BW + 1) * (BW + 1) - 1)
+    return tl.load(base + j * (BW + 1) + BW, mask=j < BW, other=0.0), tl.load(base + (BW + 1) * (BW + 1) - 1)
 
 
 class Rows(NamedTuple):

@@ -138,15 +138,26 @@ def _tabled(rule: Callable[..., Tile]) -> Callable[..., Tile]:
     return choose
 
 
+def _keeps(d: int, b: int) -> bool:
+    """Whether 16-bit rows stay in registers: 32 rows of 1024 numbers, or 16 of 2048, take 64 registers of each of 256
+    threads. Rows that do not start at a multiple of 16 bytes would go through shared memory."""
+    return b <= 64 and d <= 2048 and d % 8 == 0
+
+
+def _kept(rows: int, d: int) -> Tile:
+    """A tile of ``rows`` rows that stay in registers: one warp for 32 of its columns (fragments.py)."""
+    columns = 256 if d > 128 else 128 if d > 64 else 64
+    return Tile(rows, columns, columns // 32, keep=True)
+
+
 @_tabled
 def forward(d: int, b: int, dtype: torch.dtype, pre_norm: bool, arch: int) -> Tile:
     """The tile of ``adapter_forward_kernel``."""
     if dtype == torch.float32:
         # For sm_80, three stages make ptxas spill a few registers, except at b = 16, where two stages do.
         return Tile(32, 32, 4, stages=3 if arch >= 90 or b <= 16 else 2)
-    # Kept rows: 32 rows of 1024 16-bit numbers, or 16 of 2048, take 64 registers of each of 256 threads.
-    if b <= 64 and d <= 2048:
-        return Tile(32 if d <= (768 if pre_norm else 1024) else 16, 128, 8, keep=True)
+    if _keeps(d, b):
+        return _kept(32 if b <= 32 and d <= (768 if pre_norm else 1024) else 16, d)
     return Tile(32, 64, 4)
 
 
@@ -159,9 +170,8 @@ def backward(d: int, b: int, dtype: torch.dtype, pre_norm: bool, arch: int) -> T
         if b > 32:
             return Tile(16, 32, 4)
         return Tile(32, 32, 4, stages=3 if pre_norm and arch < 90 else 2)
-    # Two more operands of each row than in the forward live beside the kept rows, so half as many rows are kept.
-    if b <= 64 and d <= 2048 and not (pre_norm and 0 < arch < 90):
-        return Tile(16, 128, 4 if b <= 32 and d <= 768 else 8, keep=True)
+    if _keeps(d, b):
+        return _kept(32 if b <= 24 and d <= 768 and not pre_norm else 16, d)
     return Tile(32, 64, 4 if b <= 64 else 8)
 
 

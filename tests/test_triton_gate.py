@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,25 @@ def test_faults_are_found(triton_gate):
     forward.arguments["ALIGN"] = 1
     ragged = triton_gate.measure(triton_gate.compile_launch(forward, 90), 90)
     assert ragged["wide_loads"] < aligned["wide_loads"]
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_kept_rows_go_straight_into_tensor_cores(triton_gate, arch):
+    """The rows and the weight of the first product reach the tensor cores without shared memory, and only the warps'
+    sums and the bottleneck wait at barriers (docs/design.md)."""
+    barriers = {}
+    for launch in triton_gate.launches_of(768, 24, torch.bfloat16, arch):
+        name = launch.kernel.__name__.removesuffix("_kernel")
+        if name in ("adapter_forward", "rows"):
+            assert launch.arguments["KEEP"]
+            ptx = triton_gate.compile_launch(launch, arch).asm["ptx"]
+            barriers[name] = len(re.findall(r"\bbar(?:rier)?\.sync", ptx))
+            if name == "adapter_forward":
+                first, *_, last = (match.start() for match in re.finditer(r"\bmma\.sync", ptx))
+                before, during = ptx[:first], ptx[first:last]
+                assert "st.shared" not in before and "ldmatrix" not in before
+                assert "ldmatrix.sync.aligned.m8n8.x4.trans" not in during  # nor does the second weight
+    assert barriers["adapter_forward"] <= 16 and barriers["rows"] <= 30, barriers
 
 
 def test_no_length_is_compiled_in(triton_gate):

@@ -1,4 +1,5 @@
-"""What ``rows_kernel`` hands to the kernels of the weight gradients: dz, r h, m2 and s = g . gamma of every row."""
+"""What ``rows_kernel`` hands to the kernels of the weight gradients: dz, r h, m2 and s = g . gamma of every row; and
+tiles of every width whose rows stay in registers."""
 
 from __future__ import annotations
 
@@ -8,10 +9,11 @@ import pytest
 import torch
 from support.cases import random_packed
 from support.watch import watch
-from test_ops import DTYPES
+from test_ops import DTYPES, check_against_truth
 
 from hyperformer_fast import reference
 from hyperformer_fast.backends.triton import TritonBackend
+from hyperformer_fast.kernels import tiles
 from hyperformer_fast.layout import AdapterLayout, AdapterSpec, Saved
 
 
@@ -86,3 +88,33 @@ def test_r_h_beyond_float16(post):
     (_, rh, _, _), (_, expected, _, _) = handed_on(layout, packed, x, g)
     assert not post or expected.abs().max() > torch.finfo(torch.float16).max
     torch.testing.assert_close(rh.double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("pre", "post"), [(False, True), (True, False)])
+@pytest.mark.parametrize("columns", [16, 32, 64, 128, 256])
+def test_kept_rows_of_every_width_of_a_tile(columns, pre, post):
+    """Sums over one to eight warps, and columns beyond the last of a tile. Sixteen columns are less than a warp's: such
+    rows are not kept."""
+    layout = AdapterLayout(200, 20, pre, post)
+    tile = tiles.Tile(16, columns, max(1, columns // 32), keep=True)
+    x, g = (torch.randn(2, 19, 200).bfloat16() for _ in range(2))
+    with tiles.forced("forward", tile), tiles.forced("backward", tile):
+        packed, index = random_packed(layout, 2).float(), torch.tensor([1, 0])
+        check_against_truth(x, g, packed, layout, "silu", index, backend="triton")
+
+
+def test_mixed_tasks_give_the_bits_of_each_task_alone():
+    layout = AdapterLayout(256, 24)
+    packed = random_packed(layout, 2).float()
+    x, g = (torch.randn(4, 33, 256).bfloat16() for _ in range(2))
+    index, spec, backend = torch.tensor([1, -1, 0, 7]), AdapterSpec(layout, "gelu_new"), TritonBackend()
+    folded = reference.fold(packed, layout, x.dtype)
+    out, saved = backend.adapter_forward(x, folded, spec, index, True)
+    dx, _ = backend.adapter_backward(g, x, saved, packed, folded, spec, index, True, True)
+    assert torch.equal(out[1], x[1]) and torch.equal(dx[1], g[1])
+    assert out[3].isnan().all() and dx[3].isnan().all() and saved.z[3].isnan().all() and not saved.z[1].any()
+    for sample, task in ((0, 1), (2, 0)):
+        one = reference.fold(packed[task : task + 1], layout, x.dtype)
+        alone, kept = backend.adapter_forward(x[sample], one, spec, None, True)
+        back, _ = backend.adapter_backward(g[sample], x[sample], kept, packed[task], one, spec, None, True, False)
+        assert torch.equal(out[sample], alone) and torch.equal(dx[sample], back)
