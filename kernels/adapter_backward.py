@@ -344,5 +344,5 @@ def adapter_backward(
         )  # fmt: skip
         if not need_sums:
             return dx, torch.empty_like(packed) if need_dpacked else packed.new_empty(0)
-        dpacked = weight_gradients(gs, xs, saved, (dz, rh, m2, s), exact, folded, layout, act, task_index)
+        dpacked = weight_gradients(gs, xs, saved, (dz, rh, m2, s), exact, folded, layout, task_index)
     return dx, dpacked.to(packed.dtype)

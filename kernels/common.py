@@ -44,8 +44,10 @@ LENGTHS = (
     "stride_row",
     "g_stride_sample",
     "g_stride_row",
-    "units_per_split",
     "splits",
+    "segments",
+    "share",
+    "per_sample",
 )
 
 #: Passed to do_not_specialize_on_alignment: a site's part of a stack's tensors starts at any multiple of 4 bytes, for
