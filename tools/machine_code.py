@@ -11,7 +11,7 @@ from typing import NamedTuple
 import triton
 
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.M)
+_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.x]*)", re.M)
 
 
 class Code(NamedTuple):
