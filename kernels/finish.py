@@ -34,6 +34,7 @@ def finish_kernel(
     D: tl.constexpr, BW: tl.constexpr, P: tl.constexpr, SIZE: tl.constexpr, DOWN_BIAS: tl.constexpr,
     UP: tl.constexpr, UP_BIAS: tl.constexpr, GAMMA: tl.constexpr, PRE_GAMMA: tl.constexpr,
     PRE: tl.constexpr, POST: tl.constexpr, MIXED: tl.constexpr, BB: tl.constexpr, BK: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Add the partial sums of BK columns of one task of one adapter, and store that part of dpacked. The grid is
     (NK, T, adapters).
@@ -73,7 +74,8 @@ def finish_kernel(
     dz_sum = tl.zeros((BB,), tl.float32)
     corner = tl.zeros((), tl.float32)
     last_by_gamma = tl.zeros((), tl.float32)
-    for segment in range(first, last):
+    # Several segments at a time: their loads do not wait for each other.
+    for segment in tl.range(first, last, loop_unroll_factor=UNROLL):
         part = PART + (adapter * segments + segment) * SIZE
         down += _load_transposed(part, chunk, D, BW, BB, BK)
         up += _load_transposed(part + BW * D, chunk, D, BW, BB, BK)
@@ -150,5 +152,5 @@ def finish(
         D=layout.d, BW=layout.b, P=layout.numel, SIZE=part_size(layout), DOWN_BIAS=at["down_bias"],
         UP=at["up_weight"], UP_BIAS=at["up_bias"], GAMMA=at.get("post_gamma", 0), PRE_GAMMA=at.get("pre_gamma", 0),
         PRE=layout.pre_norm, POST=layout.post_norm, MIXED=schedule.mixed, BB=padded(layout.b), BK=tile.BK,
-        num_warps=tile.warps, num_stages=tile.stages,
+        UNROLL=tile.stages, num_warps=tile.warps,
     )  # fmt: skip

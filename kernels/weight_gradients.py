@@ -35,12 +35,9 @@ from .common import (
     LENGTHS,
     UNALIGNED,
     Rows,
-    load_rows,
     matmul_precision,
     normalised,
     padded,
-    row_start,
-    rows_of_unit,
 )
 from .finish import finish, part_size
 from .schedule import Schedule, schedule
@@ -49,13 +46,31 @@ __all__ = ["Schedule", "finish", "part_size", "partial_sums", "schedule", "weigh
 
 
 @triton.jit
-def _scheduled_rows(ORDER, unit, M, BM: tl.constexpr, MIXED: tl.constexpr):
-    """Locate the rows of a unit: ``rows_of_unit``, whose samples are in the schedule's order if MIXED."""
-    sample, row, row_ok, flat = rows_of_unit(unit, M, BM)
-    if MIXED:
-        sample = tl.load(ORDER + sample)
-        flat = sample.to(tl.int64) * M + row
-    return sample, row, row_ok, flat
+def _sample_at(ORDER, place, MIXED: tl.constexpr):
+    """Return the sample at a place of the schedule's order, as int64."""
+    return tl.load(ORDER + place).to(tl.int64) if MIXED else place.to(tl.int64)
+
+
+@triton.jit
+def _next_tile(place, tile, per_sample):
+    """Return the place and tile of the unit after that of ``place`` and ``tile``."""
+    end = tile + 1 == per_sample
+    return tl.where(end, place + 1, place), tl.where(end, 0, tile + 1)
+
+
+@triton.jit
+def _summands(r, POST: tl.constexpr):
+    """Return [BM, 16] in float32, whose product with g^T has sum r g in its columns 0 and 1, and sum g in column 2.
+
+    r is split into two numbers that bfloat16 holds: one alone would have only 8 bits."""
+    which = tl.arange(0, 16)[None, :]
+    ones = tl.where(which == 2, 1.0, 0.0)
+    if POST:
+        high = r.to(tl.bfloat16).to(tl.float32)
+        value = tl.where(which == 0, high[:, None], tl.where(which == 1, (r - high)[:, None], ones))
+    else:
+        value = tl.zeros_like(r)[:, None] + ones
+    return value
 
 
 @triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=UNALIGNED)
@@ -64,7 +79,8 @@ def weights_kernel(
     B, M, T, share, g_stride_sample, g_stride_row, stride_sample, stride_row,
     D: tl.constexpr, BW: tl.constexpr, SIZE: tl.constexpr, PRE: tl.constexpr, POST: tl.constexpr,
     MIXED: tl.constexpr, G_ALIGN: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
-    GRAM_PRECISION: tl.constexpr, WIDE_RANGE: tl.constexpr, BB: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    GRAM_PRECISION: tl.constexpr, NARROW: tl.constexpr, WIDE_RANGE: tl.constexpr,
+    BB: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Compute the partial sums of one segment. The grid is (segments * (NK + 1),): for each segment, NK programs sum BK
     columns each, and one more computes the sums without a side of length d.
@@ -84,10 +100,12 @@ def weights_kernel(
 
     B is the number of samples, M that of rows per sample, T that of tasks. A unit is a tile of BM rows of one sample;
     unless MIXED, a segment is ``share`` of them. The strides of G are in units of G_ALIGN elements, those of X in units
-    of ALIGN. WIDE_RANGE multiplies r h and g in float32, because r h may leave float16's range.
+    of ALIGN. STAGES is how many units' loads are in flight. WIDE_RANGE multiplies r h and g in float32, because r h may
+    leave float16's range. NARROW, for 16-bit x, sums the rows of g by tensor cores, too.
     """
     NK: tl.constexpr = (D + BK - 1) // BK
     SMALL: tl.constexpr = (2 * BW + 2) * D
+    per_sample = (M + BM - 1) // BM
     chunk = tl.program_id(0) % (NK + 1)
     segment = tl.program_id(0) // (NK + 1)
     if MIXED:
@@ -101,74 +119,102 @@ def weights_kernel(
     else:
         ORDER = TABLE
         first = segment * share
-        last = tl.minimum(first + share, B * ((M + BM - 1) // BM))
+        last = tl.minimum(first + share, B * per_sample)
     PART += segment.to(tl.int64) * SIZE
     j = tl.arange(0, BB)
+    j_ok = (j < BW)[None, :]
+    # Pointers advance by one scalar per unit; what differs between the rows of a tile stays in registers.
+    lane = tl.arange(0, BM)
+    small_at = lane[:, None] * BW + j[None, :]
+    place = first // per_sample
+    tile = first - place * per_sample
+    sample = _sample_at(ORDER, place, MIXED)
     if chunk < NK:
         column = chunk * BK + tl.arange(0, BK)
         column_ok = column < D
+        g_at = lane.to(tl.int64)[:, None] * g_stride_row * G_ALIGN + column[None, :]
+        x_at = lane.to(tl.int64)[:, None] * stride_row * ALIGN + column[None, :]
         down = tl.zeros((BK, BB), tl.float32)
         up = tl.zeros((BK, BB), tl.float32)
-        g_sum = tl.zeros((BM, BK), tl.float32)
-        up_bias = tl.zeros((BM, BK), tl.float32)
-        for unit in range(first, last):
-            sample, row, row_ok, flat = _scheduled_rows(ORDER, unit, M, BM, MIXED)
-            g = load_rows(G + row_start(sample, row, g_stride_sample, g_stride_row, G_ALIGN), chunk, row_ok, D, BK)
-            x = load_rows(X + row_start(sample, row, stride_sample, stride_row, ALIGN), chunk, row_ok, D, BK)
-            at = flat[:, None] * BW + j[None, :]
-            at_ok = row_ok[:, None] & (j < BW)[None, :]
-            dz = tl.load(DZ + at, mask=at_ok, other=0.0)
-            rh = tl.load(RH + at, mask=at_ok, other=0.0)
+        sums = tl.zeros((BK, 16) if NARROW else (BM, BK), tl.float32)
+        sums_by_r = tl.zeros((BM, BK), tl.float32)
+        for _ in tl.range(first, last, num_stages=STAGES):
+            row = tile * BM
+            flat = sample * M + row
+            row_ok = lane < M - row
+            wide_ok = row_ok[:, None] & column_ok[None, :] if D % BK else row_ok[:, None]
+            small_ok = row_ok[:, None] & j_ok
+            g = tl.load(
+                G + (sample * g_stride_sample + row.to(tl.int64) * g_stride_row) * G_ALIGN + g_at,
+                mask=wide_ok,
+                other=0.0,
+            )
+            x = tl.load(
+                X + (sample * stride_sample + row.to(tl.int64) * stride_row) * ALIGN + x_at, mask=wide_ok, other=0.0
+            )
+            dz = tl.load(DZ + flat * BW + small_at, mask=small_ok, other=0.0)
+            rh = tl.load(RH + flat * BW + small_at, mask=small_ok, other=0.0)
             if PRE:
-                mean = tl.load(PRE_MEAN + flat, mask=row_ok, other=0.0)
-                rstd = tl.load(PRE_RSTD + flat, mask=row_ok, other=0.0)
+                mean = tl.load(PRE_MEAN + flat + lane, mask=row_ok, other=0.0)
+                rstd = tl.load(PRE_RSTD + flat + lane, mask=row_ok, other=0.0)
                 x = normalised(x, mean, rstd, chunk, D, BK)
-            wide = g.to(tl.float32)
             down = tl.dot(tl.trans(x), dz, down, input_precision=PRECISION)
-            if WIDE_RANGE:
-                up = tl.dot(tl.trans(wide), rh, up, input_precision=PRECISION)
+            # Converting before the transposition fails in Triton 3.6 for sm_100.
+            g_t = tl.trans(g).to(tl.float32) if WIDE_RANGE else tl.trans(g)
+            up = tl.dot(g_t, rh, up, input_precision=PRECISION)
+            r = tl.load(R + flat + lane, mask=row_ok, other=0.0) if POST else tl.where(row_ok, 1.0, 0.0)
+            if NARROW:
+                sums = tl.dot(g_t, _summands(r, POST).to(g_t.dtype), sums, input_precision=PRECISION)
             else:
-                up = tl.dot(tl.trans(g), rh, up, input_precision=PRECISION)
-            if POST:
-                r = tl.load(R + flat, mask=row_ok, other=0.0)
-                up_bias += wide * r[:, None]
-            g_sum += wide
+                sums += g
+                sums_by_r += g * r[:, None]
+            place, tile = _next_tile(place, tile, per_sample)
+            sample = _sample_at(ORDER, place, MIXED)
         at = column[:, None] * BW + j[None, :]
-        at_ok = column_ok[:, None] & (j < BW)[None, :]
-        sums = tl.sum(g_sum, 0)
+        at_ok = column_ok[:, None] & j_ok
         tl.store(PART + at, down, mask=at_ok)
         tl.store(PART + BW * D + at, up, mask=at_ok)
-        tl.store(PART + 2 * BW * D + column, tl.sum(up_bias, 0) if POST else sums, mask=column_ok)
-        tl.store(PART + (2 * BW + 1) * D + column, sums, mask=column_ok)
+        if NARROW:
+            which = tl.arange(0, 16)[None, :]
+            up_bias = tl.sum(tl.where(which < 2, sums, 0.0), 1)
+            g_sum = tl.sum(tl.where(which == 2, sums, 0.0), 1)
+        else:
+            up_bias = tl.sum(sums_by_r, 0)
+            g_sum = tl.sum(sums, 0)
+        tl.store(PART + 2 * BW * D + column, up_bias if POST else g_sum, mask=column_ok)
+        tl.store(PART + (2 * BW + 1) * D + column, g_sum, mask=column_ok)
     else:
         gram = tl.zeros((BB, BB), tl.float32)
         border = tl.zeros((BM, BB), tl.float32)
         by_gamma = tl.zeros((BM, BB), tl.float32)
         dz_sum = tl.zeros((BM, BB), tl.float32)
-        corner = tl.zeros((BM,), tl.float32)
-        last_by_gamma = tl.zeros((BM,), tl.float32)
-        for unit in range(first, last):
-            sample, row, row_ok, flat = _scheduled_rows(ORDER, unit, M, BM, MIXED)
-            at = flat[:, None] * BW + j[None, :]
-            at_ok = row_ok[:, None] & (j < BW)[None, :]
-            dz_sum += tl.load(DZ + at, mask=at_ok, other=0.0).to(tl.float32)
+        corner = tl.zeros((BM, 1), tl.float32)
+        last_by_gamma = tl.zeros((BM, 1), tl.float32)
+        for _ in tl.range(first, last, num_stages=STAGES):
+            row = tile * BM
+            flat = sample * M + row
+            row_ok = lane < M - row
+            small_ok = row_ok[:, None] & j_ok
+            dz_sum += tl.load(DZ + flat * BW + small_at, mask=small_ok, other=0.0).to(tl.float32)
             if POST:
-                rh = tl.load(RH + at, mask=at_ok, other=0.0).to(tl.float32)
-                r = tl.load(R + flat, mask=row_ok, other=0.0)
-                m2 = tl.load(M2 + flat, mask=row_ok, other=0.0)
-                s = tl.load(S + flat, mask=row_ok, other=0.0)
-                gram = tl.dot(tl.trans(rh * m2[:, None]), rh, gram, input_precision=GRAM_PRECISION)
-                border += rh * (m2 * r)[:, None]
-                by_gamma += rh * s[:, None]
+                rh = tl.load(RH + flat * BW + small_at, mask=small_ok, other=0.0).to(tl.float32)
+                r = tl.load(R + flat + lane[:, None], mask=row_ok[:, None], other=0.0)
+                m2 = tl.load(M2 + flat + lane[:, None], mask=row_ok[:, None], other=0.0)
+                s = tl.load(S + flat + lane[:, None], mask=row_ok[:, None], other=0.0)
+                gram = tl.dot(tl.trans(rh * m2), rh, gram, input_precision=GRAM_PRECISION)
+                border += rh * (m2 * r)
+                by_gamma += rh * s
                 corner += m2 * r * r
                 last_by_gamma += s * r
+            place, tile = _next_tile(place, tile, per_sample)
+            sample = _sample_at(ORDER, place, MIXED)
         PART += SMALL
         tl.store(PART + j[:, None] * BB + j[None, :], gram)
         tl.store(PART + BB * BB + j, tl.sum(border, 0))
         tl.store(PART + BB * BB + BB + j, tl.sum(by_gamma, 0))
         tl.store(PART + BB * BB + 2 * BB + j, tl.sum(dz_sum, 0))
-        tl.store(PART + BB * BB + 3 * BB, tl.sum(corner, 0))
-        tl.store(PART + BB * BB + 3 * BB + 1, tl.sum(last_by_gamma, 0))
+        tl.store(PART + BB * BB + 3 * BB, tl.sum(corner))
+        tl.store(PART + BB * BB + 3 * BB + 1, tl.sum(last_by_gamma))
 
 
 def partial_sums(
@@ -199,14 +245,15 @@ def partial_sums(
     # r h may overflow or underflow float16. With float16 inputs both operands are therefore converted to float32; tf32
     # products lose nothing there, because tf32 has float16's mantissa. The Gram matrix's left operand, m2 r h, is
     # rounded no more coarsely than r h itself was.
-    half, wide_range = dtype.itemsize == 2 and not torch.version.hip, dtype == torch.float16
+    narrow, wide_range = dtype.itemsize == 2, dtype == torch.float16
+    tf32 = narrow and not torch.version.hip
     weights_kernel[(schedule.segments * (triton.cdiv(d, tile.BK) + 1),)](
         g.data, x.data, saved.r, saved.pre_mean, saved.pre_rstd, *per_row, schedule.table, out,
         x.B, x.M, schedule.T, schedule.share, g.stride_sample, g.stride_row, x.stride_sample, x.stride_row,
         D=d, BW=b, SIZE=size, PRE=layout.pre_norm, POST=layout.post_norm, MIXED=schedule.mixed,
-        G_ALIGN=g.align, ALIGN=x.align, PRECISION="tf32" if half and wide_range else matmul_precision(dtype),
-        GRAM_PRECISION="tf32" if half else "ieee", WIDE_RANGE=wide_range, BB=padded(b), BM=tile.BM, BK=tile.BK,
-        num_warps=tile.warps, num_stages=tile.stages,
+        G_ALIGN=g.align, ALIGN=x.align, PRECISION="tf32" if tf32 and wide_range else matmul_precision(dtype),
+        GRAM_PRECISION="tf32" if tf32 else "ieee", NARROW=narrow, WIDE_RANGE=wide_range,
+        BB=padded(b), BM=tile.BM, BK=tile.BK, STAGES=tile.stages, num_warps=tile.warps,
     )  # fmt: skip
     return out
 
