@@ -18,7 +18,7 @@ Pointers and compile-time constants have upper-case names. These constants mean 
     MIXED           whether TASK names a task per sample; otherwise it is None and all rows use the weights of task 0
     KEEP            whether whole rows stay in registers between two passes over their columns
     ALIGN, G_ALIGN  the unit of the strides of x and of g
-    PRECISION       how ``tl.dot`` multiplies float32 operands (``matmul_precision``)
+    PRECISION       how ``tl.dot`` multiplies float32 operands (``matmul_precision``); they pass ``rounded`` before
 
 Lengths (M, T, n, ...) and strides are run-time arguments.
 """
@@ -53,8 +53,8 @@ LENGTHS = (
 #: Passed to do_not_specialize_on_alignment: a site's part of a stack's tensors starts at any multiple of 4 bytes, for
 #: example [b+1, b+1] matrices of an even b. Each kernel would be compiled once for the sites that happen to start at a
 #: multiple of 16 bytes, and once for the others. These tensors are read a number at a time, so nothing is lost.
-#: VECTORS is not among them: its loads of whole rows would become narrow, and d and b that are multiples of 4 keep every
-#: site's part aligned.
+#: VECTORS is not among them: its loads of whole rows would become narrow, and where d and b are multiples of 4 every
+#: site's part is aligned.
 UNALIGNED = ("ROOT", "MEAN", "SCALE", "R", "M2", "S", "PRE_MEAN", "PRE_RSTD")
 
 
@@ -145,6 +145,28 @@ def rows_of_unit(unit, M, BM: tl.constexpr):
 def row_start(sample, row, stride_sample, stride_row, ALIGN: tl.constexpr):
     """Return the offset in elements at which each row starts, as int64 because N d may exceed 2^31."""
     return (sample.to(tl.int64) * stride_sample + row.to(tl.int64) * stride_row) * ALIGN
+
+
+@triton.jit
+def to_tf32(x):
+    """Round float32 to tf32: magnitudes to nearest, ties away from zero. Tensor cores read the first 19 bits of
+    float32 and drop the others, which would shrink every operand by 2^-12 on average.
+
+    Finite numbers stay finite: those that would round to infinity are truncated. Infinities and NaN stay what they
+    are."""
+    bits = x.to(tl.int32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    nearest = (bits + tl.where(magnitude < 0x7F7FF000, 0x1000, 0)) & -0x2000
+    return tl.where(magnitude > 0x7F800000, bits, nearest).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def rounded(x, PRECISION: tl.constexpr):
+    """Return ``x`` as an operand of a ``tl.dot`` whose ``input_precision`` is PRECISION: float32 is rounded to tf32 if
+    PRECISION is "tf32". Anything else is returned as it is."""
+    if PRECISION == "tf32" and x.dtype == tl.float32:
+        x = to_tf32(x)
+    return x
 
 
 @triton.jit
@@ -292,9 +314,14 @@ def rows_of(x: Tensor, task_index: Tensor | None, align: int | None = None) -> R
 
 
 def matmul_precision(dtype: torch.dtype) -> str:
-    """The ``input_precision`` of ``tl.dot``: "tf32" for float32 operands if torch allows it, otherwise "ieee"."""
-    highest = torch.get_float32_matmul_precision() == "highest"
-    return "ieee" if dtype != torch.float32 or highest or torch.version.hip else "tf32"
+    """The ``input_precision`` of ``tl.dot``: "tf32" for float32 operands if torch allows it, otherwise "ieee".
+
+    ``torch.backends.cuda.matmul.fp32_precision`` answers whichever of torch's settings was used, and inherits from
+    ``torch.backends.fp32_precision``. The older getters raise once a newer setting was used, as
+    ``TrainingArguments(tf32=True)`` uses it."""
+    if dtype != torch.float32 or torch.version.hip:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def device_guard(t: Tensor) -> contextlib.AbstractContextManager:
