@@ -1,8 +1,23 @@
-"""``fold`` in Triton: one launch for all adapters of a stack, one program per adapter.
+"""``fold`` in Triton: two launches for all adapters of a stack. docs/design.md says what is folded and why.
 
-docs/design.md says what is folded and why. Every sum is computed in float64, as are the centred up-projection and the
-Cholesky factor of its Gram matrix. The up-projection W_u and its bias stay two operands: with the bias as a further
-column, a power-of-two bottleneck would need a tile twice as wide.
+``gram_kernel`` sums products of columns of [W_u | b_u] over a stretch of rows. ``fold_kernel`` has one program per
+adapter that adds these sums, centres them and factors the Gram matrix, and further programs that fold eight units of
+the bottleneck each: eight rows of W_d and eight columns of W_u, whole, so that each number is read once. An adapter
+thus occupies several multiprocessors, and the factor's serial steps pass while other programs move the weights.
+
+Every sum is computed in float64. The Gram matrix's sums are taken of W_u minus its first row, so that a large common
+mean costs no digits: with s the column sums, the centred sums are S - s s^T / d, which loses at most a factor of d + 1.
+The products are tiles of 32 columns, because some versions of Triton send wider float64 products to Blackwell's
+tcgen05, which has none.
+
+The partial sums of one adapter over one stretch of rows are SIZE numbers in float64, all of columns minus their first
+entry:
+
+    gram [b, b]     products of two columns of W_u
+    border [b]      products with b_u
+    sums [b]        of each column of W_u
+    corner          products of b_u with itself
+    bias_sum        of b_u
 """
 
 from __future__ import annotations
@@ -14,7 +29,10 @@ from torch import Tensor
 
 from ..layout import AdapterLayout, Folded
 from . import tiles
-from .common import device_guard, load_weight, padded
+from .common import device_guard, padded
+
+#: Units of the bottleneck that a program of ``fold_kernel`` folds; eight float32 numbers fill a sector of memory.
+UNITS = 8
 
 
 @triton.jit
@@ -25,60 +43,206 @@ def _vector(base, k, D: tl.constexpr, BK: tl.constexpr):
 
 
 @triton.jit
-def _up(base, k, D: tl.constexpr, BW: tl.constexpr, BB: tl.constexpr, BK: tl.constexpr):
-    """Load [BK, BB] in float64: rows k*BK to (k+1)*BK of W_u [d, b], to which ``base`` points; zeros outside it."""
-    j = tl.arange(0, BB)
+def _up(base, k, j, D: tl.constexpr, BW: tl.constexpr, BK: tl.constexpr):
+    """Load [BK, len(j)] in float64: rows k*BK to (k+1)*BK and columns ``j`` of W_u [d, b], to which ``base`` points;
+    zeros outside it."""
     row = k * BK + tl.arange(0, BK)
     mask = (row < D)[:, None] & (j < BW)[None, :]
     return tl.load(base + row[:, None] * BW + j[None, :], mask=mask, other=0.0).to(tl.float64)
 
 
 @triton.jit
-def _centred(base, bias_base, mean, bias_mean, k, D: tl.constexpr, BW: tl.constexpr, BB: tl.constexpr,
-             BK: tl.constexpr):  # fmt: skip
-    """Load rows k*BK to (k+1)*BK of W_u [d, b] at ``base`` and of its bias [d] at ``bias_base``, and subtract the
-    column means ``mean`` [BB] and ``bias_mean``. Returns [BK, BB] and [BK] in float64; zeros beyond row d."""
+def _shifted(base, k, j, D: tl.constexpr, BW: tl.constexpr, BK: tl.constexpr):
+    """``_up`` minus the first row of W_u; zeros outside it."""
     row_ok = k * BK + tl.arange(0, BK) < D
-    wc = tl.where(row_ok[:, None], _up(base, k, D, BW, BB, BK) - mean[None, :], 0.0)
-    bc = tl.where(row_ok, _vector(bias_base, k, D, BK) - bias_mean, 0.0)
-    return wc, bc
+    first = tl.load(base + j, mask=j < BW, other=0.0).to(tl.float64)
+    return tl.where(row_ok[:, None], _up(base, k, j, D, BW, BK) - first[None, :], 0.0)
+
+
+@triton.jit
+def _shifted_bias(base, k, D: tl.constexpr, BK: tl.constexpr):
+    """``_vector`` minus the vector's first entry; zeros beyond it."""
+    row_ok = k * BK + tl.arange(0, BK) < D
+    return tl.where(row_ok, _vector(base, k, D, BK) - tl.load(base).to(tl.float64), 0.0)
+
+
+@triton.jit
+def gram_kernel(
+    PACKED, SUMS, D: tl.constexpr, BW: tl.constexpr, P: tl.constexpr, UP: tl.constexpr, UP_BIAS: tl.constexpr,
+    SIZE: tl.constexpr, BB: tl.constexpr, BJ: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Sum products of columns of [W_u | b_u] over BM rows. The grid is (d / BM rounded up, n, pairs of BJ columns).
+
+    Pointers, all contiguous:
+        PACKED   [n, P]           float32 or float64; the packed adapters
+        SUMS     [n, NK, SIZE]    float64; output, the partial sums
+
+    BK, which divides BM, is how many rows one product takes. BJ divides BB; NJ tiles of BJ columns have NJ (NJ + 1) / 2
+    pairs, and the product of a pair is stored on both sides of the diagonal. UP and UP_BIAS are the offsets of W_u and
+    b_u within a packed adapter.
+    """
+    NK: tl.constexpr = (D + BM - 1) // BM
+    stretch = tl.program_id(0)
+    adapter = tl.program_id(1).to(tl.int64)
+    left = tl.program_id(2)
+    right = tl.full((), 0, tl.int32)
+    for _ in tl.static_range(BB // BJ - 1):  # pairs (0, 0), (0, 1), (1, 1), (0, 2), ...
+        beyond = left > right
+        left -= tl.where(beyond, right + 1, 0)
+        right += tl.where(beyond, 1, 0)
+    PACKED += adapter * P
+    SUMS += (adapter * NK + stretch) * SIZE
+    i = left * BJ + tl.arange(0, BJ)
+    j = right * BJ + tl.arange(0, BJ)
+    gram = tl.zeros((BJ, BJ), tl.float64)
+    border = tl.zeros((BJ,), tl.float64)
+    sums = tl.zeros((BJ,), tl.float64)
+    corner = tl.zeros((), tl.float64)
+    bias_sum = tl.zeros((), tl.float64)
+    for k in range(BM // BK):
+        k += stretch * (BM // BK)
+        b = _shifted(PACKED + UP, k, j, D, BW, BK)
+        if BB == BJ:
+            a = b
+        else:
+            a = _shifted(PACKED + UP, k, i, D, BW, BK)
+        gram = tl.dot(tl.trans(a), b, gram, out_dtype=tl.float64)
+        bias = _shifted_bias(PACKED + UP_BIAS, k, D, BK)
+        border += tl.sum(b * bias[:, None], 0)
+        sums += tl.sum(b, 0)
+        corner += tl.sum(bias * bias, 0)
+        bias_sum += tl.sum(bias, 0)
+    ok = (i < BW)[:, None] & (j < BW)[None, :]
+    tl.store(SUMS + i[:, None] * BW + j[None, :], gram, mask=ok)
+    if left == right:
+        tl.store(SUMS + BW * BW + j, border, mask=j < BW)
+        tl.store(SUMS + BW * BW + BW + j, sums, mask=j < BW)
+        if left == 0:
+            tl.store(SUMS + BW * BW + 2 * BW, corner)
+            tl.store(SUMS + BW * BW + 2 * BW + 1, bias_sum)
+    else:
+        tl.store(SUMS + j[None, :] * BW + i[:, None], gram, mask=ok)
 
 
 @triton.jit
 def _entry(vector, index, BB: tl.constexpr):
-    """Return ``vector[index]`` of a vector [BB] in registers."""
-    return tl.sum(tl.where(tl.arange(0, BB) == index, vector, 0.0), 0)
+    """Return ``vector[index]`` of a vector [BB] in registers, in each of BB places."""
+    return tl.gather(vector, tl.full((BB,), index, tl.int32), 0)
 
 
 @triton.jit
-def _square_root(ROOT, gram, border, corner, BW: tl.constexpr, BB: tl.constexpr):
-    """Store the upper triangular R with R^T R = [[gram, border], [border^T, corner]], row by row.
+def _inverse_root(pivot, diagonal, BW: tl.constexpr):
+    """Return 1 / sqrt(pivot), or 0 for a pivot that is lost to rounding, as ``reference.square_root`` decides it: one
+    that is at most this share of its diagonal entry, float64's epsilon times the number of columns."""
+    lost = pivot <= diagonal * ((BW + 1) * 2.220446049250313e-16)  # False for a NaN, so that it stays visible in R
+    return tl.where(lost, 0.0, tl.rsqrt(tl.where(lost, 1.0, pivot)))
 
-    ROOT points to R [b+1, b+1] in float32; ``gram`` [BB, BB], ``border`` [BB] and ``corner`` are in registers, in
-    float64. R is the Cholesky factor, except that a pivot lost to rounding leaves a row of zeros, as in
-    ``reference.square_root``."""
-    C: tl.constexpr = BW + 1
-    # A pivot at most this share of its diagonal entry is lost: float64's epsilon times the number of columns.
-    LOST: tl.constexpr = C * 2.220446049250313e-16
-    j = tl.arange(0, BB)
-    diagonal = tl.sum(tl.where(j[:, None] == j[None, :], gram, 0.0), 1)
-    lost_corner = corner * LOST
+
+@triton.jit
+def _rows(tile, BB: tl.constexpr, COUNT: tl.constexpr):
+    """Take a register tile [BB, COUNT] apart into a tuple of COUNT vectors [BB]."""
+    if COUNT == 1:
+        return (tl.reshape(tile, (BB,)),)
+    else:
+        first, second = tl.split(tl.permute(tl.reshape(tile, (BB, 2, COUNT // 2)), (0, 2, 1)))
+        return _rows(first, BB, COUNT // 2) + _rows(second, BB, COUNT // 2)
+
+
+@triton.jit
+def _store_row(ROOT, c, row, at_bias, BW: tl.constexpr, BB: tl.constexpr):
+    """Store row ``c`` of R: its first b entries ``row`` [BB], and its last, ``at_bias`` in each of BB places."""
+    i = tl.arange(0, BB)
+    tl.store(ROOT + c * (BW + 1) + i, row.to(tl.float32), mask=i < BW)
+    tl.store(ROOT + c * (BW + 1) + BW + i, at_bias.to(tl.float32), mask=i == 0)
+
+
+@triton.jit
+def _factor_rows(ROOT, gram, border, corner, BW: tl.constexpr, BB: tl.constexpr):
+    """Factor [[gram, border], [border^T, corner]] for a small b, and store all rows of R but the last. ``corner``, and
+    what becomes of it, which is returned, are in each of BB places.
+
+    Every warp holds all rows of ``gram``, one column in each lane, and does the same. A step exchanges numbers within
+    the warp and needs no barrier. Which register a row is in must be known at compile time, so the rows move up by one
+    place at each step."""
+    lane = tl.arange(0, BB)
+    rows = _rows(gram, BB, BB)
+    diagonal = tl.zeros((BB,), tl.float64)
+    for i in tl.static_range(BW):
+        diagonal = tl.where(lane == i, rows[i], diagonal)
+    rows = rows[:BW]
     for c in range(BW):
-        column = tl.sum(tl.where(j[None, :] == c, gram, 0.0), 1)
-        pivot = _entry(column, c, BB)
-        lost = pivot <= _entry(diagonal, c, BB) * LOST  # False for a NaN, so that it stays visible in R
-        inverse = tl.where(lost, 0.0, 1.0 / tl.sqrt(tl.where(lost, 1.0, pivot)))
-        row = tl.where(j >= c, column * inverse, 0.0)
+        inverse = _inverse_root(_entry(rows[0], c, BB), _entry(diagonal, c, BB), BW)
+        row = tl.where(lane >= c, rows[0] * inverse, 0.0)
         at_bias = _entry(border, c, BB) * inverse
-        gram -= row[:, None] * row[None, :]
+        _store_row(ROOT, c, row, at_bias, BW, BB)
+        left = ()
+        for i in tl.static_range(1, BW):
+            # beyond the last row the index wraps around, and what moves up is never used
+            left = left + (rows[i] - _entry(row, (c + i) % BB, BB) * row,)
+        rows = left + (row,)
         border -= at_bias * row
         corner -= at_bias * at_bias
-        tl.store(ROOT + c * C + j, row.to(tl.float32), mask=j < BW)
-        tl.store(ROOT + c * C + BW, at_bias.to(tl.float32))
-    lost = corner <= lost_corner
-    last = tl.where(lost, 0.0, tl.sqrt(tl.where(lost, 0.0, corner)))
-    tl.store(ROOT + BW * C + j, tl.zeros((BB,), tl.float32), mask=j < BW)
-    tl.store(ROOT + BW * C + BW, last.to(tl.float32))
+    return corner
+
+
+@triton.jit
+def _factor_tile(ROOT, gram, border, corner, BW: tl.constexpr, BB: tl.constexpr):
+    """``_factor_rows`` for any b: the matrix is one tile, spread over all warps."""
+    i = tl.arange(0, BB)
+    diagonal = tl.sum(tl.where(i[:, None] == i[None, :], gram, 0.0), 1)
+    for c in range(BW):
+        # gram is symmetric: its row and its column are the same numbers, in the two layouts that the update needs
+        column = tl.sum(tl.where(i[None, :] == c, gram, 0.0), 1)
+        row = tl.sum(tl.where(i[:, None] == c, gram, 0.0), 0)
+        pivot = tl.sum(tl.where(i == c, row, 0.0), 0)
+        inverse = _inverse_root(pivot, tl.sum(tl.where(i == c, diagonal, 0.0), 0), BW)
+        row = tl.where(i >= c, row * inverse, 0.0)
+        column = tl.where(i >= c, column * inverse, 0.0)
+        at_bias = tl.zeros((BB,), tl.float64) + tl.sum(tl.where(i == c, border, 0.0), 0) * inverse
+        _store_row(ROOT, c, row, at_bias, BW, BB)
+        gram -= column[:, None] * row[None, :]
+        border -= at_bias * row
+        corner -= at_bias * at_bias
+    return corner
+
+
+@triton.jit
+def _add(part, gram, border, sums, corner, bias_sum, BW: tl.constexpr, BB: tl.constexpr):
+    """Add the partial sums at ``part`` to those of ``_root``."""
+    i = tl.arange(0, BB)
+    ok = i < BW
+    gram += tl.load(part + i[:, None] * BW + i[None, :], mask=ok[:, None] & ok[None, :], other=0.0)
+    border += tl.load(part + BW * BW + i, mask=ok, other=0.0)
+    sums += tl.load(part + BW * BW + BW + i, mask=ok, other=0.0)
+    corner += tl.load(part + BW * BW + 2 * BW)
+    bias_sum += tl.load(part + BW * BW + 2 * BW + 1)
+    return gram, border, sums, corner, bias_sum
+
+
+@triton.jit
+def _root(SUMS, ROOT, D: tl.constexpr, BW: tl.constexpr, NK: tl.constexpr, SIZE: tl.constexpr, BB: tl.constexpr):
+    """Store the upper triangular R with R^T R = Wa^T Wa / d. SUMS [NK, SIZE] and ROOT [b+1, b+1] belong to one adapter.
+
+    R is the Cholesky factor, except that a pivot lost to rounding leaves a row of zeros."""
+    gram = tl.zeros((BB, BB), tl.float64)
+    border = tl.zeros((BB,), tl.float64)
+    sums = tl.zeros((BB,), tl.float64)
+    corner = tl.zeros((BB,), tl.float64)
+    bias_sum = tl.zeros((BB,), tl.float64)
+    if BB <= 32 and NK <= 8:
+        for k in tl.static_range(NK):  # unrolled, so that all loads are on their way at once
+            gram, border, sums, corner, bias_sum = _add(SUMS + k * SIZE, gram, border, sums, corner, bias_sum, BW, BB)
+    else:
+        for k in range(NK):
+            gram, border, sums, corner, bias_sum = _add(SUMS + k * SIZE, gram, border, sums, corner, bias_sum, BW, BB)
+    gram = (gram - sums[:, None] * (sums * (1.0 / D))[None, :]) * (1.0 / D)
+    border = (border - sums * (bias_sum * (1.0 / D))) * (1.0 / D)
+    whole = (corner - bias_sum * (bias_sum * (1.0 / D))) * (1.0 / D)
+    if BB <= 32:
+        corner = _factor_rows(ROOT, gram, border, whole, BW, BB)
+    else:
+        corner = _factor_tile(ROOT, gram, border, whole, BW, BB)
+    _store_row(ROOT, BW, tl.zeros((BB,), tl.float64), corner * _inverse_root(corner, whole, BW), BW, BB)
 
 
 @triton.jit
@@ -93,16 +257,101 @@ def _power_of_two(m):
 
 
 @triton.jit
+def _fold_down(packed, WD, VECTORS, j, D: tl.constexpr, BW: tl.constexpr, DOWN_BIAS: tl.constexpr,
+               PRE_GAMMA: tl.constexpr, PRE: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    """Fold rows ``j`` of W_d and entries ``j`` of its bias. ``packed`` points to one packed adapter, WD [b, d] and
+    VECTORS [V] to its outputs."""
+    kind = WD.dtype.element_ty
+    j_ok = j < BW
+    shift = tl.zeros((j.shape[0],), tl.float64)
+    for k in range((D + BK - 1) // BK):
+        column = k * BK + tl.arange(0, BK)
+        at = j[:, None] * D + column[None, :]
+        ok = j_ok[:, None] & (column < D)[None, :]
+        wd = tl.load(packed + at, mask=ok, other=0.0)
+        if PRE:
+            wide = wd.to(tl.float64)
+            shift += tl.sum(wide * _vector(packed + PRE_GAMMA + D, k, D, BK)[None, :], 1)
+            wd = wide * _vector(packed + PRE_GAMMA, k, D, BK)[None, :]
+        tl.store(WD + at, wd.to(kind), mask=ok)
+    bias = tl.load(packed + DOWN_BIAS + j, mask=j_ok, other=0.0).to(tl.float64) + shift
+    tl.store(VECTORS + j, bias.to(tl.float32), mask=j_ok)
+
+
+@triton.jit
+def _fold_up(packed, WG, SCALE, MEAN, j, D: tl.constexpr, BW: tl.constexpr, UP: tl.constexpr, GAMMA: tl.constexpr,
+             POST: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    """Fold columns ``j`` of W_u. ``packed`` points to one packed adapter, WG [b, d], SCALE [b] and MEAN [b+1] to its
+    outputs. If the columns fit into one tile of BK rows, they are read once."""
+    NK: tl.constexpr = (D + BK - 1) // BK
+    kind = WG.dtype.element_ty
+    j_ok = j < BW
+    held = _up(packed + UP, 0, j, D, BW, BK)
+    if POST:
+        total = tl.sum(held, 0)
+        for k in range(1, NK):
+            total += tl.sum(_up(packed + UP, k, j, D, BW, BK), 0)
+        mean = total / D
+        tl.store(MEAN + j, mean.to(tl.float32), mask=j_ok)
+        gamma = _vector(packed + GAMMA, 0, D, BK)
+        held = (held - mean[None, :]) * gamma[:, None]  # gamma is 0 beyond row d
+        peak = tl.max(tl.abs(held), 0)
+        for k in range(1, NK):
+            wide = (_up(packed + UP, k, j, D, BW, BK) - mean[None, :]) * _vector(packed + GAMMA, k, D, BK)[:, None]
+            peak = tl.maximum(peak, tl.max(tl.abs(wide), 0))
+        scale = _power_of_two(peak)
+        tl.store(SCALE + j, scale.to(tl.float32), mask=j_ok)
+        inverse = 1.0 / scale  # exact
+        held *= inverse[None, :]
+    row = tl.arange(0, BK)
+    at = j[None, :] * D + row[:, None]
+    tl.store(WG + at, held.to(kind), mask=(row < D)[:, None] & j_ok[None, :])
+    for k in range(1, NK):
+        wide = _up(packed + UP, k, j, D, BW, BK)
+        if POST:
+            gamma = _vector(packed + GAMMA, k, D, BK)
+            wide = (wide - mean[None, :]) * gamma[:, None] * inverse[None, :]
+        row_ok = k * BK + row < D
+        tl.store(WG + k * BK + at, wide.to(kind), mask=row_ok[:, None] & j_ok[None, :])
+
+
+@triton.jit
+def _fold_bias(packed, UP_BIAS_OUT, MEAN, D: tl.constexpr, UP_BIAS: tl.constexpr, GAMMA: tl.constexpr,
+               POST: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    """Fold the bias of W_u, and copy beta. ``packed`` points to one packed adapter, UP_BIAS_OUT [2d] (or [d] without a
+    post-norm) to the place of both in its vectors, and MEAN to the last entry of its means."""
+    NK: tl.constexpr = (D + BK - 1) // BK
+    mean = tl.zeros((), tl.float64)
+    if POST:
+        for k in range(NK):
+            mean += tl.sum(_vector(packed + UP_BIAS, k, D, BK), 0)
+        mean = mean / D
+        tl.store(MEAN, mean.to(tl.float32))
+    for k in range(NK):
+        row = k * BK + tl.arange(0, BK)
+        bias = _vector(packed + UP_BIAS, k, D, BK)
+        if POST:
+            bias = (bias - mean) * _vector(packed + GAMMA, k, D, BK)
+            tl.store(UP_BIAS_OUT + D + row, _vector(packed + GAMMA + D, k, D, BK).to(tl.float32), mask=row < D)
+        tl.store(UP_BIAS_OUT + row, bias.to(tl.float32), mask=row < D)
+
+
+@triton.jit
 def fold_kernel(
-    PACKED, WD, WG, VECTORS, SCALE, ROOT, MEAN,
+    PACKED, SUMS, WD, WG, VECTORS, SCALE, ROOT, MEAN,
     D: tl.constexpr, BW: tl.constexpr, P: tl.constexpr, V: tl.constexpr, DOWN_BIAS: tl.constexpr, UP: tl.constexpr,
     UP_BIAS: tl.constexpr, GAMMA: tl.constexpr, PRE_GAMMA: tl.constexpr, PRE: tl.constexpr, POST: tl.constexpr,
-    BB: tl.constexpr, BK: tl.constexpr,
+    NK: tl.constexpr, SIZE: tl.constexpr, BB: tl.constexpr, UNITS: tl.constexpr,
+    BK: tl.constexpr,
 ):  # fmt: skip
-    """Fold one adapter (``reference.fold``). The grid is n, the number of adapters.
+    """Fold a part of one adapter (``reference.fold``). The grid is (n, 1 + b / UNITS rounded up), n adapters.
+
+    Programs (.., 0), which start first because they take longest, compute R and fold the bias of W_u; programs
+    (.., 1 + i) fold the i-th group of UNITS units of the bottleneck.
 
     Pointers, all contiguous; "compute dtype" is the dtype of the x to come (float32, bfloat16 or float16):
-        PACKED   [n, P]          any floating dtype; the packed adapters
+        PACKED   [n, P]          float32 or float64; the packed adapters
+        SUMS     [n, NK, SIZE]   float64; the partial sums of ``gram_kernel`` (read if POST)
         WD       [n, b, d]       compute dtype; output, the down-projection, times the pre-norm's gamma if PRE
         WG       [n, b, d]       compute dtype; output, the up-projection transposed; if POST centred, times gamma,
                                  divided by SCALE
@@ -114,85 +363,52 @@ def fold_kernel(
     DOWN_BIAS, UP, UP_BIAS, GAMMA and PRE_GAMMA are the offsets of the parts within a packed adapter; the
     down-projection is at offset 0, and each norm's beta follows its gamma.
     """
-    NK: tl.constexpr = (D + BK - 1) // BK
     adapter = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1) - 1
     PACKED += adapter * P
-    WD += adapter * (BW * D)
-    WG += adapter * (BW * D)
     VECTORS += adapter * V
-    kind = WD.dtype.element_ty
-    j = tl.arange(0, BB)
-    j_ok = j < BW
-
-    shift = tl.zeros((BB,), tl.float64)
-    for k in range(NK):
-        column = k * BK + tl.arange(0, BK)
-        wd = load_weight(PACKED, k, D, BW, BB, BK)
-        if PRE:
-            wide = wd.to(tl.float64)
-            shift += tl.sum(wide * _vector(PACKED + PRE_GAMMA + D, k, D, BK)[None, :], 1)
-            wd = wide * _vector(PACKED + PRE_GAMMA, k, D, BK)[None, :]
-        tl.store(WD + j[:, None] * D + column[None, :], wd.to(kind), mask=j_ok[:, None] & (column < D)[None, :])
-    down_bias = tl.load(PACKED + DOWN_BIAS + j, mask=j_ok, other=0.0).to(tl.float64) + shift
-    tl.store(VECTORS + j, down_bias.to(tl.float32), mask=j_ok)
-    VECTORS += BW
-
-    if POST:
-        total = tl.zeros((BB,), tl.float64)
-        bias_total = tl.zeros((BK,), tl.float64)
-        for k in range(NK):
-            total += tl.sum(_up(PACKED + UP, k, D, BW, BB, BK), 0)
-            bias_total += _vector(PACKED + UP_BIAS, k, D, BK)
-        mean = total / D
-        bias_mean = tl.sum(bias_total, 0) / D
-        tl.store(MEAN + adapter * (BW + 1) + j, mean.to(tl.float32), mask=j_ok)
-        tl.store(MEAN + adapter * (BW + 1) + BW, bias_mean.to(tl.float32))
-
-        gram = tl.zeros((BB, BB), tl.float64)
-        border = tl.zeros((BB,), tl.float64)
-        corner = tl.zeros((BK,), tl.float64)
-        peak = tl.zeros((BB,), tl.float64)
-        for k in range(NK):
-            wc, bc = _centred(PACKED + UP, PACKED + UP_BIAS, mean, bias_mean, k, D, BW, BB, BK)
-            gram = tl.dot(tl.trans(wc), wc, gram, out_dtype=tl.float64)
-            border += tl.sum(wc * bc[:, None], 0)
-            corner += bc * bc
-            gamma = _vector(PACKED + GAMMA, k, D, BK)
-            peak = tl.maximum(peak, tl.max(tl.abs(wc * gamma[:, None]), 0))
-        _square_root(ROOT + adapter * ((BW + 1) * (BW + 1)), gram / D, border / D, tl.sum(corner, 0) / D, BW, BB)
-        scale = _power_of_two(peak)
-        tl.store(SCALE + adapter * BW + j, scale.to(tl.float32), mask=j_ok)
-    for k in range(NK):
-        row = k * BK + tl.arange(0, BK)
-        row_ok = row < D
+    MEAN += adapter * (BW + 1)
+    if group < 0:
+        _fold_bias(PACKED, VECTORS + BW, MEAN + BW, D, UP_BIAS, GAMMA, POST, BK)
         if POST:
-            wg, bias = _centred(PACKED + UP, PACKED + UP_BIAS, mean, bias_mean, k, D, BW, BB, BK)
-            gamma = _vector(PACKED + GAMMA, k, D, BK)
-            wg = wg * gamma[:, None] / scale[None, :]
-            bias = bias * gamma
-            tl.store(VECTORS + D + row, _vector(PACKED + GAMMA + D, k, D, BK).to(tl.float32), mask=row_ok)
-        else:
-            wg = _up(PACKED + UP, k, D, BW, BB, BK)
-            bias = _vector(PACKED + UP_BIAS, k, D, BK)
-        tl.store(VECTORS + row, bias.to(tl.float32), mask=row_ok)
-        tl.store(WG + j[None, :] * D + row[:, None], wg.to(kind), mask=row_ok[:, None] & j_ok[None, :])
+            ROOT += adapter * ((BW + 1) * (BW + 1))
+            SUMS += adapter * (NK * SIZE)
+            _root(SUMS, ROOT, D, BW, NK, SIZE, BB)
+    else:
+        j = group * UNITS + tl.arange(0, UNITS)
+        _fold_down(PACKED, WD + adapter * (BW * D), VECTORS, j, D, BW, DOWN_BIAS, PRE_GAMMA, PRE, BK)
+        _fold_up(
+            PACKED, WG + adapter * (BW * D), SCALE + adapter * BW, MEAN, j, D, BW, UP, GAMMA, POST, BK
+        )  # fmt: skip
 
 
 def fold(packed: Tensor, layout: AdapterLayout, dtype: torch.dtype) -> Folded:
-    """Launch ``fold_kernel``: ``reference.fold`` for packed [..., P] and a compute dtype of float32, bfloat16 or
+    """Launch the kernels: ``reference.fold`` for packed [..., P] and a compute dtype of float32, bfloat16 or
     float16."""
     d, b, pre, post = layout.arguments
     folded = Folded(*(spec.empty(packed) for spec in Folded.table(layout, packed.shape[:-1], dtype)))
     flat = packed.reshape(-1, layout.numel).contiguous()
-    if flat.shape[0] == 0:
+    n = flat.shape[0]
+    if n == 0:
         return folded
+    # Triton before 3.9 does not compile a conversion of 16 bits to float64.
+    flat = flat if flat.dtype in (torch.float32, torch.float64) else flat.float()
     at = {name: part.start for name, part in layout.slices.items()}
-    tile = tiles.fold(d, b)
+    tile, sums_tile, BB = tiles.fold(d, b), tiles.gram(tiles.architecture(packed.device)), padded(b)
+    NK, size, pairs = triton.cdiv(d, sums_tile.BM), b * b + 2 * b + 2, triton.cdiv(BB, 32)
+    sums = torch.empty((n, NK, size) if post else 0, dtype=torch.float64, device=packed.device)
     with device_guard(packed):
-        fold_kernel[(flat.shape[0],)](
-            flat, *folded, D=d, BW=b, P=layout.numel, V=folded.vectors.shape[-1], DOWN_BIAS=at["down_bias"],
+        if post:
+            gram_kernel[(NK, n, pairs * (pairs + 1) // 2)](
+                flat, sums, D=d, BW=b, P=layout.numel, UP=at["up_weight"], UP_BIAS=at["up_bias"],
+                SIZE=size, BB=BB, BJ=min(BB, 32), BM=sums_tile.BM, BK=sums_tile.BK,
+                num_warps=sums_tile.warps, num_stages=sums_tile.stages,
+            )  # fmt: skip
+        fold_kernel[(n, 1 + triton.cdiv(b, UNITS))](
+            flat, sums, *folded, D=d, BW=b, P=layout.numel, V=folded.vectors.shape[-1], DOWN_BIAS=at["down_bias"],
             UP=at["up_weight"], UP_BIAS=at["up_bias"], GAMMA=at.get("post_gamma", 0),
-            PRE_GAMMA=at.get("pre_gamma", 0), PRE=pre, POST=post,
-            BB=padded(b), BK=tile.BK, num_warps=tile.warps, num_stages=tile.stages,
+            PRE_GAMMA=at.get("pre_gamma", 0), PRE=pre, POST=post, NK=NK, SIZE=size, BB=BB,
+            UNITS=UNITS, BK=tile.BK,
+            num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return folded

@@ -201,8 +201,15 @@ def generate(k: int, dtype: torch.dtype) -> Tile:
 
 
 @functools.cache
+def gram(arch: int) -> Tile:
+    """The tile of ``gram_kernel``: BM rows of W_u a program, and BK a product. On sm_80 and sm_90 tensor cores multiply
+    float64, in one product for all rows. Elsewhere every version of Triton but the newest holds the operands of a
+    product in registers."""
+    return Tile(128, 128 if arch in (80, 90) else 16, 4, stages=1)
+
+
+@functools.cache
 def fold(d: int, b: int) -> Tile:
-    """The tile of ``fold_kernel``."""
-    if b > 64:
-        return Tile(0, 16, 8)
-    return Tile(0, 64 if b <= 16 else 32, 4 if b <= 32 else 8)
+    """The tile of ``fold_kernel``: columns of W_d and rows of W_u. BK covers d up to 1024; eight units of the
+    bottleneck then stay in registers. Beyond b = 32 all warps share a matrix [b, b] of float64."""
+    return Tile(0, min(1024, max(16, 1 << (d - 1).bit_length())), 4 if b <= 32 else 8 if b <= 64 else 16, stages=1)

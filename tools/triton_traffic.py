@@ -39,10 +39,18 @@ def work_of(launch: Launch, d: int, b: int, N: int, n: int) -> Work:
     P = AdapterLayout(d, b).numel
     bottleneck = 2 * BB * BB
     if launch.kernel == "generate":
-        counts = {"float32": 2 * n * P * 64}
+        # three tf32 products, which take twice as long as products of bfloat16
+        counts = {"tensor": 2 * 3 * 2 * n * P * 64}
+    elif launch.kernel == "gram":
+        # a program loads once, multiplies, and adds over the block; everything is read once
+        counts = {"float64": 2 * n * d * BB * BB, "waits": 3}
+        return Work(launch.programs, launch.asked, launch.asked, **counts)
     elif launch.kernel == "fold":
-        chunks = -(-d // tiles.fold(d, b).BK)
-        counts = {"float64": n * (2 * d * BB * BB + 2 * BB**3), "waits": b + 4 * chunks}
+        # The longest program loads, takes the factor's steps of some 300 cycles each, and stores. W_u and the partial
+        # sums come from the second-level cache, because ``gram`` has just touched them.
+        counts = {"float64": n * (6 * d * BB + BB**3), "waits": 2 + b / 6}
+        cached = launch.loaded["SUMS"] + 4 * n * d * b
+        return Work(launch.programs, launch.asked - cached, launch.asked, **counts)
     elif launch.kernel == "adapter_forward":
         counts = {"tensor": 4 * N * d * BB, "float32": N * (bottleneck + ACTIVATION * BB + 5 * d)}
     elif launch.kernel == "rows":
@@ -61,7 +69,7 @@ def stack_launches(layout: AdapterLayout, sites: int, T: int) -> list[Launch]:
     with watch() as seen:
         TritonBackend().fold(TritonBackend().generate_weights(E, G, g0), layout, torch.bfloat16)
     # a process's first call also launches a kernel that checks the interpreter
-    return [launch for launch in seen.launches if launch.kernel in ("generate", "fold")]
+    return [launch for launch in seen.launches if launch.kernel in ("generate", "gram", "fold")]
 
 
 def adapter_launches(layout: AdapterLayout, N: int) -> list[Launch]:
@@ -94,6 +102,7 @@ def main() -> None:
     tiles.architecture = lambda device: 90
     base, T = AdapterLayout(*SHAPES["T5-base"]), options.tasks
     found = rows_of("T5-base", stack_launches(base, 24, T), f"24 sites, {T} tasks", n=24 * T)
+    found += rows_of("T5-base", stack_launches(base, 2, 2), "2 sites, 2 tasks", n=4)
     for N in options.rows:
         found += rows_of("T5-base", adapter_launches(base, N), f"N = {N}", N)
     for model in ("T5-small", "T5-large"):

@@ -43,19 +43,29 @@ def test_generate_of_nothing():
 
 
 @pytest.mark.parametrize(("pre", "post"), NORMS)
-@pytest.mark.parametrize(("d", "b", "lead"), [(40, 3, (2, 3)), (64, 16, (1,)), (97, 33, (2,)), (768, 24, ())])
+@pytest.mark.parametrize(
+    ("d", "b", "lead"), [(40, 3, (2, 3)), (64, 16, (1,)), (97, 33, (2,)), (768, 24, ()), (1100, 9, ())]
+)
 def test_fold(d, b, lead, pre, post):
     layout = AdapterLayout(d, b, pre, post)
     packed = random_packed(layout, 6)[: max(1, torch.Size(lead).numel())].reshape(*lead, -1).float()
     for dtype in DTYPES:
         assert_folded(TritonBackend().fold(packed, layout, dtype), packed, layout, dtype)
-    half = packed.bfloat16()
-    assert_folded(TritonBackend().fold(half, layout, torch.bfloat16), half, layout, torch.bfloat16)
+    for dtype in (torch.bfloat16, torch.float16):
+        half = packed.to(dtype)
+        assert_folded(TritonBackend().fold(half, layout, dtype), half, layout, dtype)
 
 
+def test_fold_of_rows_wider_than_a_tile():
+    layout = AdapterLayout(1100, 9, True, True)
+    packed = random_packed(layout).float()
+    assert_folded(TritonBackend().fold(packed, layout, torch.bfloat16), packed, layout, torch.bfloat16)
+
+
+@pytest.mark.parametrize("b", [12, 40])
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_fold_of_hostile_weights(kind):
-    layout = AdapterLayout(96, 12)
+def test_fold_of_hostile_weights(kind, b):
+    layout = AdapterLayout(96, b)
     packed = hostile_packed(kind, layout).float()
     mine = TritonBackend().fold(packed, layout, torch.float32)
     truth = reference.fold(packed.double(), layout, torch.float64)
@@ -68,9 +78,29 @@ def test_fold_of_hostile_weights(kind):
         assert (k - t).abs().max() <= 1e-6 * t.abs().max(), name
 
 
-def test_fold_of_nothing_and_of_nan():
+@pytest.mark.parametrize("row", [0, 1])
+def test_fold_of_an_outlier(row):
+    """The sums are taken of W_u minus its first row, so a first row far from the others is the worst."""
+    layout = AdapterLayout(300, 20)
+    packed = random_packed(layout).float()
+    layout.unpack(packed)["up_weight"][0, row] *= 1e6
+    layout.unpack(packed)["up_bias"][0, row] *= 1e6
+    assert_folded(TritonBackend().fold(packed, layout, torch.float32), packed, layout, torch.float32)
+
+
+def test_fold_of_nothing():
     layout = AdapterLayout(20, 3)
     assert TritonBackend().fold(random_packed(layout)[:0].float(), layout, torch.float32).wd.shape == (0, 3, 20)
-    packed = random_packed(layout).float()
-    layout.unpack(packed)["up_weight"][0, 5, 1] = float("nan")
-    assert TritonBackend().fold(packed, layout, torch.float32).root.isnan().any()
+
+
+@pytest.mark.parametrize("b", [3, 40])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+def test_fold_shows_what_is_not_finite(b, value):
+    layout = AdapterLayout(20, b)
+    for part, place in (("up_weight", (0, 5, 1)), ("up_weight", (0, 0, 2)), ("up_bias", (0, 7))):
+        packed = random_packed(layout).float()
+        layout.unpack(packed)[part][place] = value
+        folded, truth = (fold(packed, layout, torch.float32) for fold in (TritonBackend().fold, reference.fold))
+        assert folded.root.isnan().any()
+        assert torch.equal(folded.mean.isfinite(), truth.mean.isfinite())
+        assert torch.equal(folded.wg.isfinite(), truth.wg.isfinite())
