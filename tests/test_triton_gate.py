@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
 import os
 import re
 from pathlib import Path
@@ -34,6 +35,45 @@ def test_no_spills_and_tensor_cores(triton_gate, arch, dtypes):
     for result in compiled:
         assert not triton_gate.faults(result), f"{result}: {triton_gate.faults(result)}"
         assert result.blocks >= recorded[triton_gate.key(result)], f"{result}: fewer blocks than recorded"
+
+
+def test_combinations_cover_every_pair_of_settings(triton_gate):
+    combinations = importlib.import_module("triton_combinations")
+    chosen = list(combinations.covering())
+    assert len(chosen) < 16
+    for (one, first), (other, second) in itertools.combinations(combinations.SETTINGS.items(), 2):
+        seen = {(settings[one], settings[other]) for settings in chosen}
+        assert seen == set(itertools.product(first, second)), (one, other)
+
+
+def test_what_some_versions_of_triton_do_not_compile(triton_gate):
+    """No 16 bits are converted to float64, and no float64 product is wider than 32 columns."""
+    for masters, b in ((torch.bfloat16, 24), (torch.float16, 64), (torch.float32, 128)):
+        for launch in triton_gate.launches_of(768, b, torch.bfloat16, 100, masters=masters):
+            if launch.kernel.__name__ in ("gram_kernel", "fold_kernel"):
+                assert triton_gate.signature_of(launch)[0]["PACKED"] == "*fp32"
+                assert launch.arguments.get("BJ", 0) <= 32
+
+
+def test_a_problem_of_another_triton_is_reported(triton_gate, tmp_path, monkeypatch, capsys):
+    """A kernel that does not compile, and a process that ends, are rows of the table; the rest is there."""
+    combinations = importlib.import_module("triton_combinations")
+    good = {"kernel": "fold", "arch": 80, "combination": "dtype=bf16", "problem": ""}
+    (tmp_path / "sitecustomize.py").write_text(
+        "import json, sys\n"
+        "if sys.argv[-1] in ('80', '90'):\n"
+        f"    print('9.9', json.dumps({good!r}), sep='\\n')\n"
+        "    bad = {'kernel': 'gram', 'arch': 80, 'combination': 'dtype=fp16', 'problem': 'CompilationError: no'}\n"
+        "    print(json.dumps(bad), flush=True)\n"
+        "    import os; os._exit(0 if sys.argv[-1] == '80' else 3)\n"
+    )
+    written = {}
+    monkeypatch.setattr(combinations.records, "write", lambda name, title, command, rows: written.update(rows=rows))
+    assert combinations.main([tmp_path], [80, 90], write=True) == 1
+    assert "gram (dtype=fp16): CompilationError: no" in capsys.readouterr().out
+    whole, ended = written["rows"]
+    assert whole == {"triton": "9.9", "arch": 80, "kernels": 2, "problems": "gram (dtype=fp16): CompilationError: no"}
+    assert ended["kernels"] == 2 and ended["problems"].endswith("exit status 3")
 
 
 def test_faults_are_found(triton_gate):

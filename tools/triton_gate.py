@@ -1,6 +1,10 @@
 """Compile report of the Triton kernels: registers, shared memory, spills and instructions, without a GPU.
 
     python tools/triton_gate.py [--write] [--arch 80 90 100] [--dtype bf16 fp16 fp32 tf32] [--shape base large/8]
+    python tools/triton_gate.py --triton DIR... [--write] [--arch 80 86 89 90 100 120]
+
+The second form compiles every combination of dtypes, norms, alignment and tasks with other versions of Triton
+(triton_combinations.py).
 
 Nothing runs: the hosts are called with CPU tensors, and each launch is caught and handed to ``triton.compile`` with the
 types and alignments that it would have had on a GPU. The report says nothing about speed. ``--write`` records it in
@@ -46,7 +50,7 @@ SHAPES = {
     "base, pre-norm": (768, 24, True),
 }
 ARCHITECTURES = (80, 90, 100)
-#: tf32 is float32 under ``torch.set_float32_matmul_precision("high")``.
+#: tf32 is float32 where ``torch.backends.cuda.matmul.fp32_precision`` is "tf32".
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 #: Kernels whose float32 products may be rounded to tf32: they compile to other code then.
 ROUNDED = ("adapter_forward", "rows", "weights")
@@ -54,7 +58,8 @@ ROUNDED = ("adapter_forward", "rows", "weights")
 RECORD = "triton_gate"
 
 _TYPES = {
-    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32",
+    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64",
+    torch.int64: "i64", torch.int32: "i32",
 }  # fmt: skip
 
 
@@ -106,21 +111,40 @@ def caught_launches(arch: int) -> Iterator[list[Launch]]:
 
 @contextlib.contextmanager
 def matmul_precision(name: str) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(name)
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = name
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 def launches_of(
-    d: int, b: int, dtype: torch.dtype, arch: int, pre_norm: bool = False, B: int = 4, rows: int = 64
+    d: int,
+    b: int,
+    dtype: torch.dtype,
+    arch: int,
+    pre_norm: bool = False,
+    B: int = 4,
+    rows: int = 64,
+    *,
+    post_norm: bool = True,
+    masters: torch.dtype = torch.float32,
+    aligned: bool = True,
+    mixed: bool = True,
 ) -> list[Launch]:
-    """One training step's launches for an adapter of two tasks, in order."""
-    layout = AdapterLayout(d, b, pre_norm)
-    E, G, g0 = torch.zeros(1, 2, 64), torch.zeros(1, layout.numel, 64), torch.zeros(1, layout.numel)
-    x, index = torch.zeros(B, rows, d, dtype=dtype), torch.zeros(B, dtype=torch.int64)
+    """One training step's launches for an adapter, in order.
+
+    Args:
+        dtype: of x.
+        masters: the dtype of the embeddings and the generator, and so of the packed weights.
+        aligned: whether the rows of x start at multiples of 16 bytes.
+        mixed: two tasks and a task for each sample, instead of one task.
+    """
+    layout, T = AdapterLayout(d, b, pre_norm, post_norm), 2 if mixed else 1
+    E, G, g0 = (torch.zeros(shape, dtype=masters) for shape in ((1, T, 64), (1, layout.numel, 64), (1, layout.numel)))
+    x = torch.zeros(B, rows, d if aligned else d + 1, dtype=dtype)[..., :d]
+    index = torch.zeros(B, dtype=torch.int64) if mixed else None
     with caught_launches(arch) as launches:
         packed = entry.generate_weights(E, G, g0)[0]
         folded: Folded = entry.fold(packed, layout, dtype)
@@ -131,19 +155,27 @@ def launches_of(
 
 
 def compile_launch(launch: Launch, arch: int):
-    """Compile the kernel of ``launch``: pointers aligned to 16 bytes, as torch allocates, and no length specialised."""
+    """Compile the kernel of ``launch``, as :func:`signature_of` describes it."""
+    signature, constants, attributes = signature_of(launch)
+    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
+
+
+def signature_of(launch: Launch) -> tuple[dict[str, str], dict[str, object], dict[tuple[int], list]]:
+    """What ``launch`` compiles its kernel for: types, constants and attributes. Pointers are aligned to 16 bytes, as
+    torch allocates, where the kernel is specialised on that at all, and no length is specialised."""
     signature, constants, attributes = {}, {}, {}
     for i, name in enumerate(launch.kernel.arg_names):
         value = launch.arguments[name]
         if isinstance(value, torch.Tensor):
             signature[name] = "*" + _TYPES[value.dtype]
-            attributes[(i,)] = [["tt.divisibility", 16]]
+            if not launch.kernel.params[i].do_not_specialize_on_alignment:
+                attributes[(i,)] = [["tt.divisibility", 16]]
         elif value is None or launch.kernel.params[i].is_constexpr:
             signature[name], constants[name] = "constexpr", value
         else:
             signature[name] = "i32"
-    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
+    return signature, constants, attributes
 
 
 def measure(binary, arch: int) -> dict[str, int]:
@@ -173,13 +205,13 @@ def gate(shapes=tuple(SHAPES), dtypes=tuple(DTYPES), architectures=ARCHITECTURES
         for shape in shapes:
             for dtype in dtypes:
                 d, b, pre_norm = SHAPES[shape]
-                with matmul_precision("high" if dtype == "tf32" else "highest"):
+                with matmul_precision("tf32" if dtype == "tf32" else "ieee"):
                     launches = launches_of(d, b, DTYPES[dtype], arch, pre_norm)
                 for launch in launches:
                     name = launch.kernel.__name__.removesuffix("_kernel")
                     if dtype == "tf32" and name not in ROUNDED:
                         continue
-                    masters_only = name in ("generate", "schedule", "finish")
+                    masters_only = name in ("generate", "gram", "schedule", "finish")
                     if masters_only and dtype != dtypes[0]:
                         continue
                     kind = "fp32" if masters_only else dtype
@@ -217,13 +249,20 @@ def recorded() -> dict[str, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES)
+    parser.add_argument("--arch", type=int, nargs="+", help="80 90 100 by default; all with --triton")
     parser.add_argument("--dtype", nargs="+", default=tuple(DTYPES), choices=DTYPES)
     parser.add_argument("--shape", nargs="+", default=tuple(SHAPES), choices=SHAPES)
     parser.add_argument("--write", action="store_true", help=f"record in {records.RESULTS}")
+    parser.add_argument(
+        "--triton", type=Path, nargs="+", metavar="DIR", help="folders that hold other versions of Triton"
+    )
     options = parser.parse_args()
+    if options.triton:
+        import triton_combinations
+
+        sys.exit(triton_combinations.main(options.triton, options.arch, options.write))
     results = []
-    for result in gate(tuple(options.shape), tuple(options.dtype), tuple(options.arch)):
+    for result in gate(tuple(options.shape), tuple(options.dtype), tuple(options.arch or ARCHITECTURES)):
         results.append(result)
         print(result, *faults(result), flush=True)
     if options.write:
