@@ -31,6 +31,7 @@ from .common import (
     normalised,
     padded,
     root_product,
+    rounded,
     row_start,
     rows_of,
     settled,
@@ -200,7 +201,8 @@ def _streamed_rows(
     along_gamma = tl.zeros((BM,), tl.float32)
     for k in range(NK):
         g = load_rows(g_rows, k, row_ok, D, BK)
-        t = tl.dot(g, tl.trans(load_weight(WG, k, D, BW, BB, BK)), t, input_precision=PRECISION)
+        up = rounded(load_weight(WG, k, D, BW, BB, BK), PRECISION)
+        t = tl.dot(rounded(g, PRECISION), tl.trans(up), t, input_precision=PRECISION)
         if POST:
             wide = g.to(tl.float32)
             along_bias += tl.sum(wide * load_vector(VECTORS + BW, k, D, BK)[None, :], 1)
@@ -211,6 +213,7 @@ def _streamed_rows(
     if NEED_SUMS and POST:
         tl.store(S + flat, along_gamma, mask=row_ok)
     if NEED_DX:
+        dz = rounded(dz, PRECISION)
         dx_rows = DX + flat * D
         if PRE:
             x_rows = X + row_start(sample, row, stride_sample, stride_row, ALIGN)
@@ -219,13 +222,15 @@ def _streamed_rows(
             total = tl.zeros((BM,), tl.float32)
             along = tl.zeros((BM,), tl.float32)
             for k in range(NK):
-                branch = tl.dot(dz, load_weight(WD, k, D, BW, BB, BK), input_precision=PRECISION)
+                down = rounded(load_weight(WD, k, D, BW, BB, BK), PRECISION)
+                branch = tl.dot(dz, down, input_precision=PRECISION)
                 xhat = normalised(load_rows(x_rows, k, row_ok, D, BK).to(tl.float32), mean, rstd, k, D, BK)
                 total += tl.sum(branch, 1)
                 along += tl.sum(branch * xhat, 1)
             total, along = total / D, along / D
         for k in range(NK):
-            branch = tl.dot(dz, load_weight(WD, k, D, BW, BB, BK), input_precision=PRECISION)
+            down = rounded(load_weight(WD, k, D, BW, BB, BK), PRECISION)
+            branch = tl.dot(dz, down, input_precision=PRECISION)
             if PRE:
                 xhat = normalised(load_rows(x_rows, k, row_ok, D, BK).to(tl.float32), mean, rstd, k, D, BK)
                 branch = rstd[:, None] * (branch - total[:, None] - xhat * along[:, None])

@@ -28,6 +28,7 @@ from .common import (
     normalised,
     padded,
     root_product,
+    rounded,
     row_start,
     rows_of,
     settled,
@@ -204,11 +205,13 @@ def _streamed_rows(
         x = load_rows(x_rows, k, row_ok, D, BK)
         if PRE:
             x = normalised(x, mean, rstd, k, D, BK)
-        z = tl.dot(x, tl.trans(load_weight(WD, k, D, BW, BB, BK)), z, input_precision=PRECISION)
+        down = rounded(load_weight(WD, k, D, BW, BB, BK), PRECISION)
+        z = tl.dot(rounded(x, PRECISION), tl.trans(down), z, input_precision=PRECISION)
     z, w, r = _bottleneck(z, VECTORS, SCALE, ROOT, X.dtype.element_ty, BW, EPS, ACT, POST, False, BM, BB)
     out_rows = OUT + flat * D
+    w = rounded(w, PRECISION)
     for k in range(NK):
-        y = tl.dot(w, load_weight(WG, k, D, BW, BB, BK), input_precision=PRECISION)
+        y = tl.dot(w, rounded(load_weight(WG, k, D, BW, BB, BK), PRECISION), input_precision=PRECISION)
         if POST:
             y += r[:, None] * load_vector(VECTORS + BW, k, D, BK)[None, :]
             y += load_vector(VECTORS + BW + D, k, D, BK)[None, :]

@@ -38,6 +38,7 @@ from .common import (
     matmul_precision,
     normalised,
     padded,
+    rounded,
 )
 from .finish import finish, part_size
 from .schedule import Schedule, schedule
@@ -158,10 +159,10 @@ def weights_kernel(
                 mean = tl.load(PRE_MEAN + flat + lane, mask=row_ok, other=0.0)
                 rstd = tl.load(PRE_RSTD + flat + lane, mask=row_ok, other=0.0)
                 x = normalised(x, mean, rstd, chunk, D, BK)
-            down = tl.dot(tl.trans(x), dz, down, input_precision=PRECISION)
+            down = tl.dot(tl.trans(rounded(x, PRECISION)), rounded(dz, PRECISION), down, input_precision=PRECISION)
             # Converting before the transposition fails in Triton 3.6 for sm_100.
             g_t = tl.trans(g).to(tl.float32) if WIDE_RANGE else tl.trans(g)
-            up = tl.dot(g_t, rh, up, input_precision=PRECISION)
+            up = tl.dot(rounded(g_t, PRECISION), rounded(rh, PRECISION), up, input_precision=PRECISION)
             r = tl.load(R + flat + lane, mask=row_ok, other=0.0) if POST else tl.where(row_ok, 1.0, 0.0)
             if NARROW:
                 sums = tl.dot(g_t, _summands(r, POST).to(g_t.dtype), sums, input_precision=PRECISION)
@@ -201,7 +202,8 @@ def weights_kernel(
                 r = tl.load(R + flat + lane[:, None], mask=row_ok[:, None], other=0.0)
                 m2 = tl.load(M2 + flat + lane[:, None], mask=row_ok[:, None], other=0.0)
                 s = tl.load(S + flat + lane[:, None], mask=row_ok[:, None], other=0.0)
-                gram = tl.dot(tl.trans(rh * m2), rh, gram, input_precision=GRAM_PRECISION)
+                by_m2 = rounded(rh * m2, GRAM_PRECISION)
+                gram = tl.dot(tl.trans(by_m2), rounded(rh, GRAM_PRECISION), gram, input_precision=GRAM_PRECISION)
                 border += rh * (m2 * r)
                 by_gamma += rh * s
                 corner += m2 * r * r

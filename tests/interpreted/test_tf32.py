@@ -8,11 +8,13 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from support.cases import random_packed
 from support.tolerance import assert_accurate
 
 from hyperformer_fast import reference
 from hyperformer_fast.backends.triton import TritonBackend
 from hyperformer_fast.kernels.common import rounded
+from hyperformer_fast.layout import AdapterLayout, AdapterSpec
 
 INF = math.inf
 
@@ -102,3 +104,28 @@ def test_three_products_keep_infinities_and_nan():
     assert torch.equal(mine.isnan(), plain.isnan()) and torch.equal(mine.isinf(), plain.isinf())
     infinite = plain.isinf()
     assert torch.equal(mine[infinite], plain[infinite]) and infinite.any() and plain.isnan().any()
+
+
+def test_the_adapters_products_round_their_operands(tf32):
+    """The interpreter multiplies float32 exactly, so that only rounded operands make a difference."""
+    layout = AdapterLayout(72, 5, pre_norm=True)
+    spec, backend = AdapterSpec(layout, "gelu_new"), TritonBackend()
+    packed = random_packed(layout, 1).float()
+    x, g = torch.randn(19, 72), torch.randn(19, 72)
+    folded = backend.fold(packed, layout, torch.float32)
+
+    def results(precision: str) -> dict[str, torch.Tensor]:
+        torch.backends.cuda.matmul.fp32_precision = precision
+        out, saved = backend.adapter_forward(x, folded, spec, None, True)
+        z = saved.z
+        saved = saved._replace(z=exact_z) if exact_z is not None else saved
+        dx, dpacked = backend.adapter_backward(g, x, saved, packed, folded, spec, None, True, True)
+        parts = {name: layout.unpack(dpacked)[name] for name in ("down_weight", "up_weight")}
+        return {"out": out - x, "z": z, "dx": dx - g, **parts}
+
+    exact_z = None
+    plain = results("ieee")
+    exact_z = plain["z"]
+    for name, found in results("tf32").items():
+        error = (found - plain[name]).norm() / plain[name].norm()
+        assert 2**-14 < error < 2**-9, name
