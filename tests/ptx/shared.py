@@ -1,0 +1,183 @@
+"""Shared memory of one block: bytes that start as NaN, bounds, alignment, and hazards between warps.
+
+Two accesses to a byte by different warps, at least one a write, must have a barrier between them that both warps take
+part in. Every access carries a stamp that grows at each barrier; ``known[w, v]`` is the last stamp of warp v's accesses
+that happened before what warp w does now. Accesses are tracked in granules of the smallest access that the kernel has.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .fault import Fault
+
+POISON = 0xFF  #: four of these bytes are a NaN of float32, two are one of float16 and bfloat16
+
+
+class SharedMemory:
+    def __init__(self, size: int, warps: int, granule: int, track: bool):
+        self.size = size
+        room = np.empty(size + 1024, np.uint8)
+        # Aligned to 16, so that vectors of every alignment have numpy views.
+        self.bytes = room[-room.ctypes.data % 16 :][: -(-size // 16) * 16]
+        self.views = {n: self.bytes.view(f"u{n}") for n in (1, 2, 4, 8)}
+        self.warps, self.granule, self.track = warps, granule, track
+        self.hazards: list[str] = []
+        self._seen: set[tuple] = set()
+        cells = -(-self.bytes.size // granule) if track else 0
+        #: The pseudo-warp ``warps`` stands for atomic operations, which do not conflict with each other.
+        self.writer = np.zeros(cells, np.int16)
+        self.written = np.zeros(cells, np.int64)  # stamps
+        self.read_by = np.zeros((warps + 1, cells), np.int64)
+        self.last_read = np.zeros(cells, np.int64)
+        self.line = np.zeros(cells, np.int32)  # of the last write
+        self.in_flight = np.zeros(cells, bool)  # written by an asynchronous copy that nobody has waited for
+        self.async_readers = np.zeros(cells, np.int16)  # matrix products in flight that read this
+        self.unfenced = np.zeros(cells, bool)  # written by threads, not yet visible to the asynchronous proxy
+        self.reset()
+
+    def reset(self) -> None:
+        self.bytes[:] = POISON
+        self.hazards = []
+        self._seen.clear()
+        for array in (self.writer, self.written, self.read_by, self.last_read, self.line):
+            array[:] = 0
+        for flags in (self.in_flight, self.unfenced, self.async_readers):
+            flags[:] = 0
+        self.stamp, self.floor = 1, 0
+        self.known = np.zeros((self.warps, self.warps + 1), np.int64)
+
+    # bounds ---------------------------------------------------------------
+
+    def check(self, offsets: np.ndarray, total: int, verb: str, alignment: int | None = None) -> None:
+        alignment = alignment or total
+        if int(offsets.max()) + total > self.size or int(offsets.min()) < 0:
+            bad = int(offsets.max()) if int(offsets.max()) + total > self.size else int(offsets.min())
+            raise Fault(f"shared {verb} out of bounds: {total} bytes at offset {bad} of {self.size}")
+        if int(np.bitwise_or.reduce(offsets)) & (alignment - 1):
+            raise Fault(f"misaligned shared {verb} of {total} bytes: not all offsets are multiples of {alignment}")
+
+    # synchronisation --------------------------------------------------------
+
+    def barrier(self, warps: np.ndarray | None) -> None:
+        """All warps (None) or those listed have met: what each did before is known to all of them."""
+        if warps is None:
+            self.floor = self.stamp
+        else:
+            self.known[warps, warps] = self.stamp
+            self.known[warps] = self.known[warps].max(0)
+        self.stamp += 1
+
+    def fence_proxy(self, warps: np.ndarray) -> None:
+        """``fence.proxy.async``: what these warps know to be written is now visible to the asynchronous proxy."""
+        if not self.track:
+            return
+        pending = np.flatnonzero(self.unfenced)
+        if not pending.size:
+            return
+        writer, stamp = self.writer[pending], self.written[pending]
+        known = stamp <= self.floor
+        for warp in warps:
+            known |= (writer == warp) | (stamp <= self.known[warp, writer])
+        self.unfenced[pending[known]] = False
+
+    # tracking ---------------------------------------------------------------
+
+    def cells(self, offsets: np.ndarray, total: int, warps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The granules of every access, and for each the warp that makes it."""
+        first = (offsets // self.granule).astype(np.intp)
+        per = total // self.granule
+        if per == 1:
+            return first, warps
+        return (first[:, None] + np.arange(per)).ravel(), np.repeat(warps, per)
+
+    def note_read(self, offsets, total, warps, line, remember: bool = True) -> None:
+        cell, warp = self.cells(offsets, total, warps)
+        written = self.written[cell]
+        if int(written.max()) > self.floor:
+            writer = self.writer[cell]
+            unordered = (writer != warp) & (written > self.known[warp, writer]) & (written > self.floor)
+            if unordered.any():
+                self.report("reads", line, cell, warp, unordered, writer, self.line[cell])
+        if self.in_flight[cell].any():
+            flying = self.in_flight[cell]
+            self.report("reads an asynchronous copy not waited for,", line, cell, warp, flying, self.writer[cell],
+                         self.line[cell])  # fmt: skip
+        if remember:
+            self.read_by[warp, cell] = self.stamp
+            self.last_read[cell] = self.stamp
+
+    def note_write(self, offsets, total, warps, line, values: np.ndarray | None, proxy: bool = True) -> None:
+        """``values``: the bytes [lanes, total] about to be written; several warps may write the same value."""
+        cell, warp = self.cells(offsets, total, warps)
+        written, read = self.written[cell], self.last_read[cell]
+        if max(int(written.max()), int(read.max())) > self.floor:
+            self._check_unordered(cell, warp, written, line, values)
+        if self.async_readers[cell].any():
+            busy = self.async_readers[cell] > 0
+            self.report(
+                "overwrites what a matrix product in flight reads,", line, cell, warp, busy, warp, self.line[cell]
+            )
+        if self.in_flight[cell].any():
+            flying = self.in_flight[cell]
+            self.report("overwrites an asynchronous copy not waited for,", line, cell, warp, flying, self.writer[cell],
+                         self.line[cell])  # fmt: skip
+        self.writer[cell] = warp
+        self.written[cell] = self.stamp
+        self.line[cell] = line
+        if proxy:
+            self.unfenced[cell] = True
+        doubled = self.writer[cell] != warp
+        if doubled.any():
+            self._check_doubled(cell, warp, doubled, line, values)
+
+    def _check_unordered(self, cell, warp, written, line, values) -> None:
+        writer = self.writer[cell]
+        unordered = (
+            (writer != warp) & (written > self.known[np.minimum(warp, self.warps - 1), writer]) & (written > self.floor)
+        )
+        if unordered.any():
+            if values is not None:
+                old = self.bytes.reshape(-1, self.granule)[cell]
+                unordered &= (old != np.ascontiguousarray(values).reshape(-1, self.granule)).any(1)
+            if unordered.any():
+                self.report("writes", line, cell, warp, unordered, writer, self.line[cell])
+        reads = self.read_by[:, cell]  # [warps + 1, accesses]
+        known = np.maximum(self.known.T[:, np.minimum(warp, self.warps - 1)], self.floor)
+        early = (reads > known) & (np.arange(self.warps + 1)[:, None] != warp)
+        if early.any():
+            unordered = early.any(0)
+            reader = early.argmax(0)
+            self.report("writes, after a read by another warp,", line, cell, warp, unordered, reader, self.line[cell])
+
+    def _check_doubled(self, cell, warp, doubled, line, values) -> None:
+        if values is not None:
+            parts = np.ascontiguousarray(values).reshape(-1, self.granule)
+            last = np.zeros(self.writer.size, np.intp)
+            last[cell] = np.arange(cell.size)
+            doubled = doubled & (parts != parts[last[cell]]).any(1)
+        if doubled.any():
+            self.report("writes, as does another warp in the same instruction,", line, cell, warp, doubled,
+                         self.writer[cell], self.line[cell])  # fmt: skip
+
+    def note_flight(self, offsets, total, warps) -> None:
+        """An asynchronous copy to these bytes has been issued."""
+        self.in_flight[self.cells(offsets, total, warps)[0]] = True
+
+    def note_landing(self, offsets, total, warps) -> None:
+        """An asynchronous copy has been waited for: its bytes count as written now, by the warp that waited."""
+        cell, warp = self.cells(offsets, total, warps)
+        self.in_flight[cell] = False
+        self.writer[cell] = warp
+        self.written[cell] = self.stamp
+
+    def report(self, what, line, cell, warp, bad, other, other_line) -> None:
+        i = int(np.flatnonzero(bad)[0])
+        key = (what, line, int(other_line[i]))
+        if key in self._seen:
+            return
+        self._seen.add(key)
+        self.hazards.append(
+            f"line {line}: warp {int(warp[i])} {what} byte {int(cell[i]) * self.granule} of shared memory, which warp "
+            f"{int(other[i])} touched without a barrier between (last written at line {int(other_line[i])})"
+        )
