@@ -33,10 +33,6 @@ class Barriers:
         kind = tuple(m for m in s.modifiers if m not in ("cta", "aligned"))
         if kind not in (("sync",), ("arrive",)):
             raise self._fault(pc, f"the barrier .{'.'.join(kind)} is not known")
-        if s.opcode == "bar" or "aligned" in s.modifiers:
-            apart = (acting != self.alive).reshape(-1, 32).any(1) & acting.reshape(-1, 32).any(1)
-            if apart.any():
-                raise self._fault(pc, f"the lanes of warp {int(np.flatnonzero(apart)[0])} reach a barrier apart")
         number = self._uniform(s.operands[0], acting, pc)
         expected = self._uniform(s.operands[1], acting, pc) if len(s.operands) > 1 else None
         if not 0 <= number < 16:

@@ -300,6 +300,12 @@ class Block(Barriers):
             self._end(mask)
             return
         s, taken = statements[pc], self._taken(pc)
+        if is_aligned_barrier(s):
+            incomplete = self._hold(pc, mask)
+            if incomplete is not None:
+                mask = mask & ~incomplete
+                if not mask.any():
+                    return
         acting = mask if taken is True else mask & taken
         self.executed[pc] += 1
         self.warps_executed[pc] += np.count_nonzero(mask.reshape(-1, 32).any(1))
@@ -335,6 +341,11 @@ def is_control(statement) -> bool:
     if statement.opcode in ("bar", "barrier"):
         return "warp" not in statement.modifiers
     return statement.opcode in ("bra", "ret", "exit", "trap", "brx", "call")
+
+
+def is_aligned_barrier(statement) -> bool:
+    """Whether all lanes of a warp must reach this barrier together."""
+    return statement.opcode == "bar" or (statement.opcode == "barrier" and "aligned" in statement.modifiers)
 
 
 def is_warp_wide(statement) -> bool:

@@ -282,7 +282,7 @@ class Machine:
 
     def members(self, statement: Statement, acting: np.ndarray) -> np.ndarray:
         """The lanes that must carry a warp-wide statement out together with those of ``acting``."""
-        if statement.opcode in ("shfl", "vote", "match", "redux", "elect", "bar"):
+        if statement.opcode in ("shfl", "vote", "match", "redux", "elect") or "warp" in statement.modifiers:
             named = self.source(statement.operands[-1], "b32")
             each = np.where(acting, named, np.uint32(0)).reshape(self.warps, 32)
             whole = np.bitwise_or.reduce(each, 1)

@@ -129,13 +129,16 @@ def fma32(x: np.ndarray, y: np.ndarray, z: np.ndarray, mode: str = "rn") -> np.n
     """``x * y + z`` of float32 numbers with one rounding."""
     p = np.multiply(x, y, dtype=np.float64)  # exact: 24 bits times 24 bits
     s = p + z
-    if mode == "rn":
-        # Only a float64 that lies on the midpoint of two float32 can be rounded the wrong way: its last 28 bits are 0.
-        suspects = s.size - np.count_nonzero(s.view(np.uint64) & _LOW_28)
-        if not suspects:
-            return s.astype(np.float32)
-    s, error = two_sum(p, z.astype(np.float64))
-    return narrow(odd(s, error) if np.count_nonzero(error) else s, np.float32, mode)
+    if mode != "rn":
+        return narrow(odd_sum(p, z.astype(np.float64)), np.float32, mode)
+    # Only a float64 that lies on the midpoint of two float32 can be rounded the wrong way: its last 28 bits are 0.
+    low = s.view(np.uint64) & _LOW_28
+    if np.count_nonzero(low) != low.size:
+        suspects = np.flatnonzero(low == 0)
+        rounded, error = two_sum(p[suspects], z[suspects].astype(np.float64))
+        if np.count_nonzero(error):
+            s[suspects] = odd(rounded, error)
+    return s.astype(np.float32)
 
 
 def fma64(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
