@@ -139,7 +139,7 @@ class Kernel:
             raise Fault(f"{self.name}: the text {body[at:].strip()[:60]!r} at the end is no statement")
 
     def _statement(self, text: str, scopes, line: int) -> None:
-        if not text or text.startswith((".pragma", ".loc", ".file")):
+        if not text or re.match(r"\.(?:pragma|loc|file)\b", text):
             return
         if text.startswith(".reg"):
             self._declare_registers(text, scopes)

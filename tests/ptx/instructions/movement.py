@@ -205,21 +205,18 @@ def reader(machine, space: str, size: int, count: int, line: int):
 
 def _windows(addresses: np.ndarray):
     """Yield (window, the indices in it or None for all) for generic addresses."""
-    low = int(addresses.min())
     if int(addresses.max()) < SHARED_WINDOW:
         yield 0, None
         return
+    left = addresses.size
     for base in (0, SHARED_WINDOW, LOCAL_WINDOW, PARAMETER_WINDOW):
         end = SHARED_WINDOW if base == 0 else base + WINDOW_BYTES
-        here = (addresses >= np.uint64(base)) & (addresses < np.uint64(end))
-        if here.all():
-            yield base, None
-            return
-        if here.any():
-            yield base, np.flatnonzero(here)
-    inside = (addresses & np.uint64(SHARED_WINDOW * 8 - 1 - (WINDOW_BYTES - 1))) % np.uint64(SHARED_WINDOW)
-    if (inside[addresses >= np.uint64(SHARED_WINDOW)] != 0).any():
-        raise Fault(f"a generic address lies in no space; the lowest is {low:#x}")
+        here = np.flatnonzero((addresses >= np.uint64(base)) & (addresses < np.uint64(end)))
+        left -= here.size
+        if here.size:
+            yield base, None if here.size == addresses.size else here
+    if left:
+        raise Fault(f"a generic address lies in no space; the highest is {int(addresses.max()):#x}")
 
 
 def _inside(addresses: np.ndarray, total: int, size: int, verb: str) -> np.ndarray:
