@@ -6,6 +6,8 @@ import dataclasses
 
 import numpy as np
 
+from .operands import Immediate
+
 
 @dataclasses.dataclass
 class Barrier:
@@ -22,7 +24,9 @@ class Barriers:
         """Whether all threads meet here, and nothing else is asked."""
         s = self.kernel.statements[pc]
         kind = tuple(m for m in s.modifiers if m not in ("cta", "aligned"))
-        return s.opcode in ("bar", "barrier") and kind == ("sync",) and len(s.operands) == 1 and not self.barriers
+        if s.opcode not in ("bar", "barrier") or kind != ("sync",) or len(s.operands) != 1 or self.barriers:
+            return False
+        return isinstance(s.operands[0], Immediate) and 0 <= s.operands[0].value < 16
 
     def _all_met(self) -> None:
         self.barriers_passed += 1

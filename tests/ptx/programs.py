@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .block import Block
+from .block import INSTRUCTION_LIMIT, Block
 from .memory import Memory
 from .parse import Kernel
 
@@ -27,14 +27,22 @@ def kernel_text(body: str, names=(), shared: int = 0, declarations: str = "") ->
     return f"{HEADER}.visible .entry k({parameters})\n{{{REGISTERS}{declarations}\n{array}\n{loads}\n{body}\nret;\n}}\n"
 
 
-def run(body: str, threads: int = 32, shared: int = 0, declarations: str = "", hazards: bool = True, **arrays) -> Block:
+def run(
+    body: str,
+    threads: int = 32,
+    shared: int = 0,
+    declarations: str = "",
+    hazards: bool = True,
+    limit: int = INSTRUCTION_LIMIT,
+    **arrays,
+) -> Block:
     """Run one block of a kernel whose pointers are ``arrays``, and return it."""
     kernel = Kernel(kernel_text(body, arrays, shared, declarations))
     memory, parameters = Memory(), {}
     for name, array in arrays.items():
         parameters[f"p_{name}"] = np.uint64(memory.add_array(array, name)).tobytes()
     block = Block(kernel, memory, parameters, (0, 0, 0), (1, 1, 1), threads, 0, hazards)
-    block.run()
+    block.run(limit)
     return block
 
 

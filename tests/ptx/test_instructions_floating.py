@@ -52,7 +52,9 @@ def f32_samples(count: int = 96) -> np.ndarray:
     """Numbers of few and of many bits, subnormal, tiny, large and of both signs."""
     rng = np.random.default_rng(0)
     bits = rng.integers(0, 2**32, count, np.uint32).view(np.float32)
-    few = rng.integers(-9, 9, count).astype(np.float32) * np.float32(2.0) ** rng.integers(-30, 30, count).astype(np.float32)
+    few = rng.integers(-9, 9, count).astype(np.float32) * np.float32(2.0) ** rng.integers(-30, 30, count).astype(
+        np.float32
+    )
     near = (1 + rng.integers(0, 4, count) * 2.0**-23).astype(np.float32)
     tiny = rng.integers(0, 2**24, count, np.uint32).view(np.float32)
     ends = np.array([3.4028235e38, -3.4028235e38, 1.1754944e-38, 1e-45, -1e-45, 1.0, -1.0, 0.5], np.float32)
@@ -106,11 +108,20 @@ def test_float64_arithmetic():
     x, y = (rng.standard_normal(200) * 10.0 ** rng.integers(-20, 20, 200) for _ in range(2))
     z = np.where(np.arange(200) % 2, -(x * y), rng.standard_normal(200) * 1e-10)
     # Overflow, subnormal results and products that vanish.
-    x[:6], y[:6], z[:6] = [1e200, 1e-200, 1e-160, 1e308, -1e-308, 0], [1e200, 1e-200, 1e-160, 10, 0.3, 5], [1, 0, 5e-324, -1e308, 5e-324, 3]
+    x[:6], y[:6], z[:6] = (
+        [1e200, 1e-200, 1e-160, 1e308, -1e-308, 0],
+        [1e200, 1e-200, 1e-160, 10, 0.3, 5],
+        [1, 0, 5e-324, -1e308, 5e-324, 3],
+    )
     a, b, c = ([exact(v) for v in w] for w in (x, y, z))
     same(compute("fma.rn.f64 {d}, {0}, {1}, {2};", np.float64, x, y, z),
          [round_exactly(p * q + r, "f64") for p, q, r in zip(a, b, c)])  # fmt: skip
-    for name, function in (("add.f64", np.add), ("sub.rn.f64", np.subtract), ("mul.f64", np.multiply), ("div.rn.f64", np.divide)):
+    for name, function in (
+        ("add.f64", np.add),
+        ("sub.rn.f64", np.subtract),
+        ("mul.f64", np.multiply),
+        ("div.rn.f64", np.divide),
+    ):
         with np.errstate(all="ignore"):
             expected = function(x, y)
         same(compute(f"{name} {{d}}, {{0}}, {{1}};", np.float64, x, y), expected.tolist())
@@ -122,14 +133,21 @@ def test_arithmetic_of_16_bit_formats(type_, pair):
     rng = np.random.default_rng(3)
     bits = [rng.integers(0, 2**16, 512).astype(np.uint16) for _ in range(3)]
     bits[2][:100] = np.array([0x0001, 0x8001, 0x03FF, 0x0000, 0x8000] * 20, np.uint16)
+
     def values(b):
         return b.view(np.float16).astype(np.float64) if type_ == "f16" else bf16(b)
+
     good = np.isfinite(values(bits[0])) & np.isfinite(values(bits[1])) & np.isfinite(values(bits[2]))
     bits = [b[good][:384] for b in bits]
     x, y, z = ([exact(v) for v in values(b)] for b in bits)
     suffix, inputs = (type_ + "x2", [b.view(np.uint32) for b in bits]) if pair else (type_, bits)
-    for name, count, function in (("fma.rn", 3, lambda p, q, r: p * q + r), ("add.rn", 2, lambda p, q, r: p + q),
-                                  ("mul.rn", 2, lambda p, q, r: p * q), ("sub.rn", 2, lambda p, q, r: p - q)):  # fmt: skip
+    functions = {
+        "fma.rn": (3, lambda p, q, r: p * q + r),
+        "add.rn": (2, lambda p, q, r: p + q),
+        "sub.rn": (2, lambda p, q, r: p - q),
+        "mul.rn": (2, lambda p, q, r: p * q),
+    }
+    for name, (count, function) in functions.items():
         operands = ", ".join(f"{{{i}}}" for i in range(count))
         got = compute(f"{name}.{suffix} {{d}}, {operands};", inputs[0].dtype, *inputs[:count]).view(np.uint16)
         same(values(got), [round_exactly(function(*v), type_) for v in zip(x, y, z)])
@@ -153,9 +171,16 @@ def test_flushing_subnormal_numbers():
     assert compute("mul.f32 {d}, {0}, {1};", np.float32, x, np.full(4, 0.5, np.float32))[2] == 2.0**-127
     assert compute("setp.gt.f32 {d}, {0}, {1};", bool, x[:1], y[:1]).tolist() == [True]
     assert compute("setp.gt.ftz.f32 {d}, {0}, {1};", bool, x[:1], y[:1]).tolist() == [False]
-    assert compute("ex2.approx.ftz.f32 {d}, {0};", np.float32, np.array([-127, -126, 0], np.float32)).tolist() == [0, 2.0**-126, 1]
+    assert compute("ex2.approx.ftz.f32 {d}, {0};", np.float32, np.array([-127, -126, 0], np.float32)).tolist() == [
+        0,
+        2.0**-126,
+        1,
+    ]
     assert compute("ex2.approx.f32 {d}, {0};", np.float32, np.array([-127, 3], np.float32)).tolist() == [2.0**-127, 8]
-    assert compute("rsqrt.approx.ftz.f32 {d}, {0};", np.float32, np.array([SUBNORMAL, 4], np.float32)).tolist() == [np.inf, 0.5]
+    assert compute("rsqrt.approx.ftz.f32 {d}, {0};", np.float32, np.array([SUBNORMAL, 4], np.float32)).tolist() == [
+        np.inf,
+        0.5,
+    ]
 
 
 def test_saturation_and_nan():
@@ -207,7 +232,9 @@ def test_functions_of_one_argument():
 
 def test_approximate_division_flushes_the_reciprocal_of_large_divisors():
     x, y = np.array([1, np.inf, 6], np.float32), np.array([2.0**127, 2.0**127, 3], np.float32)
-    np.testing.assert_array_equal(compute("div.approx.f32 {d}, {0}, {1};", np.float32, x, y), np.array([0, np.nan, 2], np.float32))
+    np.testing.assert_array_equal(
+        compute("div.approx.f32 {d}, {0}, {1};", np.float32, x, y), np.array([0, np.nan, 2], np.float32)
+    )
     assert compute("div.full.f32 {d}, {0}, {1};", np.float32, x, y).tolist() == [2.0**-127, np.inf, 2]
     assert compute("div.rn.f32 {d}, {0}, {1};", np.float32, x, y).tolist() == [2.0**-127, np.inf, 2]
 
@@ -219,7 +246,9 @@ def test_comparisons_with_nan():
     for name, expected in ordered.items():
         for suffix, of_nan in (("", 0), ("u", 1)):
             for type_, dtype in (("f32", np.float32), ("f64", np.float64)):
-                got = compute(f"setp.{name}{suffix}.{type_} {{d}}, {{0}}, {{1}};", bool, x.astype(dtype), y.astype(dtype))
+                got = compute(
+                    f"setp.{name}{suffix}.{type_} {{d}}, {{0}}, {{1}};", bool, x.astype(dtype), y.astype(dtype)
+                )
                 assert got.tolist() == [bool(b) for b in expected + [of_nan] * 3], (name, suffix)
     assert compute("setp.num.f32 {d}, {0}, {1};", bool, x, y).tolist() == [True] * 3 + [False] * 3
     assert compute("setp.nan.f32 {d}, {0}, {1};", bool, x, y).tolist() == [False] * 3 + [True] * 3
@@ -227,8 +256,15 @@ def test_comparisons_with_nan():
 
 def test_properties():
     x = np.array([1, np.inf, np.nan, 2.0**-130, 0], np.float32)
-    for name, expected in {"finite": [1, 0, 0, 1, 1], "infinite": [0, 1, 0, 0, 0], "number": [1, 1, 0, 1, 1],
-                           "notanumber": [0, 0, 1, 0, 0], "normal": [1, 0, 0, 0, 0], "subnormal": [0, 0, 0, 1, 0]}.items():  # fmt: skip
+    truth = {
+        "finite": [1, 0, 0, 1, 1],
+        "infinite": [0, 1, 0, 0, 0],
+        "number": [1, 1, 0, 1, 1],
+        "notanumber": [0, 0, 1, 0, 0],
+        "normal": [1, 0, 0, 0, 0],
+        "subnormal": [0, 0, 0, 1, 0],
+    }
+    for name, expected in truth.items():
         assert compute(f"testp.{name}.f32 {{d}}, {{0}};", bool, x).tolist() == [bool(e) for e in expected], name
 
 
@@ -276,8 +312,12 @@ def test_tf32_keeps_ten_bits(mode):
 
 def test_widening_and_nan():
     bits = np.arange(0, 2**16, 37, dtype=np.uint16)
-    np.testing.assert_array_equal(compute("cvt.f32.f16 {d}, {0};", np.float32, bits[:1000]), bits[:1000].view(np.float16).astype(np.float32))
-    np.testing.assert_array_equal(compute("cvt.f32.bf16 {d}, {0};", np.float32, bits[-1000:]), bf16(bits[-1000:]).astype(np.float32))
+    np.testing.assert_array_equal(
+        compute("cvt.f32.f16 {d}, {0};", np.float32, bits[:1000]), bits[:1000].view(np.float16).astype(np.float32)
+    )
+    np.testing.assert_array_equal(
+        compute("cvt.f32.bf16 {d}, {0};", np.float32, bits[-1000:]), bf16(bits[-1000:]).astype(np.float32)
+    )
     nan = np.array([np.nan], np.float32)
     assert compute("cvt.rn.bf16.f32 {d}, {0};", np.uint16, nan).tolist() == [0x7FFF]
     assert np.isnan(compute("cvt.rn.f16.f32 {d}, {0};", np.float16, nan)).all()
@@ -285,10 +325,20 @@ def test_widening_and_nan():
     assert compute("cvt.f64.f32 {d}, {0};", np.float64, x).tolist() == [1.5, np.inf, 0]
 
 
-@pytest.mark.parametrize("mode, function", [("rni", round), ("rzi", math.trunc), ("rmi", math.floor), ("rpi", math.ceil)])
+@pytest.mark.parametrize(
+    "mode, function", [("rni", round), ("rzi", math.trunc), ("rmi", math.floor), ("rpi", math.ceil)]
+)
 def test_float_to_integer_rounds_and_clamps(mode, function):
-    x = np.array([0.5, 1.5, 2.5, -0.5, -1.5, 1e10, -1e10, 1e30, -1e30, 2147483648.0, 4294967296.0, 100.7, -100.7], np.float32)
-    for type_, dtype in (("s32", np.int32), ("u32", np.uint32), ("s64", np.int64), ("u64", np.uint64), ("s16", np.int16)):
+    x = np.array(
+        [0.5, 1.5, 2.5, -0.5, -1.5, 1e10, -1e10, 1e30, -1e30, 2147483648.0, 4294967296.0, 100.7, -100.7], np.float32
+    )
+    for type_, dtype in (
+        ("s32", np.int32),
+        ("u32", np.uint32),
+        ("s64", np.int64),
+        ("u64", np.uint64),
+        ("s16", np.int16),
+    ):
         info = np.iinfo(dtype)
         got = compute(f"cvt.{mode}.{type_}.f32 {{d}}, {{0}};", dtype, x)
         assert got.tolist() == [min(max(function(float(v)), info.min), info.max) for v in x], type_
@@ -305,8 +355,16 @@ def test_nan_to_integer():
 @pytest.mark.parametrize("mode", ["rn", "rz", "rm", "rp"])
 def test_integer_to_float(mode):
     rng = np.random.default_rng(5)
-    wide = np.append(rng.integers(-(2**63), 2**63 - 1, 90), [2**53 + 1, 2**60 + 2**36, -(2**60) - 2**36 - 1, 2**63 - 1, -(2**63), 3])
-    for type_, dtype in (("s32", np.int32), ("u32", np.uint32), ("s64", np.int64), ("u64", np.uint64), ("s16", np.int16)):
+    wide = np.append(
+        rng.integers(-(2**63), 2**63 - 1, 90), [2**53 + 1, 2**60 + 2**36, -(2**60) - 2**36 - 1, 2**63 - 1, -(2**63), 3]
+    )
+    for type_, dtype in (
+        ("s32", np.int32),
+        ("u32", np.uint32),
+        ("s64", np.int64),
+        ("u64", np.uint64),
+        ("s16", np.int16),
+    ):
         x = wide.astype(dtype)
         same(compute(f"cvt.{mode}.f32.{type_} {{d}}, {{0}};", np.float32, x),
              [round_exactly(Fraction(int(v)), "f32", mode) for v in x])  # fmt: skip
@@ -320,7 +378,9 @@ def test_integer_to_integer_extends_by_the_sources_sign_and_keeps_the_low_bits()
     x = np.array([-1, 5, -(2**31), 2**31 - 1, 0x8081], np.int32)
     assert compute("cvt.s64.s32 {d}, {0};", np.int64, x).tolist() == x.tolist()
     assert compute("cvt.u64.u32 {d}, {0};", np.int64, x).tolist() == [int(v) & 0xFFFFFFFF for v in x]
-    assert compute("cvt.u32.u64 {d}, {0};", np.uint32, x.astype(np.int64) + 2**40).tolist() == [int(v) & 0xFFFFFFFF for v in x]
+    assert compute("cvt.u32.u64 {d}, {0};", np.uint32, x.astype(np.int64) + 2**40).tolist() == [
+        int(v) & 0xFFFFFFFF for v in x
+    ]
     assert compute("cvt.s32.s8 {d}, {0};", np.int32, x).tolist() == [-1, 5, 0, -1, -127]
     assert compute("cvt.u32.u8 {d}, {0};", np.uint32, x).tolist() == [255, 5, 0, 255, 129]
     assert compute("cvt.u16.u32 {d}, {0};", np.uint16, x).tolist() == [0xFFFF, 5, 0, 0xFFFF, 0x8081]

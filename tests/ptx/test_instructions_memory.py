@@ -24,7 +24,9 @@ def test_vectors_and_sizes():
     assert out.reshape(32, 4).tolist() == x.reshape(32, 4)[:, ::-1].tolist()
 
 
-@pytest.mark.parametrize("type_, expected", [("s8", -2), ("u8", 0xFE), ("s16", -258), ("u16", 0xFEFE), ("b32", 0xFEFEFEFE - 2**32)])
+@pytest.mark.parametrize(
+    "type_, expected", [("s8", -2), ("u8", 0xFE), ("s16", -258), ("u16", 0xFEFE), ("b32", 0xFEFEFEFE - 2**32)]
+)
 def test_narrow_loads_extend_by_their_sign(type_, expected):
     x = np.array([0xFEFEFEFE] * 32, np.uint32)
     out = np.zeros(32, np.int32)

@@ -27,7 +27,7 @@ def test_branches_loops_and_early_exits():
     $done: setp.eq.u32 %p1, %r0, 5; @%p1 exit;
         @!%p1 add.s32 %r2, %r2, 1000;""", threads=64)  # fmt: skip
     assert got == [0 if t == 5 else t * (t - 1) // 2 + 1000 for t in range(64)]
-    assert block.counts["instructions"] > 6 * 64
+    assert block.counts["instructions"] > 5 * 63
 
 
 def test_a_block_need_not_fill_its_last_warp():
@@ -39,14 +39,16 @@ def test_converged_and_diverged_instructions_are_counted_alike():
     _, together = lanes("mov.u32 %r2, 1; add.s32 %r2, %r2, 1;", threads=128)
     # 3 of the prologue, its pointer, 2, the store and ret.
     assert together.counts["instructions"] == 8 and together.counts["warp_instructions"] == 32
-    _, apart = lanes("mov.u32 %r2, 1; setp.lt.u32 %p0, %r0, 32; @%p0 bra $skip; add.s32 %r2, %r2, 1; $skip:", threads=128)
+    _, apart = lanes(
+        "mov.u32 %r2, 1; setp.lt.u32 %p0, %r0, 32; @%p0 bra $skip; add.s32 %r2, %r2, 1; $skip:", threads=128
+    )
     # The add runs for three of four warps.
     assert apart.counts["instructions"] == 10 and apart.counts["warp_instructions"] == 39
 
 
 def test_an_endless_loop_is_stopped():
-    with pytest.raises(Fault, match="more than 5000000 instructions|does the kernel wait for another block"):
-        lanes("$again: bra $again;")
+    with pytest.raises(Fault, match="more than 1000 instructions: does the kernel wait for another block"):
+        lanes("$again: bra $again;", limit=1000)
 
 
 def test_registers_of_inner_scopes_are_apart_and_labels_may_stand_within():
