@@ -98,7 +98,7 @@ class Access:
 
     def _groups(self, memory: Memory, addresses: np.ndarray, verb: str):
         """Yield (region, lanes or None for all, index of the first number) for uint64 addresses."""
-        low, high = int(addresses.min()), int(addresses.max())
+        low, high = int(np.minimum.reduce(addresses)), int(np.maximum.reduce(addresses))
         if int(np.bitwise_or.reduce(addresses)) & (self.total - 1):
             worst = int(addresses[(addresses & np.uint64(self.total - 1)) != 0][0])
             raise Fault(f"misaligned {verb} of {self.total} bytes at address {worst:#x}")

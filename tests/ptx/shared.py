@@ -24,6 +24,7 @@ class SharedMemory:
         self.warps, self.granule, self.track = warps, granule, track
         self.hazards: list[str] = []
         self._seen: set[tuple] = set()
+        self._by_size: dict[int, tuple[np.ndarray, ...]] = {}
         cells = -(-self.bytes.size // granule) if track else 0
         #: The pseudo-warp ``warps`` stands for atomic operations, which do not conflict with each other.
         self.writer = np.zeros(cells, np.int16)
@@ -44,6 +45,7 @@ class SharedMemory:
             array[:] = 0
         for flags in (self.in_flight, self.unfenced, self.async_readers):
             flags[:] = 0
+        self.flying = self.products = 0  # copies and matrix products in flight
         self.stamp, self.floor = 1, 0
         self.known = np.zeros((self.warps, self.warps + 1), np.int64)
 
@@ -51,9 +53,9 @@ class SharedMemory:
 
     def check(self, offsets: np.ndarray, total: int, verb: str, alignment: int | None = None) -> None:
         alignment = alignment or total
-        if int(offsets.max()) + total > self.size or int(offsets.min()) < 0:
-            bad = int(offsets.max()) if int(offsets.max()) + total > self.size else int(offsets.min())
-            raise Fault(f"shared {verb} out of bounds: {total} bytes at offset {bad} of {self.size}")
+        highest = int(np.maximum.reduce(offsets))  # unsigned: below zero is high above
+        if highest + total > self.size:
+            raise Fault(f"shared {verb} out of bounds: {total} bytes at offset {highest} of {self.size}")
         if int(np.bitwise_or.reduce(offsets)) & (alignment - 1):
             raise Fault(f"misaligned shared {verb} of {total} bytes: not all offsets are multiples of {alignment}")
 
@@ -91,45 +93,62 @@ class SharedMemory:
             return first, warps
         return (first[:, None] + np.arange(per)).ravel(), np.repeat(warps, per)
 
+    def _rows(self, total: int) -> tuple[np.ndarray, ...]:
+        """The stamps, writers and flags with one row for each aligned piece of ``total`` bytes."""
+        if total not in self._by_size:
+            per = total // self.granule
+            arrays = (self.written, self.last_read, self.writer, self.line, self.unfenced)
+            rows = [array.reshape(-1, per) for array in arrays]
+            self._by_size[total] = (*rows, self.read_by.reshape(self.warps + 1, -1, per))
+        return self._by_size[total]
+
     def note_read(self, offsets, total, warps, line, remember: bool = True) -> None:
-        cell, warp = self.cells(offsets, total, warps)
-        written = self.written[cell]
-        if int(written.max()) > self.floor:
-            writer = self.writer[cell]
-            unordered = (writer != warp) & (written > self.known[warp, writer]) & (written > self.floor)
-            if unordered.any():
-                self.report("reads", line, cell, warp, unordered, writer, self.line[cell])
-        if self.in_flight[cell].any():
-            flying = self.in_flight[cell]
-            self.report("reads an asynchronous copy not waited for,", line, cell, warp, flying, self.writer[cell],
-                         self.line[cell])  # fmt: skip
+        written, last_read, *_, read_by = self._rows(total)
+        row = (offsets // total).astype(np.intp)
+        if self.flying or np.maximum.reduce(written.take(row, 0), axis=None) > self.floor:
+            self._check_read(offsets, total, warps, line)
         if remember:
-            self.read_by[warp, cell] = self.stamp
-            self.last_read[cell] = self.stamp
+            read_by[warps, row] = self.stamp
+            last_read[row] = self.stamp
+
+    def _check_read(self, offsets, total, warps, line) -> None:
+        cell, warp = self.cells(offsets, total, warps)
+        written, writer = self.written[cell], self.writer[cell]
+        unordered = (writer != warp) & (written > self.known[warp, writer]) & (written > self.floor)
+        if unordered.any():
+            self.report("reads", line, cell, warp, unordered, writer, self.line[cell])
+        flying = self.in_flight[cell]
+        if flying.any():
+            what = "reads an asynchronous copy not waited for,"
+            self.report(what, line, cell, warp, flying, writer, self.line[cell])
 
     def note_write(self, offsets, total, warps, line, values: np.ndarray | None, proxy: bool = True) -> None:
         """``values``: the bytes [lanes, total] about to be written; several warps may write the same value."""
-        cell, warp = self.cells(offsets, total, warps)
-        written, read = self.written[cell], self.last_read[cell]
-        if max(int(written.max()), int(read.max())) > self.floor:
-            self._check_unordered(cell, warp, written, line, values)
-        if self.async_readers[cell].any():
-            busy = self.async_readers[cell] > 0
-            self.report(
-                "overwrites what a matrix product in flight reads,", line, cell, warp, busy, warp, self.line[cell]
-            )
-        if self.in_flight[cell].any():
-            flying = self.in_flight[cell]
-            self.report("overwrites an asynchronous copy not waited for,", line, cell, warp, flying, self.writer[cell],
-                         self.line[cell])  # fmt: skip
-        self.writer[cell] = warp
-        self.written[cell] = self.stamp
-        self.line[cell] = line
+        written, last_read, writer, lines, unfenced, _ = self._rows(total)
+        row = (offsets // total).astype(np.intp)
+        latest = np.maximum(written.take(row, 0), last_read.take(row, 0))
+        if self.flying or self.products or np.maximum.reduce(latest, axis=None) > self.floor:
+            self._check_write(offsets, total, warps, line, values)
+        writer[row] = warps[:, None]
+        written[row] = self.stamp
+        lines[row] = line
         if proxy:
-            self.unfenced[cell] = True
-        doubled = self.writer[cell] != warp
-        if doubled.any():
-            self._check_doubled(cell, warp, doubled, line, values)
+            unfenced[row] = True
+        # The last one to write a granule is another warp than one that has just written it too.
+        if np.count_nonzero(writer.take(row, 0)[:, 0] != warps):
+            self._check_doubled(offsets, total, warps, line, values)
+
+    def _check_write(self, offsets, total, warps, line, values) -> None:
+        cell, warp = self.cells(offsets, total, warps)
+        self._check_unordered(cell, warp, self.written[cell], line, values)
+        busy = self.async_readers[cell] > 0
+        if busy.any():
+            what = "overwrites what a matrix product in flight reads,"
+            self.report(what, line, cell, warp, busy, warp, self.line[cell])
+        flying = self.in_flight[cell]
+        if flying.any():
+            what = "overwrites an asynchronous copy not waited for,"
+            self.report(what, line, cell, warp, flying, self.writer[cell], self.line[cell])
 
     def _check_unordered(self, cell, warp, written, line, values) -> None:
         writer = self.writer[cell]
@@ -150,26 +169,35 @@ class SharedMemory:
             reader = early.argmax(0)
             self.report("writes, after a read by another warp,", line, cell, warp, unordered, reader, self.line[cell])
 
-    def _check_doubled(self, cell, warp, doubled, line, values) -> None:
+    def _check_doubled(self, offsets, total, warps, line, values) -> None:
+        cell, warp = self.cells(offsets, total, warps)
+        doubled = self.writer[cell] != warp
         if values is not None:
             parts = np.ascontiguousarray(values).reshape(-1, self.granule)
             last = np.zeros(self.writer.size, np.intp)
             last[cell] = np.arange(cell.size)
-            doubled = doubled & (parts != parts[last[cell]]).any(1)
+            doubled &= (parts != parts[last[cell]]).any(1)
         if doubled.any():
-            self.report("writes, as does another warp in the same instruction,", line, cell, warp, doubled,
-                         self.writer[cell], self.line[cell])  # fmt: skip
+            what = "writes, as does another warp in the same instruction,"
+            self.report(what, line, cell, warp, doubled, self.writer[cell], self.line[cell])
 
     def note_flight(self, offsets, total, warps) -> None:
         """An asynchronous copy to these bytes has been issued."""
         self.in_flight[self.cells(offsets, total, warps)[0]] = True
+        self.flying += offsets.size
 
     def note_landing(self, offsets, total, warps) -> None:
         """An asynchronous copy has been waited for: its bytes count as written now, by the warp that waited."""
         cell, warp = self.cells(offsets, total, warps)
+        self.flying -= offsets.size
         self.in_flight[cell] = False
         self.writer[cell] = warp
         self.written[cell] = self.stamp
+
+    def note_product(self, cells, change: int) -> None:
+        """A matrix product that reads these granules has been issued (1) or has ended (-1)."""
+        np.add.at(self.async_readers, cells, change)
+        self.products += change
 
     def report(self, what, line, cell, warp, bad, other, other_line) -> None:
         i = int(np.flatnonzero(bad)[0])

@@ -76,8 +76,11 @@ def test_one_lane_out_of_bounds_is_enough():
 
 def test_lanes_may_read_different_tensors():
     x, y, out = np.arange(32, dtype=np.uint32), np.arange(32, dtype=np.uint32) + 100, np.zeros(32, np.uint32)
-    run(f"{TID} setp.lt.u32 %p0, %r0, 10; selp.b64 %d0, %x, %y, %p0; mad.wide.u32 %d0, %r0, 4, %d0;"
-        "ld.global.b32 %r1, [%d0]; mad.wide.u32 %d1, %r0, 4, %out; st.global.b32 [%d1], %r1;", x=x, y=y, out=out)  # fmt: skip
+    run(
+        f"""{TID} setp.lt.u32 %p0, %r0, 10; selp.b64 %d0, %x, %y, %p0; mad.wide.u32 %d0, %r0, 4, %d0;
+        ld.global.b32 %r1, [%d0]; mad.wide.u32 %d1, %r0, 4, %out; st.global.b32 [%d1], %r1;""",
+        x=x, y=y, out=out,
+    )  # fmt: skip
     assert out.tolist() == [*range(10), *range(110, 132)]
 
 

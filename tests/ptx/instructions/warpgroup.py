@@ -142,7 +142,7 @@ def multiply(machine, s, m: Modifiers):
         """A matrix's numbers, and the offsets of the 16-byte pieces that it lies in."""
         offsets = Descriptor.of(bits).offsets(rows_, depth, size, transposed_)
         flat = offsets.ravel()
-        machine.shared.check(flat.astype(np.int64), size, "read by wgmma")
+        machine.shared.check(flat.astype(np.uint32), size, "read by wgmma")
         raw = machine.shared.views[size].take(flat // size)
         value = numbers(raw, "tf32") if a_type == "tf32" else _halves(raw, a_type)
         machine.bytes["shared"] += flat.size * size
@@ -231,7 +231,7 @@ def _note_reads(machine, offsets: np.ndarray, warps: np.ndarray, line: int) -> n
         hidden = shared.unfenced[cells]
         shared.report("reads, with no fence.proxy.async since its write,", line, cells, owners, hidden,
                       shared.writer[cells], shared.line[cells])  # fmt: skip
-    np.add.at(shared.async_readers, cells, 1)
+    shared.note_product(cells, 1)
     return cells
 
 
@@ -297,7 +297,7 @@ def _finish(machine, product: Product) -> None:
             raise Fault(f"{name} was changed while the product of line {product.line} was reading it")
     shared = machine.shared
     if product.cells is not None:
-        np.subtract.at(shared.async_readers, product.cells, 1)
+        shared.note_product(product.cells, -1)
         # The reads of all four warps have happened by now.
         for k in range(4):
             shared.note_read(product.offsets, 16, product.warps + k, product.line)
