@@ -96,13 +96,11 @@ class Block(Barriers):
         self.pc = 0
 
     def _finish(self) -> None:
-        machine, statements = self.machine, self.kernel.statements
+        machine = self.machine
         self.hazards = list(machine.shared.hazards)
-        by_opcode: dict[str, int] = {}
-        for at in np.flatnonzero(self.executed):
-            name = statements[at].opcode
-            by_opcode[name] = by_opcode.get(name, 0) + int(self.executed[at])
-        self.by_opcode = by_opcode
+        sums = np.bincount(machine.opcode, self.executed, len(machine.opcodes)).astype(np.int64)
+        #: How often each opcode was carried out.
+        self.by_opcode = by_opcode = {name: int(n) for name, n in zip(machine.opcodes, sums) if n}
         self.counts = {
             "instructions": int(self.executed.sum()),
             "warp_instructions": int(self.warps_executed.sum()),
@@ -110,17 +108,10 @@ class Block(Barriers):
             "global_bytes_read": machine.bytes["read"],
             "global_bytes_written": machine.bytes["written"],
             "shared_bytes": machine.bytes["shared"],
-            "mma": by_opcode.get("mma", 0) + self._count("wgmma", "mma_async"),
+            "mma": by_opcode.get("mma", 0) + int(self.executed[machine.is_product].sum()),
             "shuffles": by_opcode.get("shfl", 0),
             "atomics": by_opcode.get("atom", 0) + by_opcode.get("red", 0),
         }
-
-    def _count(self, opcode: str, modifier: str) -> int:
-        return sum(
-            int(self.executed[i])
-            for i, s in enumerate(self.kernel.statements)
-            if s.opcode == opcode and modifier in s.modifiers
-        )
 
     def _fault(self, pc: int, why: str) -> Fault:
         where = f"{self.kernel.name}, block {self.block_index}"

@@ -39,6 +39,11 @@ class Machine:
         self.memory = self.shared = None
         self._shared: dict[tuple, SharedMemory] = {}
         self.granule = smallest_shared_access(kernel)
+        self.opcodes = sorted({s.opcode for s in kernel.statements})
+        number = {name: i for i, name in enumerate(self.opcodes)}
+        #: One more than there are statements, for the kernel's end.
+        self.opcode = np.array([*(number[s.opcode] for s in kernel.statements), 0], np.intp)
+        self.is_product = np.array([*("mma_async" in s.modifiers for s in kernel.statements), False])
         # Filled as statements are first reached:
         self.steps: dict[int, Step] = {}
         self.stretches: dict[int, object] = {}
@@ -268,7 +273,7 @@ class Machine:
 
     def active(self, mask) -> np.ndarray | None:
         """The lanes of a mask; None for all."""
-        return None if mask is True else np.flatnonzero(mask)
+        return None if mask is True else mask.nonzero()[0]
 
     def whole_warps(self, mask) -> np.ndarray:
         """The warps of a mask, all of whose lanes must be in it."""

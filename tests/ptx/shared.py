@@ -7,6 +7,8 @@ that happened before what warp w does now. Accesses are tracked in granules of t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from .fault import Fault
@@ -122,13 +124,13 @@ class SharedMemory:
             what = "reads an asynchronous copy not waited for,"
             self.report(what, line, cell, warp, flying, writer, self.line[cell])
 
-    def note_write(self, offsets, total, warps, line, values: np.ndarray | None, proxy: bool = True) -> None:
-        """``values``: the bytes [lanes, total] about to be written; several warps may write the same value."""
+    def note_write(self, offsets, total, warps, line, content: Callable | None, proxy: bool = True) -> None:
+        """``content()`` is the bytes [lanes, total] about to be written: several warps may write the same value."""
         written, last_read, writer, lines, unfenced, _ = self._rows(total)
         row = (offsets // total).astype(np.intp)
         latest = np.maximum(written.take(row, 0), last_read.take(row, 0))
         if self.flying or self.products or np.maximum.reduce(latest, axis=None) > self.floor:
-            self._check_write(offsets, total, warps, line, values)
+            self._check_write(offsets, total, warps, line, content)
         writer[row] = warps[:, None]
         written[row] = self.stamp
         lines[row] = line
@@ -136,11 +138,11 @@ class SharedMemory:
             unfenced[row] = True
         # The last one to write a granule is another warp than one that has just written it too.
         if np.count_nonzero(writer.take(row, 0)[:, 0] != warps):
-            self._check_doubled(offsets, total, warps, line, values)
+            self._check_doubled(offsets, total, warps, line, content)
 
-    def _check_write(self, offsets, total, warps, line, values) -> None:
+    def _check_write(self, offsets, total, warps, line, content) -> None:
         cell, warp = self.cells(offsets, total, warps)
-        self._check_unordered(cell, warp, self.written[cell], line, values)
+        self._check_unordered(cell, warp, self.written[cell], line, content)
         busy = self.async_readers[cell] > 0
         if busy.any():
             what = "overwrites what a matrix product in flight reads,"
@@ -150,15 +152,15 @@ class SharedMemory:
             what = "overwrites an asynchronous copy not waited for,"
             self.report(what, line, cell, warp, flying, self.writer[cell], self.line[cell])
 
-    def _check_unordered(self, cell, warp, written, line, values) -> None:
+    def _check_unordered(self, cell, warp, written, line, content) -> None:
         writer = self.writer[cell]
         unordered = (
             (writer != warp) & (written > self.known[np.minimum(warp, self.warps - 1), writer]) & (written > self.floor)
         )
         if unordered.any():
-            if values is not None:
+            if content is not None:
                 old = self.bytes.reshape(-1, self.granule)[cell]
-                unordered &= (old != np.ascontiguousarray(values).reshape(-1, self.granule)).any(1)
+                unordered &= (old != np.ascontiguousarray(content()).reshape(-1, self.granule)).any(1)
             if unordered.any():
                 self.report("writes", line, cell, warp, unordered, writer, self.line[cell])
         reads = self.read_by[:, cell]  # [warps + 1, accesses]
@@ -169,11 +171,11 @@ class SharedMemory:
             reader = early.argmax(0)
             self.report("writes, after a read by another warp,", line, cell, warp, unordered, reader, self.line[cell])
 
-    def _check_doubled(self, offsets, total, warps, line, values) -> None:
+    def _check_doubled(self, offsets, total, warps, line, content) -> None:
         cell, warp = self.cells(offsets, total, warps)
         doubled = self.writer[cell] != warp
-        if values is not None:
-            parts = np.ascontiguousarray(values).reshape(-1, self.granule)
+        if content is not None:
+            parts = np.ascontiguousarray(content()).reshape(-1, self.granule)
             last = np.zeros(self.writer.size, np.intp)
             last[cell] = np.arange(cell.size)
             doubled &= (parts != parts[last[cell]]).any(1)

@@ -131,14 +131,15 @@ def fma32(x: np.ndarray, y: np.ndarray, z: np.ndarray, mode: str = "rn") -> np.n
     s = p + z
     if mode != "rn":
         return narrow(odd_sum(p, z.astype(np.float64)), np.float32, mode)
+    result = s.astype(np.float32)
     # Only a float64 that lies on the midpoint of two float32 can be rounded the wrong way: its last 28 bits are 0.
     low = s.view(np.uint64) & _LOW_28
     if np.count_nonzero(low) != low.size:
-        suspects = np.flatnonzero(low == 0)
-        rounded, error = two_sum(p[suspects], z[suspects].astype(np.float64))
-        if np.count_nonzero(error):
-            s[suspects] = odd(rounded, error)
-    return s.astype(np.float32)
+        suspects = ((low == 0) & (result != s)).nonzero()[0]
+        if suspects.size:
+            rounded, error = two_sum(p[suspects], z[suspects].astype(np.float64))
+            result[suspects] = odd(rounded, error).astype(np.float32)
+    return result
 
 
 def fma64(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:

@@ -78,7 +78,7 @@ def store_matrix(machine, s):
             matrices = matrices.transpose(0, 1, 3, 2)
         content = np.ascontiguousarray(matrices).view(np.uint8).reshape(-1, 16)
         if shared.track:
-            shared.note_write(offsets, 16, owners, s.line, content)
+            shared.note_write(offsets, 16, owners, s.line, lambda: content)
         machine.bytes["shared"] += 16 * offsets.size
         shared.bytes[offsets.astype(np.intp)[:, None] + np.arange(16)] = content
 

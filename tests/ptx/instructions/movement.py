@@ -151,9 +151,15 @@ def _load_parameter(machine, operand, elements, type_: str, size: int):
     return step
 
 
+def _total(size: int, count: int, space: str) -> int:
+    if size * count > (32 if space == "global" else 16):
+        raise Fault(f"accesses of {size * count} bytes to {space} memory are not known")
+    return size * count
+
+
 def reader(machine, space: str, size: int, count: int, line: int):
     """A function (addresses, lanes) -> the values, each an unsigned array over the lanes."""
-    total = size * count
+    total = _total(size, count, space)
     access = Access(size, count)
 
     def from_global(addresses, lanes):
@@ -251,7 +257,7 @@ def store(machine, s):
 
 def writer(machine, space: str, size: int, count: int, line: int):
     """A function (addresses, values, lanes) that writes unsigned arrays over the lanes."""
-    total = size * count
+    total = _total(size, count, space)
     access = Access(size, count)
 
     def to_global(addresses, values, lanes):
@@ -262,8 +268,8 @@ def writer(machine, space: str, size: int, count: int, line: int):
         shared = machine.shared
         shared.check(offsets, total, "write")
         if shared.track:
-            content = np.stack(values, 1).view(np.uint8)
-            shared.note_write(offsets, total, machine.warp if lanes is None else machine.warp[lanes], line, content)
+            warps = machine.warp if lanes is None else machine.warp[lanes]
+            shared.note_write(offsets, total, warps, line, lambda: np.stack(values, 1).view(np.uint8))
         machine.bytes["shared"] += total * offsets.size
         index, view = (offsets // size).astype(np.intp), shared.views[size]
         for k, value in enumerate(values):
