@@ -153,6 +153,19 @@ def test_arithmetic_of_16_bit_formats(type_, pair):
         same(values(got), [round_exactly(function(*v), type_) for v in zip(x, y, z)])
 
 
+@pytest.mark.parametrize("type_, x, y", [("bf16", 17 / 16, 17 / 16), ("f16", 33 / 32, 65 / 64)])
+def test_fused_multiply_add_of_16_bit_formats_is_not_rounded_twice(type_, x, y):
+    """x y is a midpoint of the format; z decides, though neither float32 nor float64 can hold the sum."""
+    encode = {
+        "bf16": lambda v: (np.array([v], np.float32).view(np.uint32) >> 16).astype(np.uint16),
+        "f16": lambda v: np.array([v], np.float16).view(np.uint16),
+    }[type_]
+    for z in (2.0**-24, -(2.0**-24)) if type_ == "f16" else (2.0**-60, -(2.0**-60)):
+        got = compute(f"fma.rn.{type_} {{d}}, {{0}}, {{1}}, {{2}};", np.uint16, *(encode(v) for v in (x, y, z)))
+        value = bf16(got) if type_ == "bf16" else got.view(np.float16)
+        assert float(value[0]) == round_exactly(exact(x) * exact(y) + exact(z), type_)
+
+
 def bf16(bits: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore"):
         return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
