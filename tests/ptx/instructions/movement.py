@@ -44,9 +44,8 @@ def _unpack(machine, destinations, source, type_: str):
     puts = [machine.store(d, f"b{part}") for d in destinations]
 
     def step(mask):
-        copy = pieces.copy()  # a destination may be the source itself
         for k, put in enumerate(puts):
-            put(copy[:, k], mask)
+            put(pieces[:, k], mask)
 
     return step
 
