@@ -213,6 +213,12 @@ def test_a_wait_that_leaves_a_group_in_flight_shows():
     assert (out == 0xFFFFFFFF).all()
 
 
+def test_a_barrier_does_not_replace_the_wait():
+    _, out, block = copied("bar.sync 0;")
+    assert (out == 0xFFFFFFFF).all()
+    assert any("reads an asynchronous copy not waited for" in h for h in block.hazards)
+
+
 def test_wait_group_does_not_wait_for_copies_that_are_not_committed():
     body = COPY.rsplit("cp.async.commit_group;", 1)[0]
     x, out, _ = copied("cp.async.wait_group 0;", body)
