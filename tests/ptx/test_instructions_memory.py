@@ -85,7 +85,11 @@ def test_lanes_may_read_different_tensors():
 
 
 def test_memory_that_is_read_only_or_not_yet_written():
-    text = kernel_text("st.global.b32 [%x+4], 7; ld.global.b32 %r0, [%x+4]; ld.global.b32 %r0, [%y];", ["x", "y"])
+    text = kernel_text(
+        """st.global.b32 [%x+4], 7; ld.global.b32 %r0, [%x+4];
+        st.global.b32 [%y+4], 7; ld.global.b32 %r0, [%y+4]; ld.global.b32 %r0, [%y];""",
+        ["x", "y"],
+    )
     x, y = np.zeros(4, np.uint32), np.zeros(4, np.uint32)
     parameters = {"p_x": np.uint64(x.ctypes.data).tobytes(), "p_y": np.uint64(y.ctypes.data).tobytes()}
 
