@@ -21,18 +21,15 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from unittest import mock
 
 import records
 import torch
 import triton
 from device import blocks_per_multiprocessor
 from machine_code import take_apart
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
+from triton_launches import Launch, caught_launches, compile_launch
 
-from hyperformer_fast.kernels import entry, tiles
+from hyperformer_fast.kernels import entry
 from hyperformer_fast.layout import AdapterLayout, AdapterSpec
 from hyperformer_fast.reference import Folded, Saved
 
@@ -57,18 +54,6 @@ ROUNDED = ("adapter_forward", "rows", "weights")
 
 RECORD = "triton_gate"
 
-_TYPES = {
-    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64",
-    torch.int64: "i64", torch.int32: "i32",
-}  # fmt: skip
-
-
-@dataclasses.dataclass
-class Launch:
-    kernel: JITFunction
-    arguments: dict[str, object]
-    options: dict[str, object]
-
 
 @dataclasses.dataclass
 class Compiled:
@@ -90,23 +75,6 @@ class Compiled:
     narrow_loads: int
     wide_stores: int
     narrow_stores: int
-
-
-@contextlib.contextmanager
-def caught_launches(arch: int) -> Iterator[list[Launch]]:
-    """Within the block launches are recorded instead of run, and tiles are chosen as on a GPU of ``arch``."""
-    launches: list[Launch] = []
-
-    def note(self, *args, grid, warmup, **kwargs):
-        arguments = dict(zip(self.arg_names, args)) | {k: v for k, v in kwargs.items() if k in self.arg_names}
-        launches.append(Launch(self, arguments, {k: v for k, v in kwargs.items() if k.startswith("num_")}))
-
-    with (
-        mock.patch.object(JITFunction, "run", note),
-        mock.patch.object(tiles, "architecture", lambda device: arch),
-        mock.patch.object(tiles, "_table", dict),  # the rules, not what was tuned on this machine
-    ):
-        yield launches
 
 
 @contextlib.contextmanager
@@ -152,30 +120,6 @@ def launches_of(
         saved = Saved(*saved)
         entry.adapter_backward(x, x, saved, packed, folded, AdapterSpec(layout, "gelu_new"), index, True, True)
     return launches
-
-
-def compile_launch(launch: Launch, arch: int):
-    """Compile the kernel of ``launch``, as :func:`signature_of` describes it."""
-    signature, constants, attributes = signature_of(launch)
-    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
-
-
-def signature_of(launch: Launch) -> tuple[dict[str, str], dict[str, object], dict[tuple[int], list]]:
-    """What ``launch`` compiles its kernel for: types, constants and attributes. Pointers are aligned to 16 bytes, as
-    torch allocates, where the kernel is specialised on that at all, and no length is specialised."""
-    signature, constants, attributes = {}, {}, {}
-    for i, name in enumerate(launch.kernel.arg_names):
-        value = launch.arguments[name]
-        if isinstance(value, torch.Tensor):
-            signature[name] = "*" + _TYPES[value.dtype]
-            if not launch.kernel.params[i].do_not_specialize_on_alignment:
-                attributes[(i,)] = [["tt.divisibility", 16]]
-        elif value is None or launch.kernel.params[i].is_constexpr:
-            signature[name], constants[name] = "constexpr", value
-        else:
-            signature[name] = "i32"
-    return signature, constants, attributes
 
 
 def measure(binary, arch: int) -> dict[str, int]:
