@@ -31,6 +31,7 @@
 
 #include "../../csrc/rounding.h"
 #include "context.h"
+#include "hooks.h"
 
 #define __global__
 #define __device__
@@ -389,6 +390,7 @@ namespace hyperformer_fast {
 
 template <class P>
 void launch(void (*kernel)(P), const char*, dim3 blocks, int threads, size_t shared, void*, const P& p) {
+  if (emulator::taken(kernel, blocks.x, blocks.y, blocks.z, threads, shared, p)) return;
   emulator::run_grid({blocks, threads, shared, [&] { kernel(p); }});
 }
 
@@ -398,7 +400,9 @@ inline void wait_for_grid(const emulator::Where& where = emulator::Where::curren
 template <class P>
 void launch_together(void (*kernel)(P), const char*, int64_t useful, int threads, size_t shared, void*, const P& p) {
   const int64_t fit = std::stoi(emulator::setting("HFF_EMULATOR_BLOCKS", "3"));
-  emulator::run_together({{unsigned(std::min(useful, fit)), 1, 1}, threads, shared, [&] { kernel(p); }});
+  const unsigned blocks = unsigned(std::min(useful, fit));
+  if (emulator::taken(kernel, blocks, 1, 1, threads, shared, p)) return;
+  emulator::run_together({{blocks, 1, 1}, threads, shared, [&] { kernel(p); }});
 }
 
 }  // namespace hyperformer_fast

@@ -46,16 +46,19 @@ def build(name: str, sources: list[Path], flags: list[str], link: list[str]) -> 
 
 
 @functools.cache
-def library():
-    """The raw ops of the CUDA library, on CPU tensors."""
+def library_file() -> Path:
+    """The CUDA library, compiled for CPU tensors."""
     root = Path(torch.__file__).parent
     sources = sorted((CSRC / "cuda").glob("*.cu")) + [CSRC / "cuda/bindings.cpp"]
     target = "-DTORCH_TARGET_VERSION=0x020b000000000000"
-    path = build(
-        "cuda", sources, ["-DHFF_EMULATED", target, "-isystem", str(root / "include")],
-        [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"],
-    )  # fmt: skip
-    torch.ops.load_library(str(path))
+    flags = ["-DHFF_EMULATED", target, "-isystem", str(root / "include"), "-include", str(EMULATOR / "allocations.h")]
+    return build("cuda", sources, flags, [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"])
+
+
+@functools.cache
+def library():
+    """The raw ops of the CUDA library, on CPU tensors."""
+    torch.ops.load_library(str(library_file()))
     return torch.ops.hyperformer_fast_cuda_emulated
 
 
