@@ -39,9 +39,6 @@ CUDA_HOME = toolchain.find_cuda_home()
 CACHE = ROOT / "build/ptx"
 
 
-# What nvcc makes -----------------------------------------------------------------------------------------------------
-
-
 @functools.cache
 def _facts() -> bytes:
     """Everything but its own source that the PTX depends on."""
@@ -61,9 +58,7 @@ def ptx_of(source: str, arch: int) -> str:
         with tempfile.TemporaryDirectory(dir=CACHE) as folder:
             path = Path(folder, "kernel.cu")
             path.write_text(source)
-            done = subprocess.run(
-                [*command, str(path), "-o", f"{folder}/kernel.ptx"], capture_output=True, text=True
-            )
+            done = subprocess.run([*command, str(path), "-o", f"{folder}/kernel.ptx"], capture_output=True, text=True)
             assert done.returncode == 0, done.stderr[-3000:]
             os.replace(f"{folder}/kernel.ptx", kept)  # another process may make the same
     return kept.read_text()
@@ -71,7 +66,7 @@ def ptx_of(source: str, arch: int) -> str:
 
 def source_of(demangled: str) -> str:
     """CUDA code that has the kernel: an instantiation of a template from a header, or the file that defines it."""
-    name = re.search(r"(\w+_kernel)\b", demangled)[1]
+    name = re.search(r"\w+_kernel\b", demangled)[0]
     definition = re.compile(rf"__global__[^;{{]*\b{name}\(")
     (file,) = (path for path in sorted(CUDA.glob("*.cu*")) if definition.search(path.read_text()))
     if file.suffix == ".cu":
@@ -89,16 +84,19 @@ def canonical(mangled: str) -> str:
 
 
 @functools.cache
-def text_of(mangled: str, arch: int) -> tuple[str, str]:
-    """The PTX that holds a kernel, and the kernel's name in it."""
+def text_of(mangled: str, arch: int) -> tuple[str, str, str]:
+    """A kernel's name without ``_kernel``, the PTX that holds it, and its name there."""
     demangled = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout.strip()
     text = ptx_of(source_of(demangled), arch)
     entries = re.findall(r"\.entry\s+([\w$]+)", text)
     (entry,) = (entry for entry in entries if canonical(entry) == canonical(mangled))
-    return text, entry
+    return re.search(r"(\w+)_kernel\b", demangled)[1], text, entry
 
 
-# The emulated library's launches -------------------------------------------------------------------------------------
+def with_workspace(text: str, workspace: Tensor) -> str:
+    """PTX in which a cooperative grid finds its workspace: a GPU's driver passes its address in two registers."""
+    high, low = divmod(workspace.data_ptr(), 1 << 32)
+    return text.replace("%envreg1;", f"{high:#x};").replace("%envreg2;", f"{low:#x};")
 
 
 @functools.cache
@@ -133,6 +131,7 @@ class InterpretedLibrary:
 
     def __init__(self, arch: int, plant: Callable[[str, str], str] | None, hazards: bool):
         self._arch, self._plant, self._hazards = arch, plant, hazards
+        self._workspace = torch.zeros(2, dtype=torch.int32)
         self._inputs: dict[str, Tensor] = {}
         self._made: list[tuple[int, int]] = []
         self._fault: BaseException | None = None
@@ -159,7 +158,7 @@ class InterpretedLibrary:
         return call
 
     def _memory(self) -> Memory:
-        memory = memory_of(self._inputs)
+        memory = memory_of(self._inputs | {"the grid's workspace": self._workspace})
         for i, (address, nbytes) in enumerate(self._made):
             memory.add(address, nbytes, f"tensor {i} that the op made")
         return memory
@@ -167,15 +166,13 @@ class InterpretedLibrary:
     def _take(self, address: int, grid, threads: int, shared: int, parameters: int, nbytes: int) -> int:
         try:
             mangled = name_of(address, self._file)
-            name = re.search(r"\d([a-z]\w*?)_kernel(?=[EI])", mangled)[1]
-            text, entry = text_of(mangled, self._arch)
+            name, text, entry = text_of(mangled, self._arch)
+            text = with_workspace(text, self._workspace)
             kernel = Kernel(self._plant(name, text) if self._plant else text, entry)
             ((parameter, _, size),) = kernel.parameters
             assert size == nbytes, f"{name}: nvcc's parameters have {size} bytes, the host compiler's {nbytes}"
             packed = ctypes.string_at(parameters, nbytes)
-            ran = run_grid(
-                kernel, self._memory(), {parameter: packed}, tuple(grid[:3]), threads, shared, self._hazards
-            )
+            ran = run_grid(kernel, self._memory(), {parameter: packed}, tuple(grid[:3]), threads, shared, self._hazards)
             ran.kernel = name
             self.ran.append(ran)
         except BaseException as fault:  # C++ cannot carry it: __getattr__ raises it

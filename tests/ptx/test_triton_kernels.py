@@ -17,12 +17,11 @@ if importlib.util.find_spec("triton") is None:
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Triton's own interpreter compiles nothing", allow_module_level=True)
 
-import triton  # noqa: E402
 
-from hyperformer_fast import reference  # noqa: E402
-from hyperformer_fast.kernels import entry  # noqa: E402
-from ptx.steps import Shape, Step, assert_close  # noqa: E402
-from ptx.triton_kernels import interpreted  # noqa: E402
+from hyperformer_fast import reference
+from hyperformer_fast.kernels import entry
+from ptx.steps import Shape, Step, assert_close
+from ptx.triton_kernels import interpreted
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 

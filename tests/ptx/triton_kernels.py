@@ -14,7 +14,7 @@ from ptx import Kernel
 from ptx.grids import Ran, memory_of, run_grid
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-from triton_launches import Launch, caught_launches, compile_launch, source_of  # noqa: E402
+from triton_launches import Launch, caught_launches, compile_launch, source_of
 
 #: Changes a kernel's PTX before it is interpreted; takes the kernel's name and its text.
 Plant = Callable[[str, str], str]
