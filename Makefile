@@ -3,6 +3,7 @@
 # make test-matrix   the tests on the oldest and the newest transformers
 # make test-packaging  every way to build and install, in virtual environments of their own
 # make sanitize      the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer (g++)
+# make ptx           the compiled GPU kernels in the tests' PTX interpreter, at many widths (minutes)
 # make race          the Triton kernels on a CPU under ttsem: accesses out of bounds, races between programs
 # make lint          ruff, clang-format and mypy: style, formats, types
 # make clean         remove what the above left
@@ -24,14 +25,18 @@ BUILD_INPUTS := $(shell find csrc build_tools -type f \( -name '*.py' -o -name '
 export PYTHONSAFEPATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-matrix test-packaging sanitize race lint setup clean
+# The oldest Triton that is served, beside the newest in .venv: tests/ptx interprets what both compile.
+OTHER_TRITON := build/triton-3.6.0
+WITH_TRITONS := $(PYTEST) HYPERFORMER_FAST_TEST_TRITONS="$$(test -e $(OTHER_TRITON)/triton && echo $(CURDIR)/$(OTHER_TRITON))"
+
+.PHONY: demo test test-matrix test-packaging sanitize ptx race lint setup other-triton clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.built
 	$(VENV)/bin/hyperformer-fast train --overwrite
 
-test: $(VENV)/.built
-	$(PYTEST) $(VENV)/bin/pytest $(PYTEST_FLAGS) -m "not packaging"
+test: $(VENV)/.built other-triton
+	$(WITH_TRITONS) $(VENV)/bin/pytest $(PYTEST_FLAGS) -m "not packaging"
 
 test-matrix: $(VENV)/.built $(VENV4)/.built
 	$(PYTEST) $(VENV4)/bin/pytest $(PYTEST_FLAGS) -m "not packaging"
@@ -42,6 +47,16 @@ test-packaging: $(VENV)/.built
 
 sanitize: $(VENV)/.installed
 	$(VENV)/bin/python tools/sanitize.py
+
+ptx: $(VENV)/.built other-triton
+	$(WITH_TRITONS) $(VENV)/bin/pytest $(PYTEST_FLAGS) -m "ptx_wide or not ptx_wide" tests/ptx
+
+# Without it, as where there is no network, the tests that need it are skipped by name.
+other-triton: $(VENV)/.installed
+	@test -e $(OTHER_TRITON)/triton || { \
+	  $(VENV)/bin/python -m pip install --quiet --no-deps --target $(OTHER_TRITON).part triton==3.6.0 \
+	  && mv $(OTHER_TRITON).part $(OTHER_TRITON); \
+	} || { rm -rf $(OTHER_TRITON).part; echo "Triton 3.6.0 cannot be installed: its tests will be skipped"; }
 
 race: $(VENV)/.built
 	$(VENV)/bin/python -m pip install --quiet --no-deps --ignore-requires-python ttsem==0.1.0

@@ -17,7 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from support import emulated
 from torch import Tensor
 
 from ptx import Kernel, Memory
-from ptx.grids import Ran, memory_of, run_grid
+from ptx.grids import Choice, Plant, Ran, all_blocks, memory_of, run_grid, unchanged
 
 ROOT = Path(__file__).resolve().parents[2]
 CUDA = ROOT / "csrc/cuda"
@@ -129,8 +129,8 @@ _NOTE = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_size_t)
 class InterpretedLibrary:
     """The raw ops of the CUDA library, with every launch interpreted. Each op has the bounds of its own tensors."""
 
-    def __init__(self, arch: int, plant: Callable[[str, str], str] | None, hazards: bool):
-        self._arch, self._plant, self._hazards = arch, plant, hazards
+    def __init__(self, arch: int, plant: Plant, hazards: bool, choose: Choice):
+        self._arch, self._plant, self._hazards, self._choose = arch, plant, hazards, choose
         self._workspace = torch.zeros(2, dtype=torch.int32)
         self._inputs: dict[str, Tensor] = {}
         self._made: list[tuple[int, int]] = []
@@ -168,11 +168,15 @@ class InterpretedLibrary:
             mangled = name_of(address, self._file)
             name, text, entry = text_of(mangled, self._arch)
             text = with_workspace(text, self._workspace)
-            kernel = Kernel(self._plant(name, text) if self._plant else text, entry)
+            kernel = Kernel(self._plant(name, text), entry)
             ((parameter, _, size),) = kernel.parameters
             assert size == nbytes, f"{name}: nvcc's parameters have {size} bytes, the host compiler's {nbytes}"
             packed = ctypes.string_at(parameters, nbytes)
-            ran = run_grid(kernel, self._memory(), {parameter: packed}, tuple(grid[:3]), threads, shared, self._hazards)
+            whole = tuple(grid[:3])
+            ran = run_grid(
+                kernel, self._memory(), {parameter: packed}, whole, threads, shared, self._hazards,
+                self._choose(name, whole),
+            )  # fmt: skip
             ran.kernel = name
             self.ran.append(ran)
         except BaseException as fault:  # C++ cannot carry it: __getattr__ raises it
@@ -194,17 +198,18 @@ class InterpretedCuda(emulated.EmulatedCuda):
 
 @contextlib.contextmanager
 def interpreted(
-    arch: int, plant: Callable[[str, str], str] | None = None, hazards: bool = True
+    arch: int, plant: Plant = unchanged, hazards: bool = True, choose: Choice = all_blocks
 ) -> Iterator[tuple[InterpretedCuda, list[Ran]]]:
     """The CUDA backend for CPU tensors as on a GPU of ``arch``, and the list of what it launched, which grows.
 
     Args:
         arch: such as 90.
-        plant: changes the PTX before it is interpreted; takes the kernel's name and the text.
+        plant: changes the PTX before it is interpreted.
         hazards: whether to look for unordered accesses to shared memory.
+        choose: which blocks of a launch run. What the others would have written is then missing.
     """
     emulated.library()
-    library = InterpretedLibrary(arch, plant, hazards)
+    library = InterpretedLibrary(arch, plant, hazards, choose)
     library.hook(True)
     try:
         # one block stands for the grid of a cooperative launch, because blocks run one after the other

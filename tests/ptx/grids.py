@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import Tensor
 
 from ptx import Block, Kernel, Memory
+
+Index = tuple[int, int, int]
+
+#: Names which blocks of a launch to run, None being all. Takes the kernel's name and the grid.
+Choice = Callable[[str, Sequence[int]], "Iterable[Index] | None"]
+
+#: Changes a kernel's PTX before it is interpreted. Takes the kernel's name and the text.
+Plant = Callable[[str, str], str]
 
 
 @dataclasses.dataclass
@@ -15,9 +23,10 @@ class Ran:
     """One launch that was interpreted."""
 
     kernel: str
-    grid: tuple[int, int, int]
+    grid: Index
     blocks: list[dict[str, int]]  #: what each block that ran counted, in the order of their indices
     hazards: list[str]  #: of all blocks
+    lines: set[int]  #: of the PTX, counted from 1: those that some block executed
 
     def most(self, count: str) -> int:
         return max(block[count] for block in self.blocks)
@@ -48,7 +57,16 @@ def memory_of(tensors: Mapping[str, Tensor | None]) -> Memory:
     return memory
 
 
-def indices(grid: Sequence[int]) -> list[tuple[int, int, int]]:
+def all_blocks(name: str, grid: Sequence[int]) -> None:
+    """The choice of every block."""
+
+
+def unchanged(name: str, text: str) -> str:
+    """The plant that changes nothing."""
+    return text
+
+
+def indices(grid: Sequence[int]) -> list[Index]:
     return [(x, y, z) for z in range(grid[2]) for y in range(grid[1]) for x in range(grid[0])]
 
 
@@ -60,7 +78,7 @@ def run_grid(
     threads: int,
     shared_bytes: int,
     hazards: bool = True,
-    only: Iterable[tuple[int, int, int]] | None = None,
+    only: Iterable[Index] | None = None,
 ) -> Ran:
     """Interpret the blocks of a launch.
 
@@ -78,10 +96,18 @@ def run_grid(
         Fault: a block did what a GPU would not allow, for example an access outside ``memory``.
     """
     whole = (*grid, 1, 1)[:3]
-    ran = Ran(kernel.name, whole, [], [])
+    ran = Ran(kernel.name, whole, [], [], set())
     for index in indices(whole) if only is None else only:
         block = Block(kernel, memory, parameters, index, whole, threads, shared_bytes, hazards=hazards)
         block.run()
         ran.blocks.append(dict(block.counts))
+        ran.lines.update(s.line for s, times in zip(kernel.statements, block.executed) if times)
         ran.hazards += [f"{kernel.name}, block {index}: {hazard}" for hazard in block.hazards]
     return ran
+
+
+def evenly(grid: Sequence[int], most: int) -> list[Index]:
+    """At most ``most`` blocks of a grid, spread evenly, the last among them."""
+    every = indices(grid)
+    count = min(most, len(every))
+    return [every[(i + 1) * len(every) // count - 1] for i in range(count)]

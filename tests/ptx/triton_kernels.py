@@ -5,22 +5,16 @@ from __future__ import annotations
 import contextlib
 import struct
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from torch import Tensor
 
 from ptx import Kernel
-from ptx.grids import Ran, memory_of, run_grid
+from ptx.grids import Choice, Index, Plant, Ran, all_blocks, memory_of, run_grid, unchanged
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 from triton_launches import Launch, caught_launches, compile_launch, source_of
-
-#: Changes a kernel's PTX before it is interpreted; takes the kernel's name and its text.
-Plant = Callable[[str, str], str]
-
-#: Names which blocks of a launch to run; takes the launch.
-Choice = Callable[[Launch], Iterable[tuple[int, int, int]] | None]
 
 
 def starts_aligned(tensor: Tensor) -> bool:
@@ -60,14 +54,13 @@ def parameters_of(kernel: Kernel, signature: dict[str, str], arguments: dict[str
 def interpret(
     launch: Launch,
     arch: int,
-    plant: Plant | None = None,
+    plant: Plant = unchanged,
     hazards: bool = True,
-    only: Iterable[tuple[int, int, int]] | None = None,
+    only: Iterable[Index] | None = None,
 ) -> Ran:
     """Run one caught launch."""
     binary, signature = compiled_for(launch, arch)
-    text = binary.asm["ptx"]
-    kernel = Kernel(plant(launch.name, text) if plant else text)
+    kernel = Kernel(plant(launch.name, binary.asm["ptx"]))
     memory = memory_of({n: value for n, value in launch.arguments.items() if isinstance(value, Tensor)})
     ran = run_grid(
         kernel, memory, parameters_of(kernel, signature, launch.arguments), launch.grid,
@@ -79,7 +72,7 @@ def interpret(
 
 @contextlib.contextmanager
 def interpreted(
-    arch: int, plant: Plant | None = None, hazards: bool = True, choose: Choice = lambda launch: None
+    arch: int, plant: Plant = unchanged, hazards: bool = True, choose: Choice = all_blocks
 ) -> Iterator[list[Ran]]:
     """Within the block the hosts of the Triton kernels take CPU tensors, and their launches are interpreted as on a GPU
     of ``arch``. The list grows by every launch.
@@ -88,12 +81,12 @@ def interpreted(
         arch: such as 90.
         plant: changes the PTX, to see that the interpreter finds it.
         hazards: whether to look for unordered accesses to shared memory.
-        choose: the indices of the blocks of a launch that are run; None is all, and an empty list skips the launch.
+        choose: which blocks of a launch run. What the others would have written is then missing.
     """
     ran: list[Ran] = []
 
     def take(launch: Launch) -> None:
-        ran.append(interpret(launch, arch, plant, hazards, choose(launch)))
+        ran.append(interpret(launch, arch, plant, hazards, choose(launch.name, (*launch.grid, 1, 1)[:3])))
 
     with caught_launches(arch, take):
         yield ran
