@@ -21,7 +21,7 @@ import torch
 from traffic import SHAPES
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
+sys.path.insert(0, str(ROOT / "tests"))
 
 from ptx.grids import Ran, evenly  # noqa: E402
 from ptx.launchers import interpreted  # noqa: E402
@@ -39,7 +39,7 @@ MIXES = {
 }
 
 #: Kernels whose blocks do the same work, whatever the mix: a sample of their blocks is counted.
-ALIKE = ("generate", "fold", "adapter_forward", "forward", "rows", "backward", "finish")
+ALIKE = ("generate", "gram", "fold", "adapter_forward", "forward", "rows", "backward", "finish")
 
 
 def step(ops, mix: str, rows: int) -> None:

@@ -59,12 +59,15 @@ def caught_launches(arch: int, take: Callable[[Launch], None] | None = None) -> 
         yield launches
 
 
-def source_of(launch: Launch, aligned: Callable[[torch.Tensor], bool] = lambda tensor: True) -> ASTSource:
-    """What Triton would compile for ``launch``.
+def signature_of(
+    launch: Launch, aligned: Callable[[torch.Tensor], bool] = lambda tensor: True
+) -> tuple[dict[str, str], dict[str, object], dict[tuple[int], list]]:
+    """What ``launch`` compiles its kernel for: types, constants and attributes. No length is specialised.
 
     Args:
         launch: a caught launch.
-        aligned: whether a tensor starts at a multiple of 16 bytes. By default every tensor does, as torch allocates.
+        aligned: whether a tensor starts at a multiple of 16 bytes. By default every tensor does, as torch allocates. It
+            matters where the kernel is specialised on that at all.
     """
     signature, constants, attributes = {}, {}, {}
     for i, (name, parameter) in enumerate(zip(launch.kernel.arg_names, launch.kernel.params)):
@@ -79,9 +82,11 @@ def source_of(launch: Launch, aligned: Callable[[torch.Tensor], bool] = lambda t
             signature[name] = "fp32"
         else:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-    return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return signature, constants, attributes
 
 
 def compile_launch(launch: Launch, arch: int, **how):
-    """Compile the kernel of ``launch`` for ``arch``, no length specialised; ``how`` goes to :func:`source_of`."""
-    return triton.compile(source_of(launch, **how), target=GPUTarget("cuda", arch, 32), options=launch.options)
+    """Compile the kernel of ``launch`` for ``arch``; ``how`` goes to :func:`signature_of`."""
+    signature, constants, attributes = signature_of(launch, **how)
+    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)

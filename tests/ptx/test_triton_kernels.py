@@ -61,8 +61,7 @@ def check(shape: Shape, arch: int) -> None:
     step = Step(shape)
     with interpreted(arch) as ran:
         results = step.run(entry)
-    names = [launch.kernel for launch in ran]
-    assert names[:3] == ["fold", "adapter_forward", "rows"] and len(names) >= 5, names
+    assert {launch.kernel for launch in ran} >= {"fold", "adapter_forward", "rows", "weights", "finish"}
     assert not (found := [hazard for launch in ran for hazard in launch.hazards]), found[:5]
     assert not faults_of(step, results)
 

@@ -7,6 +7,7 @@ import struct
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -14,23 +15,23 @@ from ptx import Kernel
 from ptx.grids import Choice, Index, Plant, Ran, all_blocks, memory_of, run_grid, unchanged
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-from triton_launches import Launch, caught_launches, compile_launch, source_of
+from triton_launches import Launch, caught_launches, compile_launch, signature_of
 
 
 def starts_aligned(tensor: Tensor) -> bool:
     return tensor.data_ptr() % 16 == 0
 
 
-_compiled: dict[tuple, tuple] = {}
+_compiled: dict[tuple, Any] = {}
 
 
 def compiled_for(launch: Launch, arch: int):
     """The compiled kernel, and its parameters' names in order. Equal launches share one compilation."""
-    source = source_of(launch, aligned=starts_aligned)
-    key = (launch.kernel, arch, str(source.signature), str(source.constants), str(source.attrs), str(launch.options))
+    signature, constants, attributes = signature_of(launch, aligned=starts_aligned)
+    key = (launch.kernel, arch, str(signature), str(constants), str(attributes), str(launch.options))
     if key not in _compiled:
-        _compiled[key] = compile_launch(launch, arch, aligned=starts_aligned), source.signature
-    return _compiled[key]
+        _compiled[key] = compile_launch(launch, arch, aligned=starts_aligned)
+    return _compiled[key], signature
 
 
 def parameters_of(kernel: Kernel, signature: dict[str, str], arguments: dict[str, object]) -> dict[str, bytes]:
