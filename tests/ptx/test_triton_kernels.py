@@ -53,7 +53,7 @@ WIDE = [
     Shape(97, 5, FP16, activation="gelu"),
     Shape(40, 3, BF16, post_norm=False, tasks=None),
     Shape(8, 1, FP32, pre_norm=True),
-    Shape(2050, 3, BF16, rows=5),
+    Shape(2050, 16, BF16, rows=5),
 ]
 
 
