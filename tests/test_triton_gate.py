@@ -25,10 +25,15 @@ def triton_gate():
         yield importlib.import_module("triton_gate")
 
 
+@pytest.fixture(scope="module")
+def triton_launches(triton_gate):
+    return importlib.import_module("triton_launches")
+
+
 @pytest.mark.parametrize(("arch", "dtypes"), [(80, ["bf16"]), (90, ["bf16", "fp16", "fp32", "tf32"]), (100, ["bf16"])])
 def test_no_spills_and_tensor_cores(triton_gate, arch, dtypes):
     compiled = list(triton_gate.gate(["base"], dtypes, [arch]))
-    assert len({result.kernel for result in compiled}) == 7
+    assert len({result.kernel for result in compiled}) == 8
     rounded = [result for result in compiled if result.dtype == "tf32"]
     assert len(rounded) == ("tf32" in dtypes) * 3 and all(result.tf32 for result in rounded)
     recorded = triton_gate.recorded()
@@ -46,12 +51,12 @@ def test_combinations_cover_every_pair_of_settings(triton_gate):
         assert seen == set(itertools.product(first, second)), (one, other)
 
 
-def test_what_some_versions_of_triton_do_not_compile(triton_gate):
+def test_what_some_versions_of_triton_do_not_compile(triton_gate, triton_launches):
     """No 16 bits are converted to float64, and no float64 product is wider than 32 columns."""
     for masters, b in ((torch.bfloat16, 24), (torch.float16, 64), (torch.float32, 128)):
         for launch in triton_gate.launches_of(768, b, torch.bfloat16, 100, masters=masters):
             if launch.kernel.__name__ in ("gram_kernel", "fold_kernel"):
-                assert triton_gate.signature_of(launch)[0]["PACKED"] == "*fp32"
+                assert triton_launches.signature_of(launch)[0]["PACKED"] == "*fp32"
                 assert launch.arguments.get("BJ", 0) <= 32
 
 
@@ -76,28 +81,28 @@ def test_a_problem_of_another_triton_is_reported(triton_gate, tmp_path, monkeypa
     assert ended["kernels"] == 2 and ended["problems"].endswith("exit status 3")
 
 
-def test_faults_are_found(triton_gate):
+def test_faults_are_found(triton_gate, triton_launches):
     """A tile that spills, and rows whose starts are not aligned."""
     from hyperformer_fast.kernels import tiles
 
     with tiles.forced("forward", tiles.Tile(32, 32, 4, 3)):
         launches = triton_gate.launches_of(768, 24, torch.float32, 80)
     forward = next(launch for launch in launches if launch.kernel.__name__ == "adapter_forward_kernel")
-    assert triton_gate.measure(triton_gate.compile_launch(forward, 80), 80)["spills"]
+    assert triton_gate.measure(triton_launches.compile_launch(forward, 80), 80)["spills"]
 
     forward = next(
         launch
         for launch in triton_gate.launches_of(768, 24, torch.bfloat16, 90)
         if launch.kernel.__name__ == "adapter_forward_kernel"
     )
-    aligned = triton_gate.measure(triton_gate.compile_launch(forward, 90), 90)
+    aligned = triton_gate.measure(triton_launches.compile_launch(forward, 90), 90)
     forward.arguments["ALIGN"] = 1
-    ragged = triton_gate.measure(triton_gate.compile_launch(forward, 90), 90)
+    ragged = triton_gate.measure(triton_launches.compile_launch(forward, 90), 90)
     assert ragged["wide_loads"] < aligned["wide_loads"]
 
 
 @pytest.mark.parametrize("arch", [80, 90])
-def test_kept_rows_go_straight_into_tensor_cores(triton_gate, arch):
+def test_kept_rows_go_straight_into_tensor_cores(triton_gate, triton_launches, arch):
     """The rows and the weight of the first product reach the tensor cores without shared memory, and only the warps'
     sums and the bottleneck wait at barriers (docs/design.md)."""
     barriers = {}
@@ -105,7 +110,7 @@ def test_kept_rows_go_straight_into_tensor_cores(triton_gate, arch):
         name = launch.kernel.__name__.removesuffix("_kernel")
         if name in ("adapter_forward", "rows"):
             assert launch.arguments["KEEP"]
-            ptx = triton_gate.compile_launch(launch, arch).asm["ptx"]
+            ptx = triton_launches.compile_launch(launch, arch).asm["ptx"]
             barriers[name] = len(re.findall(r"\bbar(?:rier)?\.sync", ptx))
             if name == "adapter_forward":
                 first, *_, last = (match.start() for match in re.finditer(r"\bmma\.sync", ptx))

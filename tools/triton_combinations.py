@@ -72,6 +72,7 @@ def sweep(arch: int, combinations=None) -> Iterator[Outcome]:
     """Compile the kernels for ``arch`` with the Triton of this process; code that several combinations share is
     compiled once."""
     import triton_gate as gate
+    from triton_launches import compile_launch, signature_of
 
     seen = set()
     combinations = list(covering()) if combinations is None else combinations
@@ -86,12 +87,12 @@ def sweep(arch: int, combinations=None) -> Iterator[Outcome]:
             )  # fmt: skip
         for launch in launches:
             name = launch.kernel.__name__.removesuffix("_kernel")
-            key = repr((name, *gate.signature_of(launch), launch.options))
+            key = repr((name, *signature_of(launch), launch.options))
             if key in seen or (shape in WIDE and name not in WIDE_KERNELS):
                 continue
             seen.add(key)
             try:
-                measured = gate.measure(gate.compile_launch(launch, arch), arch)
+                measured = gate.measure(compile_launch(launch, arch), arch)
                 spilled = measured["stack"] or measured["spills"]
                 problem = f"{measured['stack']} bytes of stack, {measured['spills']} spills" if spilled else ""
             except Exception as error:
