@@ -1,10 +1,12 @@
-// The first kernel of the adapter's backward. A block takes 32 rows of one sample, writes their dx, and keeps dz, m2
-// and s of each row for the weight gradients (weight_gradients.cuh). Its products are the forward's with Wg and Wd
-// exchanged.
+// The first kernel of the adapter's backward. A block takes 32 rows of one sample, writes their dx, and keeps a record of
+// each row (row_record.cuh) for the weight gradients. Its products are the forward's with Wg and Wd exchanged. In a
+// mixed batch, one further block for each task schedules the weight gradients, which costs no launch and no time.
 #pragma once
 
 #include "launch.cuh"
+#include "row_record.cuh"
 #include "row_tile.cuh"
+#include "schedule.cuh"
 
 namespace hyperformer_fast {
 
@@ -23,6 +25,9 @@ __global__ void __launch_bounds__(256, 1) backward_kernel(const BackwardParams p
   float* const along_gamma = along_bias + Traits::kParts * kRows;
 
   const int d = p.d, b = p.b, thread = threadIdx.x;
+  const int64_t units = units_of(p.tasks);
+  if (blockIdx.x >= units)
+    return schedule_task(p.tasks, p.schedule, int(blockIdx.x - units), reinterpret_cast<int*>(shared));
   const Place place = place_of(p.tasks, blockIdx.x);
   const int64_t flat = place.flat, task = task_of(p.tasks, place.sample);
   T* const dx = static_cast<T*>(p.dx) + (p.dx == nullptr ? 0 : flat * d);
@@ -43,7 +48,7 @@ __global__ void __launch_bounds__(256, 1) backward_kernel(const BackwardParams p
       for (int c = 0; c < kPiece; ++c) {
         if (column + c >= d) break;
         by_bias[i] += number<S>(piece, c) * weights.up_bias[column + c];
-        if (p.dz != nullptr) by_gamma[i] += number<S>(piece, c) * gamma[column + c];
+        if (p.records != nullptr) by_gamma[i] += number<S>(piece, c) * gamma[column + c];
       }
     }
     return piece;
@@ -62,6 +67,9 @@ __global__ void __launch_bounds__(256, 1) backward_kernel(const BackwardParams p
   float* const h = H + line * Traits::kHRow;
   float* const t = partial + line * BB;
   float* const q = Q + line * Traits::kHRow;
+  using Record = RowRecord<S, BB>;
+  unsigned char* const record =
+      p.records != nullptr && there ? static_cast<unsigned char*>(p.records) + (flat + line) * Record::kBytes : nullptr;
   for (int j = first; j < b; j += 8) {
     const int i = line * BB + j;
     const float sum = partial[i] + partial[kRows * BB + i] + partial[2 * kRows * BB + i] + partial[3 * kRows * BB + i];
@@ -77,12 +85,10 @@ __global__ void __launch_bounds__(256, 1) backward_kernel(const BackwardParams p
       m2 += t[i] * h[i];
     }
     m2 = (lane_sum<8>(m2) + Tile::whole(along_bias, line)) * r / float(d);
-    if (p.dz != nullptr && there && first == 0) {
-      p.m2[flat + line] = m2;
-      p.s[flat + line] = Tile::whole(along_gamma, line);
-    }
     __syncwarp();  // makes q visible: a shuffle does not order memory accesses
   }
+  if (record != nullptr && first == 0)
+    Record::put_edge(record, r, m2, p.post_norm ? Tile::whole(along_gamma, line) : 0.0f);
   for (int j = first; j < BB; j += 8) {
     T rounded = S::narrow(0.0f);
     if (there && j < b) {
@@ -93,7 +99,7 @@ __global__ void __launch_bounds__(256, 1) backward_kernel(const BackwardParams p
         dh = r * (dh - m2 * float(d) * r * u);
       }
       rounded = S::narrow(dh * activate_grad(S::wide(z[j]), p.activation));
-      if (p.dz != nullptr) static_cast<T*>(p.dz)[(flat + line) * b + j] = rounded;
+      if (record != nullptr) Record::dz(record, j) = rounded, Record::put_h(record, j, h[j] * r);
     }
     reinterpret_cast<T*>(W + line * Traits::kWRow)[j] = rounded;
   }
@@ -136,24 +142,27 @@ __global__ void __launch_bounds__(256, 1) backward_kernel(const BackwardParams p
 template <class S>
 struct LaunchBackward {
   const BackwardParams& p;
-  void* stream;
+  const Stream& stream;
 
   template <int BB, int KEPT, bool ALIGNED>
   void at() const {
-    launch(backward_kernel<S, BB, KEPT, ALIGNED>, "adapter_backward",
-           dim3{blocks_of(p.tasks, "adapter_backward"), 1, 1}, TileTraits<S, BB>::kThreads, TileTraits<S, BB>::kBytes,
+    const int64_t rows = blocks_of(p.tasks, "adapter_backward");
+    const int64_t blocks = rows + (p.records != nullptr && p.tasks.index != nullptr ? p.tasks.T : 0);
+    if (blocks > INT32_MAX) throw std::runtime_error("adapter_backward: too many tasks for one launch");
+    launch<backward_kernel<S, BB, KEPT, ALIGNED>>("adapter_backward",
+           dim3{unsigned(blocks), 1, 1}, TileTraits<S, BB>::kThreads, TileTraits<S, BB>::kBytes,
            stream, p);
   }
 };
 
 template <class S>
-void backward_of(const BackwardParams& p, void* stream) {
+void backward_of(const BackwardParams& p, const Stream& stream) {
   // g is read a second time, from the L2 cache. Keeping it in registers as well would make the kernel spill.
   choose_tile<S, false>(p.d, p.b, p.aligned, LaunchBackward<S>{p, stream});
 }
 
-extern template void backward_of<F32>(const BackwardParams&, void*);
-extern template void backward_of<BF16>(const BackwardParams&, void*);
-extern template void backward_of<F16>(const BackwardParams&, void*);
+extern template void backward_of<F32>(const BackwardParams&, const Stream&);
+extern template void backward_of<BF16>(const BackwardParams&, const Stream&);
+extern template void backward_of<F16>(const BackwardParams&, const Stream&);
 
 }  // namespace hyperformer_fast

@@ -1,3 +1,3 @@
 #include "adapter_backward.cuh"
 
-template void hyperformer_fast::backward_of<hyperformer_fast::F32>(const BackwardParams&, void*);
+template void hyperformer_fast::backward_of<hyperformer_fast::F32>(const BackwardParams&, const Stream&);

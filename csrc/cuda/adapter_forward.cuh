@@ -141,23 +141,23 @@ __global__ void __launch_bounds__(256, 1) forward_kernel(const ForwardParams p) 
 template <class S>
 struct LaunchForward {
   const ForwardParams& p;
-  void* stream;
+  const Stream& stream;
 
   template <int BB, int KEPT, bool ALIGNED>
   void at() const {
-    launch(forward_kernel<S, BB, KEPT, ALIGNED>, "adapter_forward", dim3{blocks_of(p.tasks, "adapter_forward"), 1, 1},
+    launch<forward_kernel<S, BB, KEPT, ALIGNED>>("adapter_forward", dim3{blocks_of(p.tasks, "adapter_forward"), 1, 1},
            TileTraits<S, BB>::kThreads, TileTraits<S, BB>::kBytes, stream, p);
   }
 };
 
 template <class S>
-void forward_of(const ForwardParams& p, void* stream) {
+void forward_of(const ForwardParams& p, const Stream& stream) {
   choose_tile<S, true>(p.d, p.b, p.aligned, LaunchForward<S>{p, stream});
 }
 
 // Each number type has a translation unit of its own, so that they compile in parallel.
-extern template void forward_of<F32>(const ForwardParams&, void*);
-extern template void forward_of<BF16>(const ForwardParams&, void*);
-extern template void forward_of<F16>(const ForwardParams&, void*);
+extern template void forward_of<F32>(const ForwardParams&, const Stream&);
+extern template void forward_of<BF16>(const ForwardParams&, const Stream&);
+extern template void forward_of<F16>(const ForwardParams&, const Stream&);
 
 }  // namespace hyperformer_fast

@@ -23,13 +23,13 @@ namespace {
 #ifdef HFF_EMULATED
 struct OnDeviceOf {
   explicit OnDeviceOf(const Tensor&) {}
-  void* stream = nullptr;
+  Stream stream;
 };
 #else
 // Makes t's device the current one and finds torch's current stream there; never falls back to the default stream.
 struct OnDeviceOf {
   torch::stable::accelerator::DeviceGuard guard;
-  void* stream = nullptr;
+  Stream stream;
 
   explicit OnDeviceOf(const Tensor& t) : guard(t.get_device_index()) {
     using CurrentStream = int32_t (*)(int32_t, void**);
@@ -41,7 +41,8 @@ struct OnDeviceOf {
     }();
     STD_TORCH_CHECK(current != nullptr,
                     "torch's current CUDA stream cannot be found: this torch has no libtorch_cuda.so");
-    STABLE_TORCH_ERROR_CODE_CHECK(current(t.get_device_index(), &stream));
+    STABLE_TORCH_ERROR_CODE_CHECK(current(t.get_device_index(), &stream.handle));
+    stream.device = t.get_device_index();
   }
 };
 #endif
@@ -219,6 +220,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> adapter_forward_op(
   return made.tuple();
 }
 
+// What one backward needs besides its results, in one allocation: parts that start at multiples of 16 bytes.
+class Workspace {
+ public:
+  // Reserves room; returns where it starts.
+  int64_t reserve(int64_t bytes) {
+    const int64_t start = size;
+    size += (bytes + 15) / 16 * 16;
+    return start;
+  }
+  void allocate(const Tensor& like) { memory = empty({}, {size / 4}, ScalarType::Float, &like); }
+  template <class T>
+  T* at(int64_t start) {
+    return reinterpret_cast<T*>(static_cast<char*>(memory.mutable_data_ptr()) + start);
+  }
+
+ private:
+  int64_t size = 0;
+  Tensor memory;
+};
+
 std::tuple<Tensor, Tensor> adapter_backward_op(const Tensor& g, const Tensor& x, const Tensor& z, const Tensor& r,
                                                const Tensor& pre_mean, const Tensor& pre_rstd, const Tensor& packed,
                                                const Tensor& wd, const Tensor& wg, const Tensor& vectors,
@@ -242,25 +263,42 @@ std::tuple<Tensor, Tensor> adapter_backward_op(const Tensor& g, const Tensor& x,
   const RowView gs(g, by_sample), xs(x, by_sample);
   const int64_t B = call.tasks.B = xs.B, M = call.tasks.M = xs.M;
   const bool aligned = gs.aligned(d) && xs.aligned(d) && starts_aligned(dx) && call.weights_aligned;
+  const int64_t units = B * ((M + kUnit - 1) / kUnit);
+  Schedule schedule{};
+  schedule.share = segment_share(call.adapter, units, call.dtype);
+  const int64_t segments = units / schedule.share + (by_sample ? T : units % schedule.share != 0);
+  STD_TORCH_CHECK(!sums || units + T <= INT32_MAX, "too many rows for one backward");
+  schedule.segments = int(segments);
+  const int64_t sums_of_a_segment = partial_sums(d, b);
+  Workspace workspace;
+  float* part = nullptr;
+  void* records = nullptr;
+  if (sums) {
+    const int64_t record = record_bytes(int(b), call.dtype, aligned);
+    const int64_t records_at = workspace.reserve(B * M * record);
+    const int64_t part_at = workspace.reserve(segments * sums_of_a_segment * 4);
+    const int64_t segments_at = workspace.reserve(by_sample ? segments * int64_t(sizeof(Segment)) : 0);
+    const int64_t tasks_at = workspace.reserve(by_sample ? T * int64_t(sizeof(Run)) : 0);
+    const int64_t samples_at = workspace.reserve(by_sample ? B * 4 : 0);
+    workspace.allocate(x);
+    records = workspace.at<void>(records_at);
+    part = workspace.at<float>(part_at);
+    if (by_sample) {
+      schedule.segment = workspace.at<Segment>(segments_at);
+      schedule.of_task = workspace.at<Run>(tasks_at);
+      schedule.samples = workspace.at<int>(samples_at);
+    }
+  }
   const PackedParts at = parts_of(call.layout);
-  Tensor dz = empty({}, {sums ? B * M * b : 0}, x.scalar_type(), &x);
-  Tensor m2 = empty({}, {sums && post_norm ? B * M : 0}, ScalarType::Float, &x);
-  Tensor s = empty({}, {sums && post_norm ? B * M : 0}, ScalarType::Float, &x);
   backward({call.adapter, gs.rows(), xs.rows(), call.tasks, call.folded, z.const_data_ptr(), floats(r),
             floats(pre_mean), floats(pre_rstd), floats(packed), P, at.gamma, need_dx ? dx.mutable_data_ptr() : nullptr,
-            sums ? dz.mutable_data_ptr() : nullptr, floats(m2), floats(s), aligned},
+            records, schedule, aligned},
            call.dtype, device.stream);
   if (!sums) return {dx, dpacked};
-  const int64_t units = B * ((M + kUnit - 1) / kUnit), wanted = stretches(call.adapter, units, T, call.dtype);
-  const int64_t units_per_split = (units + wanted - 1) / wanted,
-                splits = (units + units_per_split - 1) / units_per_split;
-  Tensor part = empty({splits, T}, {partial_sums(d, b)}, ScalarType::Float, &x);
-  weight_gradients(
-      {call.adapter, gs.rows(), xs.rows(), call.tasks, z.const_data_ptr(), dz.const_data_ptr(), floats(r),
-       floats(pre_mean), floats(pre_rstd), floats(m2), floats(s), floats(part), int(splits), units_per_split, aligned},
-      call.dtype, device.stream);
-  finish({call.adapter, floats(part), floats(packed), floats(mean), floats(dpacked), T, at, int(splits)},
-         device.stream);
+  weight_gradients({call.adapter, gs.rows(), xs.rows(), call.tasks, records, floats(pre_mean), floats(pre_rstd),
+                    schedule, part, aligned},
+                   call.dtype, device.stream);
+  finish({call.adapter, part, floats(packed), floats(mean), floats(dpacked), 1, T, at, schedule}, device.stream);
   return {dx, dpacked};
 }
 

@@ -1,4 +1,4 @@
-// Host-side choices: the number type of a call, the kernel for few rows, the number of stretches, shared memory.
+// Host-side choices: the number type of a call, the kernel for few rows, the size of segments, shared memory.
 #include <algorithm>
 
 #include "adapter_backward.cuh"
@@ -16,29 +16,44 @@ static bool are_few(const Tasks& tasks) {
   return tasks.B * tasks.M <= few_rows || (tasks.index != nullptr && tasks.M == 1 && few_rows > 0);
 }
 
-void forward(const ForwardParams& p, Dtype dtype, void* stream) {
+void forward(const ForwardParams& p, Dtype dtype, const Stream& stream) {
   by_dtype(dtype, [&]<class S>(S) { are_few(p.tasks) ? few_rows_of<S>(p, stream) : forward_of<S>(p, stream); });
 }
 
-void site(SiteParams p, Dtype dtype, void* stream) {
+void site(SiteParams p, Dtype dtype, const Stream& stream) {
   p.use_few_rows_kernel = are_few(p.forward.tasks);
   by_dtype(dtype, [&]<class S>(S) { site_of<S>(p, stream); });
 }
 
-void backward(const BackwardParams& p, Dtype dtype, void* stream) {
+void backward(const BackwardParams& p, Dtype dtype, const Stream& stream) {
   by_dtype(dtype, [&]<class S>(S) { backward_of<S>(p, stream); });
 }
 
-void weight_gradients(const WeightGradientParams& p, Dtype dtype, void* stream) {
+void weight_gradients(const WeightGradientParams& p, Dtype dtype, const Stream& stream) {
   by_dtype(dtype, [&]<class S>(S) { weight_gradients_of<S>(p, stream); });
 }
 
-int stretches(const Adapter& adapter, int64_t units, int64_t T, Dtype dtype) {
-  // Two blocks for each of 132 multiprocessors; more stretches would only make more partial sums.
+int64_t segment_share(const Adapter& adapter, int64_t units, Dtype dtype) {
+  // Two blocks for each of 132 multiprocessors; more segments would only make more partial sums.
   constexpr int64_t kBlocks = 264;
   const int64_t columns = dtype == Dtype::kFloat32 ? 64 : 128, chunks = (adapter.d + columns - 1) / columns;
-  const int64_t of_a_split = chunks + (adapter.post_norm && adapter.b > 32 ? adapter.b > 64 ? 4 : 2 : 1);
-  return int(std::max<int64_t>(1, std::min((units + 3) / 4, kBlocks / (of_a_split * std::max<int64_t>(T, 1)))));
+  const int64_t of_a_segment = chunks + (adapter.post_norm && adapter.b > 32 ? adapter.b > 64 ? 4 : 2 : 1);
+  const int64_t wanted = std::max<int64_t>(1, std::min((units + 3) / 4, kBlocks / of_a_segment));
+  return std::max<int64_t>(1, (units + wanted - 1) / wanted);
+}
+
+template <class S>
+static int record_bytes_of(int b, bool aligned) {
+  return b <= 16 && aligned   ? RowRecord<S, 16>::kBytes
+         : b <= 32            ? RowRecord<S, 32>::kBytes
+         : b <= 64 && aligned ? RowRecord<S, 64>::kBytes
+                              : RowRecord<S, kLargestBottleneck>::kBytes;
+}
+
+int record_bytes(int b, Dtype dtype, bool aligned) {
+  return dtype == Dtype::kFloat32    ? record_bytes_of<F32>(b, aligned)
+         : dtype == Dtype::kBFloat16 ? record_bytes_of<BF16>(b, aligned)
+                                     : record_bytes_of<F16>(b, aligned);
 }
 
 int forward_shared_bytes(int b, Dtype dtype) {

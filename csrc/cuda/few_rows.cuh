@@ -167,17 +167,17 @@ __global__ void __launch_bounds__(kFewThreads, 1) few_rows_kernel(const ForwardP
 template <class S>
 struct LaunchFewRows {
   const ForwardParams& p;
-  void* stream;
+  const Stream& stream;
 
   template <int BB, int, bool ALIGNED>
   void at() const {
-    launch(few_rows_kernel<S, BB, ALIGNED>, "adapter_forward", dim3{unsigned(p.tasks.B * p.tasks.M), 1, 1}, kFewThreads,
+    launch<few_rows_kernel<S, BB, ALIGNED>>("adapter_forward", dim3{unsigned(p.tasks.B * p.tasks.M), 1, 1}, kFewThreads,
            FewRowsTraits<S, BB, ALIGNED>::bytes(p.d, p.b), stream, p);
   }
 };
 
 template <class S>
-void few_rows_of(const ForwardParams& p, void* stream) {
+void few_rows_of(const ForwardParams& p, const Stream& stream) {
   choose_tile<S, false>(p.d, p.b, p.aligned, LaunchFewRows<S>{p, stream});
 }
 

@@ -1,7 +1,8 @@
-// dpacked, from the sums of all stretches, which are added in order: one block per 16 columns of one task
-// (docs/design.md has the formulas). The column mean that C subtracts from the up-projection's gradient needs no pass
+// dpacked, from the sums of each task's segments, which are added in order: one block per 16 columns of one task of one
+// site (docs/design.md has the formulas). The column mean that C subtracts from the up-projection's gradient needs no pass
 // over d: Wa is centred, so it is sum_n s_n (r h~)_n / d with s_n = g_n . gamma.
 #include "launch.cuh"
+#include "schedule.cuh"
 
 namespace hyperformer_fast {
 namespace {
@@ -17,7 +18,10 @@ static_assert(shared_floats(kLargestBottleneck) * 4 <= kMostSharedBytes);
 __global__ void __launch_bounds__(kThreads) finish_kernel(const FinishParams p) {
   HFF_SHARED(shared);
   const int d = p.d, b = p.b, thread = threadIdx.x;
-  const int64_t matrix = int64_t(b) * d, size = partial_sums(d, b), task = blockIdx.y;
+  const int64_t matrix = int64_t(b) * d, size = partial_sums(d, b), adapter = blockIdx.y;  // of S T
+  const int64_t site = adapter / p.T;
+  const Run segments = segments_of(p.schedule, adapter - site * p.T);
+  const float* const part = p.part + (site * p.schedule.segments + segments.first) * size;
   float* const M = reinterpret_cast<float*>(shared);  // [b, b]
   float* const border = M + b * b;                    // [b]; from here on the order is that of `part`
   float* const by_s = border + b;                     // [b]
@@ -30,12 +34,13 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const FinishParams p) 
   float* const pre_gamma = g_sum + kColumns;
   float* const pre_beta = pre_gamma + kColumns;
   float* const sums = pre_beta + kColumns;  // two of [kThreads / kColumns, kColumns]
-  const float* const packed = p.packed + task * p.at.P;
-  float* const dpacked = p.dpacked + task * p.at.P;
+  const float* const packed = p.packed + adapter * p.at.P;
+  float* const dpacked = p.dpacked + adapter * p.at.P;
   const int first = blockIdx.x * kColumns;
   const auto sum = [&](int64_t at) {
     float all = 0.0f;
-    for (int s = 0; s < p.splits; ++s) all += p.part[(s * p.T + task) * size + at];
+#pragma unroll 8
+    for (int s = 0; s < segments.count; ++s) all += part[s * size + at];
     return all;
   };
 
@@ -50,7 +55,7 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const FinishParams p) 
     if (p.pre_norm) pre_gamma[i] = packed[p.at.pre_gamma + column], pre_beta[i] = packed[p.at.pre_gamma + d + column];
     if (!p.post_norm) continue;
     gamma[i] = packed[p.at.gamma + column];
-    wa[i * (b + 1) + b] = packed[p.at.up_bias + column] - p.mean[task * (b + 1) + b];
+    wa[i * (b + 1) + b] = packed[p.at.up_bias + column] - p.mean[adapter * (b + 1) + b];
   }
   for (int i = thread; i < kColumns * b; i += kThreads) {
     const int column = i % kColumns, j = i / kColumns;
@@ -60,7 +65,7 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const FinishParams p) 
     for (int i = thread; i < kColumns * b; i += kThreads) {
       const int column = i / b, j = i % b;
       if (first + column < d)
-        wa[column * (b + 1) + j] = packed[p.at.up + int64_t(first + column) * b + j] - p.mean[task * (b + 1) + j];
+        wa[column * (b + 1) + j] = packed[p.at.up + int64_t(first + column) * b + j] - p.mean[adapter * (b + 1) + j];
     }
   __syncthreads();
 
@@ -131,9 +136,11 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const FinishParams p) 
 
 }  // namespace
 
-void finish(const FinishParams& p, void* stream) {
-  launch(finish_kernel, "adapter_backward (finish)", dim3{unsigned((p.d + kColumns - 1) / kColumns), unsigned(p.T), 1},
-         kThreads, finish_shared_bytes(p.b), stream, p);
+void finish(const FinishParams& p, const Stream& stream) {
+  if (p.S * p.T > 65535) throw std::runtime_error("adapter_backward: too many tasks for one launch");
+  launch<finish_kernel>("adapter_backward (finish)",
+                        dim3{unsigned((p.d + kColumns - 1) / kColumns), unsigned(p.S * p.T), 1}, kThreads,
+                        finish_shared_bytes(p.b), stream, p);
 }
 
 int finish_shared_bytes(int b) { return shared_floats(b) * 4; }

@@ -12,11 +12,11 @@ __global__ void __launch_bounds__(GenerateTraits::kThreads) generate_kernel(cons
 
 }  // namespace
 
-void generate(const GenerateParams& p, void* stream) {
+void generate(const GenerateParams& p, const Stream& stream) {
   const int64_t stripes = stripes_of(p), groups = p.Q * groups_of(p);
   if (stripes > INT32_MAX || groups > 65535)
     throw std::runtime_error("generate_weights: too many embeddings for one launch");
-  launch(generate_kernel, "generate_weights", dim3{unsigned(stripes), unsigned(groups), 1}, GenerateTraits::kThreads,
+  launch<generate_kernel>("generate_weights", dim3{unsigned(stripes), unsigned(groups), 1}, GenerateTraits::kThreads,
          GenerateTraits::kBytes, stream, p);
 }
 

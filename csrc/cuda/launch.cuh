@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <stdexcept>
 #include <string>
 
@@ -25,41 +26,64 @@ inline void check_cuda(cudaError_t error, const char* what) {
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
+// Where asking the driver about a kernel costs more than a launch, it is asked once for each device and kernel.
+constexpr int kDevices = 64;  // beyond this many, it is asked at every launch
+
 // Asks for the shared memory of a launch, because the driver gives more than 48 KiB only to kernels that ask. Every
 // launch asks for the same maximum: were it for what it needs, one host thread could lower what another has just asked
 // for the same kernel.
-template <class P>
-void ask_for_shared(void (*kernel)(P), const char* name, size_t shared) {
-  if (shared > 48 << 10)
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostSharedBytes), name);
+template <auto kernel>
+void ask_for_shared(const char* name, size_t shared, int device) {
+  static std::atomic<bool> asked[kDevices];
+  if (shared <= 48 << 10 || (device < kDevices && asked[device].load(std::memory_order_relaxed))) return;
+  check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  kMostSharedBytes),
+             name);
+  if (device < kDevices) asked[device].store(true, std::memory_order_relaxed);
 }
 
-// Launches `kernel`. Throws a std::runtime_error that names what the driver refused.
-template <class P>
-void launch(void (*kernel)(P), const char* name, dim3 blocks, int threads, size_t shared, void* stream, const P& p) {
-  ask_for_shared(kernel, name, shared);
-  kernel<<<blocks, threads, shared, static_cast<cudaStream_t>(stream)>>>(p);
-  check_cuda(cudaGetLastError(), name);
+// How many blocks of a cooperative launch the device holds at a time.
+template <auto kernel>
+int64_t resident_blocks(const char* name, int threads, size_t shared, int device) {
+  struct Known {
+    std::atomic<uint64_t> value{0};  // shared memory, and above it how many blocks fit; 0 where nothing is known
+  };
+  static Known known[kDevices];
+  const uint64_t seen = device < kDevices ? known[device].value.load(std::memory_order_relaxed) : 0;
+  if (seen != 0 && uint32_t(seen) == shared) return int64_t(seen >> 32);
+  int able = 0, multiprocessors = 0, fit = 0;
+  check_cuda(cudaDeviceGetAttribute(&able, cudaDevAttrCooperativeLaunch, device), name);
+  check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), name);
+  check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&fit, reinterpret_cast<const void*>(kernel), threads, shared),
+             name);
+  if (!able) throw std::runtime_error(std::string(name) + ": this device has no cooperative launches");
+  if (!fit) throw std::runtime_error(std::string(name) + ": a block does not fit on this device");
+  const int64_t blocks = int64_t(fit) * multiprocessors;
+  if (device < kDevices) known[device].value.store(uint64_t(blocks) << 32 | uint32_t(shared), std::memory_order_relaxed);
+  return blocks;
+}
+
+// Launches `kernel`, with one call of the run-time where the kernel ran on this device before. Throws a
+// std::runtime_error that names what the driver refused.
+template <auto kernel, class P>
+void launch(const char* name, dim3 blocks, int threads, size_t shared, const Stream& stream, const P& p) {
+  ask_for_shared<kernel>(name, shared, stream.device);
+  void* arguments[] = {const_cast<P*>(&p)};
+  check_cuda(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), blocks, dim3(unsigned(threads)), arguments, shared,
+                              static_cast<cudaStream_t>(stream.handle)),
+             name);
 }
 
 // Launches blocks that may wait for one another: `useful` of them, or as many as the device holds at a time.
-template <class P>
-void launch_together(void (*kernel)(P), const char* name, int64_t useful, int threads, size_t shared, void* stream,
-                     const P& p) {
-  int device = 0, able = 0, multiprocessors = 0, fit = 0;
-  ask_for_shared(kernel, name, shared);
-  check_cuda(cudaGetDevice(&device), name);
-  check_cuda(cudaDeviceGetAttribute(&able, cudaDevAttrCooperativeLaunch, device), name);
-  check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), name);
-  check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&fit, kernel, threads, shared), name);
-  if (!able) throw std::runtime_error(std::string(name) + ": this device has no cooperative launches");
-  if (!fit) throw std::runtime_error(std::string(name) + ": a block does not fit on this device");
-  const unsigned blocks = unsigned(std::min<int64_t>(useful, int64_t(fit) * multiprocessors));
+template <auto kernel, class P>
+void launch_together(const char* name, int64_t useful, int threads, size_t shared, const Stream& stream, const P& p) {
+  ask_for_shared<kernel>(name, shared, stream.device);
+  const int64_t fit = resident_blocks<kernel>(name, threads, shared, stream.device);
   void* arguments[] = {const_cast<P*>(&p)};
-  check_cuda(
-      cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3{blocks, 1, 1},
-                                  dim3{unsigned(threads), 1, 1}, arguments, shared, static_cast<cudaStream_t>(stream)),
-      name);
+  check_cuda(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel),
+                                         dim3(unsigned(std::min<int64_t>(useful, fit))), dim3(unsigned(threads)),
+                                         arguments, shared, static_cast<cudaStream_t>(stream.handle)),
+             name);
 }
 
 #endif  // __CUDACC__

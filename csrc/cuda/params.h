@@ -15,6 +15,12 @@ constexpr int kLargestBottleneck = 128;
 // The most shared memory of a block that every architecture gives; 8.6 and 8.9 have the least.
 constexpr int kMostSharedBytes = 99 << 10;
 
+// Where a launch goes: a CUDA stream, and the device that it belongs to.
+struct Stream {
+  void* handle = nullptr;
+  int device = 0;
+};
+
 struct GenerateParams {
   const float* E;   // [Q, n, k]
   const float* G;   // [Q, P, k]
@@ -41,6 +47,25 @@ struct FoldParams {
   PackedParts at;
   int d, b;
   bool pre_norm, post_norm;
+};
+
+// A run of `count` things from number `first` on.
+struct Run {
+  int first, count;
+};
+
+// Units `first` to `first + count - 1` of those that schedule.cuh groups by task. All belong to `task`.
+struct Segment {
+  int task, first, count;
+};
+
+// How the weight gradients take the rows (schedule.cuh). The pointers are null where all rows are task 0's.
+struct Schedule {
+  int* samples;      // [B]: the samples that have a task, grouped by it
+  Segment* segment;  // [segments]
+  Run* of_task;      // [T]: each task's segments
+  int segments;
+  int64_t share;  // the most units of a segment
 };
 
 // Row m of sample s starts at data + s * stride_sample + m * stride_row; strides count numbers, not bytes.
@@ -92,52 +117,53 @@ struct BackwardParams : Adapter {
   const float* packed;                   // [T, P]
   int64_t P, gamma;                      // gamma is its offset in packed
   void* dx;                              // [N, d], or null
-  void* dz;                              // [N, b], or null; then m2 and s are not written either
-  float *m2, *s;                         // [N], with a post-norm: m2 of docs/design.md, s = g . gamma
+  void* records;                         // [N, record_bytes], or null; then there is no schedule either
+  Schedule schedule;
   bool aligned;
 };
 
 struct WeightGradientParams : Adapter {
   Rows g, x;
   Tasks tasks;
-  const void *z, *dz;
-  const float *r, *pre_mean, *pre_rstd, *m2, *s;
-  float* part;  // [splits, T, partial_sums(d, b)]
-  int splits;
-  int64_t units_per_split;
+  const void* records;
+  const float *pre_mean, *pre_rstd;
+  Schedule schedule;
+  float* part;  // [schedule.segments, partial_sums(d, b)]
   bool aligned;
 };
 
 struct FinishParams : Adapter {
-  const float *part, *packed, *mean;
-  float* dpacked;  // [T, P]
-  int64_t T;
+  const float *part, *packed, *mean;  // [S, schedule.segments, partial_sums(d, b)], [S, T, P], [S, T, b+1]
+  float* dpacked;                     // [S, T, P]
+  int64_t S, T;
   PackedParts at;
-  int splits;
+  Schedule schedule;  // the same for all S sites
 };
 
 // A unit is a run of up to 32 rows of one sample, which a block takes at a time.
 constexpr int kUnit = 32;
 
-// How many floats the sums of one stretch take, rounded up to a multiple of four: dz^T x [b, d], (r h)^T g [b, d],
+// How many floats the sums of one segment take, rounded up to a multiple of four: dz^T x [b, d], (r h)^T g [b, d],
 // r^T g [d], sum g [d], M [b, b], its border [b], (r h)^T s [b], sum dz [b], the corner of M, and r . s.
 constexpr int64_t partial_sums(int64_t d, int64_t b) { return ((2 * b + 2) * d + b * b + 3 * b + 2 + 3) / 4 * 4; }
 
-// The number of stretches into which the rows are cut for the weight gradients. It depends on sizes alone, so that the
-// order of summation is the same on every GPU.
-int stretches(const Adapter&, int64_t units, int64_t T, Dtype);
+// The most units of a segment. It depends on sizes alone, so that the order of summation is the same on every GPU.
+int64_t segment_share(const Adapter&, int64_t units, Dtype);
+
+// The bytes of a row's record (row_record.cuh).
+int record_bytes(int b, Dtype, bool aligned);
 
 // Up to this number of rows, a forward uses the kernel with one block per row. A process may set it; 0 means never.
 extern std::atomic<int64_t> few_rows;
 
 // Launchers. Each throws a std::runtime_error that names what the driver refused.
-void generate(const GenerateParams&, void* stream);
-void fold(const FoldParams&, Dtype, void* stream);
-void forward(const ForwardParams&, Dtype, void* stream);
-void site(SiteParams, Dtype, void* stream);
-void backward(const BackwardParams&, Dtype, void* stream);
-void weight_gradients(const WeightGradientParams&, Dtype, void* stream);
-void finish(const FinishParams&, void* stream);
+void generate(const GenerateParams&, const Stream& stream);
+void fold(const FoldParams&, Dtype, const Stream& stream);
+void forward(const ForwardParams&, Dtype, const Stream& stream);
+void site(SiteParams, Dtype, const Stream& stream);
+void backward(const BackwardParams&, Dtype, const Stream& stream);
+void weight_gradients(const WeightGradientParams&, Dtype, const Stream& stream);
+void finish(const FinishParams&, const Stream& stream);
 
 // The shared memory of one block, in bytes.
 int generate_shared_bytes();

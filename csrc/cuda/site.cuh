@@ -43,20 +43,20 @@ int site_bytes(int d, int b) {
 template <class S>
 struct LaunchSite {
   const SiteParams& p;
-  void* stream;
+  const Stream& stream;
 
   template <int BB, bool ALIGNED>
   void at() const {
     const Tasks& tasks = p.forward.tasks;
     const int64_t useful = std::max({stripes_of(p.generate) * groups_of(p.generate), p.fold.M,
                                      p.use_few_rows_kernel ? tasks.B * tasks.M : units_of(tasks), int64_t(1)});
-    launch_together(site_kernel<S, BB, ALIGNED>, "hyper_adapter", useful, 256,
+    launch_together<site_kernel<S, BB, ALIGNED>>("hyper_adapter", useful, 256,
                     site_bytes<S, BB, ALIGNED>(p.forward.d, p.forward.b), stream, p);
   }
 };
 
 template <class S>
-void site_of(const SiteParams& p, void* stream) {
+void site_of(const SiteParams& p, const Stream& stream) {
   // Only three forms, to keep the build short: the projections of so few rows take a small part of the time.
   const LaunchSite<S> run{p, stream};
   if (!p.forward.aligned) return run.template at<kLargestBottleneck, false>();
@@ -65,11 +65,11 @@ void site_of(const SiteParams& p, void* stream) {
 }
 
 // Each number type has a translation unit of its own, which also instantiates the forward for few rows.
-extern template void few_rows_of<F32>(const ForwardParams&, void*);
-extern template void few_rows_of<BF16>(const ForwardParams&, void*);
-extern template void few_rows_of<F16>(const ForwardParams&, void*);
-extern template void site_of<F32>(const SiteParams&, void*);
-extern template void site_of<BF16>(const SiteParams&, void*);
-extern template void site_of<F16>(const SiteParams&, void*);
+extern template void few_rows_of<F32>(const ForwardParams&, const Stream&);
+extern template void few_rows_of<BF16>(const ForwardParams&, const Stream&);
+extern template void few_rows_of<F16>(const ForwardParams&, const Stream&);
+extern template void site_of<F32>(const SiteParams&, const Stream&);
+extern template void site_of<BF16>(const SiteParams&, const Stream&);
+extern template void site_of<F16>(const SiteParams&, const Stream&);
 
 }  // namespace hyperformer_fast

@@ -388,8 +388,8 @@ inline double rsqrt(double x) { return 1.0 / std::sqrt(x); }
 
 namespace hyperformer_fast {
 
-template <class P>
-void launch(void (*kernel)(P), const char*, dim3 blocks, int threads, size_t shared, void*, const P& p) {
+template <auto kernel, class P>
+void launch(const char*, dim3 blocks, int threads, size_t shared, const Stream&, const P& p) {
   if (emulator::taken(kernel, blocks.x, blocks.y, blocks.z, threads, shared, p)) return;
   emulator::run_grid({blocks, threads, shared, [&] { kernel(p); }});
 }
@@ -397,8 +397,8 @@ void launch(void (*kernel)(P), const char*, dim3 blocks, int threads, size_t sha
 inline void wait_for_grid(const emulator::Where& where = emulator::Where::current()) { emulator::grid_barrier(where); }
 
 // The device holds HFF_EMULATOR_BLOCKS at a time.
-template <class P>
-void launch_together(void (*kernel)(P), const char*, int64_t useful, int threads, size_t shared, void*, const P& p) {
+template <auto kernel, class P>
+void launch_together(const char*, int64_t useful, int threads, size_t shared, const Stream&, const P& p) {
   const int64_t fit = std::stoi(emulator::setting("HFF_EMULATOR_BLOCKS", "3"));
   const unsigned blocks = unsigned(std::min(useful, fit));
   if (emulator::taken(kernel, blocks, 1, 1, threads, shared, p)) return;

@@ -127,30 +127,30 @@ const char* outcome(F run) {
 
 HFF_EXPORT const char* reverse(const float* from, float* to, int fault) {
   return outcome(
-      [&] { launch(reverse_kernel, "", dim3{1, 1, 1}, THREADS, THREADS * 4, nullptr, Params{from, to, fault}); });
+      [&] { launch<reverse_kernel>("", dim3{1, 1, 1}, THREADS, THREADS * 4, {}, Params{from, to, fault}); });
 }
 
 // blocks 0: a launch that is not cooperative.
 HFF_EXPORT const char* count(int* counts, int blocks, int fault) {
   return outcome([&] {
     if (blocks == 0)
-      launch(count_kernel, "", dim3{2, 1, 1}, THREADS, 0, nullptr, GridParams{counts, fault});
+      launch<count_kernel>("", dim3{2, 1, 1}, THREADS, 0, {}, GridParams{counts, fault});
     else
-      launch_together(count_kernel, "", blocks, THREADS, 0, nullptr, GridParams{counts, fault});
+      launch_together<count_kernel>("", blocks, THREADS, 0, {}, GridParams{counts, fault});
   });
 }
 
 HFF_EXPORT const char* add(int* counts, int blocks) {
   return outcome(
-      [&] { launch(add_kernel, "", dim3{unsigned(blocks), 1, 1}, THREADS, 0, nullptr, GridParams{counts, 0}); });
+      [&] { launch<add_kernel>("", dim3{unsigned(blocks), 1, 1}, THREADS, 0, {}, GridParams{counts, 0}); });
 }
 
 HFF_EXPORT const char* product(const uint16_t* a, const uint16_t* b, float* c, int half) {
-  return outcome([&] { launch(product_kernel, "", dim3{1, 1, 1}, 32, 1024, nullptr, ProductParams{a, b, c, half}); });
+  return outcome([&] { launch<product_kernel>("", dim3{1, 1, 1}, 32, 1024, {}, ProductParams{a, b, c, half}); });
 }
 
 HFF_EXPORT const char* product_tf32(const float* a, const float* b, float* c) {
-  return outcome([&] { launch(tf32_kernel, "", dim3{1, 1, 1}, 32, 0, nullptr, Tf32Params{a, b, c}); });
+  return outcome([&] { launch<tf32_kernel>("", dim3{1, 1, 1}, 32, 0, {}, Tf32Params{a, b, c}); });
 }
 
 #ifdef HFF_MAIN
