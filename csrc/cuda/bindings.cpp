@@ -266,7 +266,7 @@ std::tuple<Tensor, Tensor> adapter_backward_op(const Tensor& g, const Tensor& x,
   const int64_t units = B * ((M + kUnit - 1) / kUnit);
   Schedule schedule{};
   schedule.share = segment_share(call.adapter, units, call.dtype);
-  const int64_t segments = units / schedule.share + (by_sample ? T : units % schedule.share != 0);
+  const int64_t segments = units / schedule.share + (by_sample ? std::min(T, B) : units % schedule.share != 0);
   STD_TORCH_CHECK(!sums || units + T <= INT32_MAX, "too many rows for one backward");
   schedule.segments = int(segments);
   const int64_t sums_of_a_segment = partial_sums(d, b);

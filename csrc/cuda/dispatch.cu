@@ -34,8 +34,9 @@ void weight_gradients(const WeightGradientParams& p, Dtype dtype, const Stream& 
 }
 
 int64_t segment_share(const Adapter& adapter, int64_t units, Dtype dtype) {
-  // Two blocks for each of 132 multiprocessors; more segments would only make more partial sums.
-  constexpr int64_t kBlocks = 264;
+  // One block for each multiprocessor of an H100: its copies are far enough ahead to keep the memory busy, and more
+  // segments would only make more partial sums.
+  constexpr int64_t kBlocks = 132;
   const int64_t columns = dtype == Dtype::kFloat32 ? 64 : 128, chunks = (adapter.d + columns - 1) / columns;
   const int64_t of_a_segment = chunks + (adapter.post_norm && adapter.b > 32 ? adapter.b > 64 ? 4 : 2 : 1);
   const int64_t wanted = std::max<int64_t>(1, std::min((units + 3) / 4, kBlocks / of_a_segment));

@@ -10,10 +10,9 @@ namespace hyperformer_fast {
 
 // Writes what `schedule` holds of one task, with all 256 threads of a block. `shared` has room for 256 + 16 integers.
 //
-// Samples of lower tasks come first, so the first of this task's units is number `base`. Its segments start at number
-// base / share + task: ceil(count / share) of them never reach the next task's first, which is the same expression of
-// (base + count) and task + 1. A task therefore needs to know nothing of the others' segments. Those that are left over
-// are empty.
+// Of n samples of lower tasks with u units, which come first, this task needs to know no more than their numbers: its
+// segments start at number u / share + min(n, task). The next task's, by the same rule, then leave room for all of this
+// one's, of which only one is not full. What room is left over has empty segments.
 __device__ __forceinline__ void schedule_task(const Tasks& tasks, const Schedule& schedule, int task, int* shared) {
   constexpr int kThreads = 256;
   int* const of_lane = shared;  // [kThreads]: the samples of this task that a thread has
@@ -46,8 +45,9 @@ __device__ __forceinline__ void schedule_task(const Tasks& tasks, const Schedule
 
   const int64_t per_sample = units_of(tasks) / tasks.B;
   const int64_t first_unit = base * per_sample, units = count * per_sample, share = schedule.share;
-  const int first = int(first_unit / share) + task, last = int((first_unit + units) / share) + task + 1;
-  const int end = task + 1 < tasks.T ? last : schedule.segments;
+  const int first = int(first_unit / share) + (base < task ? base : task);
+  const int next = int((first_unit + units) / share) + (base + count < task + 1 ? base + count : task + 1);
+  const int end = task + 1 < tasks.T ? next : schedule.segments;
   for (int i = first + thread; i < end; i += kThreads) {
     const int64_t begin = (i - first) * share, left = units - begin;
     schedule.segment[i] = {task, int(first_unit + begin), int(left < 0 ? 0 : left < share ? left : share)};
