@@ -85,3 +85,48 @@ def test_an_absent_task_changes_no_bit_of_the_others(dtype):
     ]
     for result, kept in zip(results, (slice(2), slice(2), slice(2), slice(1, 3)), strict=True):
         assert torch.equal(result[0], results[0][0]) and torch.equal(result[1][kept], results[0][1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("index", [None, [0, 2, 2, -1, 0]], ids=["one task", "mixed"])
+@pytest.mark.parametrize(("pre", "post"), [(False, True), (True, True), (True, False)])
+def test_one_finish_for_a_stack_is_each_sites_own(pre, post, index, dtype):
+    """Bit for bit, from partial sums that lie in one tensor, and from one site's schedule."""
+    backend, layout, S = EmulatedCuda(), AdapterLayout(24, 3, pre, post), 3
+    spec, T = AdapterSpec(layout, "gelu"), 1 if index is None else 3
+    index = None if index is None else torch.tensor(index)
+    x, g = (torch.randn(S, 5, 40, 24).to(dtype) for _ in range(2))
+    packed = torch.stack([random_packed(layout, T).float() for _ in range(S)])
+    rows = (1, 200) if index is None else (5, 40)
+    ops, by_sample = backend.library(), index is not None
+    segments, size, integers = ops.sums_sizes(*rows, T, by_sample, 24, 3, post, dtype)
+    part, schedule = torch.full((S, segments, size), torch.nan), torch.zeros(integers, dtype=torch.int32)
+    alone, means = [], []
+    for site in range(S):
+        folded = backend.fold(packed[site], layout, dtype)
+        _, saved = backend.adapter_forward(x[site], folded, spec, index, True)
+        arguments = g[site], x[site], *saved, packed[site], *folded, index, *spec.arguments
+        alone.append(ops.adapter_backward(*arguments, True, True))
+        assert torch.equal(alone[-1][0], ops.adapter_backward_sums(*arguments, True, part[site], schedule))
+        means.append(folded.mean)
+    dpacked = ops.finish(part, schedule, packed, torch.stack(means), by_sample, 24, 3, pre, post)
+    assert torch.equal(dpacked, torch.stack([own for _, own in alone])) and dpacked.isfinite().all()
+
+
+def test_sums_of_another_backward_are_refused():
+    backend, layout, spec = EmulatedCuda(), AdapterLayout(24, 3), AdapterSpec(AdapterLayout(24, 3), "gelu")
+    x, packed = torch.randn(4, 24), random_packed(layout).float()
+    folded = backend.fold(packed, layout, torch.float32)
+    _, saved = backend.adapter_forward(x, folded, spec, None, True)
+    arguments = x, x, *saved, packed, *folded, None, *spec.arguments, True
+    empty = torch.empty(0, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="part has the wrong shape"):
+        backend.library().adapter_backward_sums(*arguments, torch.empty(2, 8), empty)
+    _, size, _ = backend.library().sums_sizes(1, 4, 1, False, 24, 3, True, torch.float32)
+    with pytest.raises(RuntimeError, match="schedule must be a contiguous vector of int32"):
+        backend.library().adapter_backward_sums(*arguments, torch.empty(1, size), empty.float())
+    with pytest.raises(RuntimeError, match="rows without a task_index have one task, not 2"):
+        many = torch.empty(1, 2, layout.numel)
+        backend.library().finish(torch.empty(1, 1, size), empty, many, torch.empty(1, 2, 4), False, 24, 3, False, True)
+    with pytest.raises(RuntimeError, match="schedule must have 7 numbers, got 0"):
+        backend.library().finish(torch.empty(1, 1, size), empty, many, torch.empty(1, 2, 4), True, 24, 3, False, True)

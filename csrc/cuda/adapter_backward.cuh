@@ -1,5 +1,5 @@
-// The first kernel of the adapter's backward. A block takes 32 rows of one sample, writes their dx, and keeps a record of
-// each row (row_record.cuh) for the weight gradients. Its products are the forward's with Wg and Wd exchanged. In a
+// The first kernel of the adapter's backward. A block takes 32 rows of one sample, writes their dx, and keeps a record
+// of each row (row_record.cuh) for the weight gradients. Its products are the forward's with Wg and Wd exchanged. In a
 // mixed batch, one further block for each task schedules the weight gradients, which costs no launch and no time.
 #pragma once
 
@@ -149,9 +149,8 @@ struct LaunchBackward {
     const int64_t rows = blocks_of(p.tasks, "adapter_backward");
     const int64_t blocks = rows + (p.records != nullptr && p.tasks.index != nullptr ? p.tasks.T : 0);
     if (blocks > INT32_MAX) throw std::runtime_error("adapter_backward: too many tasks for one launch");
-    launch<backward_kernel<S, BB, KEPT, ALIGNED>>("adapter_backward",
-           dim3{unsigned(blocks), 1, 1}, TileTraits<S, BB>::kThreads, TileTraits<S, BB>::kBytes,
-           stream, p);
+    launch<backward_kernel<S, BB, KEPT, ALIGNED>>("adapter_backward", dim3{unsigned(blocks), 1, 1},
+                                                  TileTraits<S, BB>::kThreads, TileTraits<S, BB>::kBytes, stream, p);
   }
 };
 

@@ -146,7 +146,7 @@ struct LaunchForward {
   template <int BB, int KEPT, bool ALIGNED>
   void at() const {
     launch<forward_kernel<S, BB, KEPT, ALIGNED>>("adapter_forward", dim3{blocks_of(p.tasks, "adapter_forward"), 1, 1},
-           TileTraits<S, BB>::kThreads, TileTraits<S, BB>::kBytes, stream, p);
+                                                 TileTraits<S, BB>::kThreads, TileTraits<S, BB>::kBytes, stream, p);
   }
 };
 

@@ -1,9 +1,9 @@
-// The sums of a segment that have no d-wide side, from the rows' records alone: M = sum m2 (r h) (r h)^T with its border
-// and corner, (r h)^T s, r . s and sum dz.
+// The sums of a segment that have no d-wide side, from the rows' records alone: M = sum m2 (r h) (r h)^T with its
+// border and corner, (r h)^T s, r . s and sum dz.
 //
 // A block has kGram columns of M; the first one also has all that is not M. M and what borders it are one product of
-// tensor cores, (r h)^T times the columns m2 r h, m2 r and s. It is one of tf32: the left operand, a bfloat16 or a tf32,
-// is exact there. In float32 it is three, as everywhere.
+// tensor cores, (r h)^T times the columns m2 r h, m2 r and s. It is one of tf32: the left operand, a bfloat16 or a
+// tf32, is exact there. In float32 it is three, as everywhere.
 #pragma once
 
 #include "row_record.cuh"

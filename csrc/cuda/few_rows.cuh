@@ -172,7 +172,7 @@ struct LaunchFewRows {
   template <int BB, int, bool ALIGNED>
   void at() const {
     launch<few_rows_kernel<S, BB, ALIGNED>>("adapter_forward", dim3{unsigned(p.tasks.B * p.tasks.M), 1, 1}, kFewThreads,
-           FewRowsTraits<S, BB, ALIGNED>::bytes(p.d, p.b), stream, p);
+                                            FewRowsTraits<S, BB, ALIGNED>::bytes(p.d, p.b), stream, p);
   }
 };
 

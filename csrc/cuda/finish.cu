@@ -1,6 +1,6 @@
 // dpacked, from the sums of each task's segments, which are added in order: one block per 16 columns of one task of one
-// site (docs/design.md has the formulas). The column mean that C subtracts from the up-projection's gradient needs no pass
-// over d: Wa is centred, so it is sum_n s_n (r h~)_n / d with s_n = g_n . gamma.
+// site (docs/design.md has the formulas). The column mean that C subtracts from the up-projection's gradient needs no
+// pass over d: Wa is centred, so it is sum_n s_n (r h~)_n / d with s_n = g_n . gamma.
 #include "launch.cuh"
 #include "schedule.cuh"
 

@@ -17,7 +17,7 @@ void generate(const GenerateParams& p, const Stream& stream) {
   if (stripes > INT32_MAX || groups > 65535)
     throw std::runtime_error("generate_weights: too many embeddings for one launch");
   launch<generate_kernel>("generate_weights", dim3{unsigned(stripes), unsigned(groups), 1}, GenerateTraits::kThreads,
-         GenerateTraits::kBytes, stream, p);
+                          GenerateTraits::kBytes, stream, p);
 }
 
 int generate_shared_bytes() { return GenerateTraits::kBytes; }

@@ -54,12 +54,14 @@ int64_t resident_blocks(const char* name, int threads, size_t shared, int device
   int able = 0, multiprocessors = 0, fit = 0;
   check_cuda(cudaDeviceGetAttribute(&able, cudaDevAttrCooperativeLaunch, device), name);
   check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), name);
-  check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&fit, reinterpret_cast<const void*>(kernel), threads, shared),
-             name);
+  check_cuda(
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&fit, reinterpret_cast<const void*>(kernel), threads, shared),
+      name);
   if (!able) throw std::runtime_error(std::string(name) + ": this device has no cooperative launches");
   if (!fit) throw std::runtime_error(std::string(name) + ": a block does not fit on this device");
   const int64_t blocks = int64_t(fit) * multiprocessors;
-  if (device < kDevices) known[device].value.store(uint64_t(blocks) << 32 | uint32_t(shared), std::memory_order_relaxed);
+  if (device < kDevices)
+    known[device].value.store(uint64_t(blocks) << 32 | uint32_t(shared), std::memory_order_relaxed);
   return blocks;
 }
 
@@ -80,10 +82,10 @@ void launch_together(const char* name, int64_t useful, int threads, size_t share
   ask_for_shared<kernel>(name, shared, stream.device);
   const int64_t fit = resident_blocks<kernel>(name, threads, shared, stream.device);
   void* arguments[] = {const_cast<P*>(&p)};
-  check_cuda(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel),
-                                         dim3(unsigned(std::min<int64_t>(useful, fit))), dim3(unsigned(threads)),
-                                         arguments, shared, static_cast<cudaStream_t>(stream.handle)),
-             name);
+  check_cuda(
+      cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(unsigned(std::min<int64_t>(useful, fit))),
+                                  dim3(unsigned(threads)), arguments, shared, static_cast<cudaStream_t>(stream.handle)),
+      name);
 }
 
 #endif  // __CUDACC__

@@ -51,7 +51,7 @@ struct LaunchSite {
     const int64_t useful = std::max({stripes_of(p.generate) * groups_of(p.generate), p.fold.M,
                                      p.use_few_rows_kernel ? tasks.B * tasks.M : units_of(tasks), int64_t(1)});
     launch_together<site_kernel<S, BB, ALIGNED>>("hyper_adapter", useful, 256,
-                    site_bytes<S, BB, ALIGNED>(p.forward.d, p.forward.b), stream, p);
+                                                 site_bytes<S, BB, ALIGNED>(p.forward.d, p.forward.b), stream, p);
   }
 };
 

@@ -102,8 +102,7 @@ __global__ void __launch_bounds__(256, 1) weight_gradients_kernel(const WeightGr
       each_piece([&](int line, int at) {
         if (line >= here.rows) return;
         Piece* const piece = reinterpret_cast<Piece*>(X + line * Traits::kXRow + at * sizeof(T));
-        *piece =
-            normalised<S>(*piece, column + at, d, p.pre_mean[here.flat + line], p.pre_rstd[here.flat + line]);
+        *piece = normalised<S>(*piece, column + at, d, p.pre_mean[here.flat + line], p.pre_rstd[here.flat + line]);
       });
     }
     __syncthreads();
@@ -145,7 +144,7 @@ __global__ void __launch_bounds__(256, 1) weight_gradients_kernel(const WeightGr
         load_matrices<true>(x, X + of_x);
         load_matrices<true>(g, G + of_x);
         // Multiplies 16 columns of r h, or the edge's, by g.
-        const auto by_g = [&](int j, bool is_edge, float(&sum)[kTiles][4]) {
+        const auto by_g = [&](int j, bool is_edge, float (&sum)[kTiles][4]) {
           if constexpr (Record::kWide) {
             for (int half = 0; half < 2; ++half) {
               uint32_t a[4];

@@ -126,8 +126,7 @@ const char* outcome(F run) {
 #define HFF_EXPORT extern "C" __attribute__((visibility("default")))
 
 HFF_EXPORT const char* reverse(const float* from, float* to, int fault) {
-  return outcome(
-      [&] { launch<reverse_kernel>("", dim3{1, 1, 1}, THREADS, THREADS * 4, {}, Params{from, to, fault}); });
+  return outcome([&] { launch<reverse_kernel>("", dim3{1, 1, 1}, THREADS, THREADS * 4, {}, Params{from, to, fault}); });
 }
 
 // blocks 0: a launch that is not cooperative.
@@ -141,8 +140,7 @@ HFF_EXPORT const char* count(int* counts, int blocks, int fault) {
 }
 
 HFF_EXPORT const char* add(int* counts, int blocks) {
-  return outcome(
-      [&] { launch<add_kernel>("", dim3{unsigned(blocks), 1, 1}, THREADS, 0, {}, GridParams{counts, 0}); });
+  return outcome([&] { launch<add_kernel>("", dim3{unsigned(blocks), 1, 1}, THREADS, 0, {}, GridParams{counts, 0}); });
 }
 
 HFF_EXPORT const char* product(const uint16_t* a, const uint16_t* b, float* c, int half) {
