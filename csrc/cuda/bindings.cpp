@@ -48,7 +48,8 @@ FoldParams fold_params(const Tensor& packed, const AdapterLayout& layout, Folded
           int(layout.d),
           int(layout.b),
           layout.pre_norm,
-          layout.post_norm};
+          layout.post_norm,
+          layout.numel() % 4 == 0 && layout.b * layout.d % 4 == 0 && starts_aligned(packed) && starts_aligned(made.wd)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fold_op(const Tensor& packed, int64_t d, int64_t b,
@@ -128,7 +129,7 @@ int64_t shared_bytes_op(int64_t kernel, int64_t d, int64_t b, ScalarType dtype) 
   const int n = int(b);
   const Dtype compute = compute_dtype("dtype", dtype);
   const int bytes[] = {generate_shared_bytes(),
-                       fold_shared_bytes(n),
+                       fold_shared_bytes(int(d), n),
                        forward_shared_bytes(n, compute),
                        backward_shared_bytes(n, compute),
                        weight_gradients_shared_bytes(n, compute),

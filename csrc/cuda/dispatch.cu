@@ -68,7 +68,7 @@ int few_rows_shared_bytes(int d, int b, Dtype dtype) {
 }
 
 int site_shared_bytes(int d, int b, Dtype dtype) {
-  return std::max({generate_shared_bytes(), fold_shared_bytes(b), forward_shared_bytes(b, dtype),
+  return std::max({generate_shared_bytes(), fold_shared_bytes(d, b), forward_shared_bytes(b, dtype),
                    few_rows_shared_bytes(d, b, dtype)});
 }
 

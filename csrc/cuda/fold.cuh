@@ -1,5 +1,5 @@
 // Folding: one block per adapter. Sums, the centred up-projection and the Cholesky factor of its Gram matrix are
-// float64 (docs/design.md says what is folded and why).
+// float64 (docs/design.md says what is folded and why). The up-projection is read once, into shared memory, if it fits.
 #pragma once
 
 #include "common.cuh"
@@ -7,15 +7,21 @@
 namespace hyperformer_fast {
 
 struct FoldTraits {
-  static constexpr int kThreads = 256;
-  // Rows of W_u that are centred at a time: as many as leave room for the Gram matrix within kMostSharedBytes.
-  static constexpr __host__ __device__ int tile(int b) { return b > 64 ? 16 : b > 32 ? 64 : 128; }
-  // Shared memory: means, peaks, scales, the upper triangle of the Gram matrix, and a tile of [W_u | b_u].
-  static constexpr int bytes(int b) { return ((b + 1) * 3 + (b + 1) * (b + 2) / 2 + tile(b) * (b + 1)) * 8; }
+  static constexpr int kThreads = 256, kWarps = kThreads / 32;
+  static constexpr int kSide = 3;  // a warp multiplies so many blocks of 8 columns by as many others
+  // The length of a row of [W_u | b_u] in shared memory; odd, so that the rows of a column are in different banks.
+  static constexpr __host__ __device__ int pitch(int b) { return (b + 1) | 1; }
+  // Doubles: means, peaks, scales, the upper triangle of the Gram matrix, and a number for each thread.
+  static constexpr __host__ __device__ int doubles(int b) { return (b + 1) * 3 + (b + 1) * (b + 2) / 2 + kThreads; }
+  // Rows of [W_u | b_u] that are on chip at a time: all of them where they fit.
+  static constexpr __host__ __device__ int tile(int d, int b) {
+    const int fit = (kMostSharedBytes - doubles(b) * 8) / (pitch(b) * 4);
+    return d < fit ? d : fit;
+  }
+  static constexpr int bytes(int d, int b) { return doubles(b) * 8 + tile(d, b) * pitch(b) * 4; }
 };
 static_assert(FoldTraits::kThreads > kLargestBottleneck, "each of the b + 1 columns needs a thread");
-static_assert(FoldTraits::bytes(32) <= kMostSharedBytes && FoldTraits::bytes(64) <= kMostSharedBytes &&
-              FoldTraits::bytes(kLargestBottleneck) <= kMostSharedBytes);
+static_assert(FoldTraits::tile(1 << 20, kLargestBottleneck) >= 4 * FoldTraits::kWarps, "every warp has rows");
 
 __device__ __forceinline__ int triangle(int i, int j, int n) { return i * n - i * (i - 1) / 2 + j - i; }
 
@@ -33,17 +39,17 @@ __device__ __forceinline__ double larger(double a, double b) { return a == a && 
 // i of R, where R^T R = G. A pivot that is lost to rounding leaves an empty row. Because the scales stay beside the
 // rows, a step needs only one barrier.
 __device__ __forceinline__ void square_root(double* G, double* scales, int n) {
-  constexpr int kThreads = FoldTraits::kThreads;
-  for (int i = threadIdx.x; i < n; i += kThreads)
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  for (int i = threadIdx.x; i < n; i += FoldTraits::kThreads)
     scales[i] = G[triangle(i, i, n)] * n * 2.220446049250313e-16;  // the smallest pivots that are kept, for now
   __syncthreads();
   for (int c = 0; c < n; ++c) {
-    const double pivot = G[triangle(c, c, n)];
-    const double inverse = pivot <= scales[c] ? 0.0 : 1.0 / sqrt(pivot);  // a NaN pivot is kept, so that it is seen
-    const int left = n - c - 1;
-    for (int e = threadIdx.x; e < left * left; e += kThreads) {
-      const int i = c + 1 + e / left, j = c + 1 + e % left;
-      if (j >= i) G[triangle(i, j, n)] -= G[triangle(c, i, n)] * inverse * (G[triangle(c, j, n)] * inverse);
+    const double* const row = G + triangle(c, 0, n);  // its numbers from column c on
+    const double pivot = row[c];
+    const double inverse = pivot <= scales[c] ? 0.0 : rsqrt(pivot);  // a NaN pivot is kept, so that it is seen
+    for (int i = c + 1 + warp; i < n; i += FoldTraits::kWarps) {
+      const double left = row[i] * inverse;
+      for (int j = i + lane; j < n; j += 32) G[triangle(i, j, n)] -= left * (row[j] * inverse);
     }
     __syncthreads();
     if (threadIdx.x == 0) scales[c] = inverse;
@@ -67,26 +73,26 @@ __device__ __forceinline__ void each_of(int n, From from, To to) {
   }
 }
 
+// Writes W_d, in which a pre-norm's gamma is folded, and the down bias.
 template <class S>
-__device__ __forceinline__ void fold_adapter(const FoldParams& p, int64_t m, unsigned char* shared) {
-  using T = typename S::T;
+__device__ __forceinline__ void fold_down(const FoldParams& p, const float* packed, typename S::T* wd, float* vectors) {
   constexpr int kThreads = FoldTraits::kThreads;
-  const int d = p.d, b = p.b, n = b + 1, thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  double* const mean = reinterpret_cast<double*>(shared);
-  double* const peak = mean + n;
-  double* const scales = peak + n;
-  double* const gram = scales + n;
-  double* const tile = gram + n * (n + 1) / 2;
-  const float* const packed = p.packed + m * p.at.P;
-  const float *const up = packed + p.at.up, *const up_bias = packed + p.at.up_bias;
-  const float *const gamma = packed + p.at.gamma, *const pre_gamma = packed + p.at.pre_gamma;
-  T* const wd = static_cast<T*>(p.wd) + m * b * d;
-  T* const wg = static_cast<T*>(p.wg) + m * b * d;
-  float* const vectors = p.vectors + m * p.V;
-
-  each_of(
-      b * d, [&](int i) { return p.pre_norm ? float(double(packed[i]) * pre_gamma[i % d]) : packed[i]; },
-      [&](int i, float value) { wd[i] = S::narrow(value); });
+  const int d = p.d, b = p.b, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const float* const pre_gamma = packed + p.at.pre_gamma;
+  if (!p.pre_norm && p.aligned) {
+    struct alignas(4 * sizeof(typename S::T)) Four {
+      typename S::T number[4];
+    };
+    each_of(
+        b * d / 4, [&](int i) { return reinterpret_cast<const float4*>(packed)[i]; },
+        [&](int i, const float4& w) {
+          reinterpret_cast<Four*>(wd)[i] = {{S::narrow(w.x), S::narrow(w.y), S::narrow(w.z), S::narrow(w.w)}};
+        });
+  } else {
+    each_of(
+        b * d, [&](int i) { return p.pre_norm ? float(double(packed[i]) * pre_gamma[i % d]) : packed[i]; },
+        [&](int i, float value) { wd[i] = S::narrow(value); });
+  }
   for (int j = warp; j < b; j += kThreads / 32) {
     double shift = 0.0;
     if (p.pre_norm) {
@@ -95,83 +101,183 @@ __device__ __forceinline__ void fold_adapter(const FoldParams& p, int64_t m, uns
     }
     if (lane == 0) vectors[j] = float(packed[p.at.down_bias + j] + shift);
   }
-  if (!p.post_norm) {
-    each_of(b * d, [&](int i) { return up[i % d * b + i / d]; }, [&](int i, float value) { wg[i] = S::narrow(value); });
-    for (int i = thread; i < d; i += kThreads) vectors[b + i] = up_bias[i];
-    return;
-  }
+}
 
-  const auto entry = [&](int row, int j) { return j < b ? up[row * b + j] : up_bias[row]; };
-  // Calls body for one tile of [W_u | b_u] - mean after the other.
-  const auto each_tile = [&](auto body) {
-    for (int first = 0; first < d; first += FoldTraits::tile(b)) {
-      const int rows = d - first < FoldTraits::tile(b) ? d - first : FoldTraits::tile(b);
-      each_of(
-          rows * n, [&](int i) { return entry(first + i / n, i % n); },
-          [&](int i, float value) { tile[i] = value - mean[i % n]; });
+// What the columns of [W_u | b_u] - mean sum to: the upper triangle of the Gram matrix, and the largest |W_u gamma| of
+// each column. `tile` has `rows` rows of [W_u | b_u].
+//
+// The Gram matrix of W_u is a product of float64 tensor cores, whose two operands have the same fragments. A warp takes
+// kSide by kSide blocks of 8 by 8, so that it reads and centres a number once for several products. Where there are
+// fewer such parts than warps, several warps share a part, each with every so-many-th run of four rows, and add what
+// they found in turn. The border, from b_u, is plain multiply-adds.
+__device__ __forceinline__ void add_to_gram(const float* tile, int rows, int b, const float* gamma, const double* mean,
+                                            double* gram, double* peak) {
+  constexpr int kSide = FoldTraits::kSide, kWarps = FoldTraits::kWarps;
+  const int n = b + 1, pitch = FoldTraits::pitch(b), lane = threadIdx.x % 32, warp = threadIdx.x / 32, quad = lane / 4,
+            t = lane % 4;
+  const int blocks = (b + 7) / 8, sides = (blocks + kSide - 1) / kSide, parts = sides * (sides + 1) / 2;
+  const int sharing = parts == 1 ? kWarps : parts <= kWarps / 2 ? 2 : 1;
+  for (int first = 0; first < parts; first += kWarps / sharing) {
+    const int part = first + warp / sharing, mine = warp % sharing;
+    int from = 0, to = part;
+    while (from < sides && to >= sides - from) to -= sides - from, ++from;
+    to += from;
+    const bool diagonal = from == to;
+    double sum[kSide][kSide][2] = {}, border[kSide] = {}, largest[kSide] = {}, corner = 0.0;
+    if (part < parts) {
+      double left_mean[kSide], right_mean[kSide];
+      for (int u = 0; u < kSide; ++u) {
+        const int left = (from * kSide + u) * 8 + quad, right = (to * kSide + u) * 8 + quad;
+        left_mean[u] = left < b ? mean[left] : 0.0, right_mean[u] = right < b ? mean[right] : 0.0;
+      }
+      for (int row = mine * 4 + t; row - t < rows; row += sharing * 4) {
+        const bool there = row < rows;
+        const float* const numbers = tile + row * pitch;
+        double left[kSide], right[kSide];
+#pragma unroll
+        for (int u = 0; u < kSide; ++u) {
+          const int i = (from * kSide + u) * 8 + quad, j = (to * kSide + u) * 8 + quad;
+          left[u] = there && i < b ? numbers[i] - left_mean[u] : 0.0;
+          right[u] = diagonal ? left[u] : there && j < b ? numbers[j] - right_mean[u] : 0.0;
+        }
+#pragma unroll
+        for (int u = 0; u < kSide; ++u)
+#pragma unroll
+          for (int v = 0; v < kSide; ++v)
+            if ((!diagonal || u <= v) && to * kSide + v < blocks) mma_f64(sum[u][v], left[u], right[v]);
+        if (!diagonal) continue;
+        const double bias = there ? numbers[b] - mean[b] : 0.0, of_row = there ? gamma[row] : 0.0f;
+        corner += bias * bias;
+#pragma unroll
+        for (int u = 0; u < kSide; ++u) {
+          border[u] += left[u] * bias;
+          largest[u] = larger(largest[u], fabs(left[u] * of_row));
+        }
+      }
+      corner = lane_sum<4>(corner);
+      for (int u = 0; u < kSide; ++u) {
+        border[u] = lane_sum<4>(border[u]);
+        for (int lanes = 2; lanes > 0; lanes /= 2)
+          largest[u] = larger(largest[u], __shfl_xor_sync(~0u, largest[u], lanes));
+      }
+    }
+    for (int turn = 0; turn < sharing; ++turn) {
+      if (turn == mine && part < parts) {
+#pragma unroll
+        for (int u = 0; u < kSide; ++u) {
+          const int i = (from * kSide + u) * 8 + quad;
+          if (i >= b) continue;
+#pragma unroll
+          for (int v = 0; v < kSide; ++v)
+            for (int e = 0; e < 2; ++e) {
+              const int j = (to * kSide + v) * 8 + t * 2 + e;
+              if (i <= j && j < b) gram[triangle(i, j, n)] += sum[u][v][e];
+            }
+          if (!diagonal || t != 0) continue;
+          gram[triangle(i, b, n)] += border[u];
+          peak[i] = larger(peak[i], largest[u]);
+        }
+        if (part == 0 && lane == 0) gram[triangle(b, b, n)] += corner;
+      }
       __syncthreads();
-      body(first, rows);
+    }
+  }
+}
+
+template <class S>
+__device__ __forceinline__ void fold_adapter(const FoldParams& p, int64_t m, unsigned char* shared) {
+  using T = typename S::T;
+  constexpr int kThreads = FoldTraits::kThreads;
+  const int d = p.d, b = p.b, n = b + 1, thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  const int pitch = FoldTraits::pitch(b), fit = FoldTraits::tile(d, b);
+  double* const mean = reinterpret_cast<double*>(shared);
+  double* const peak = mean + n;
+  double* const scales = peak + n;
+  double* const gram = scales + n;
+  double* const parts = gram + n * (n + 1) / 2;
+  float* const tile = reinterpret_cast<float*>(parts + kThreads);
+  const float* const packed = p.packed + m * p.at.P;
+  const float *const up = packed + p.at.up, *const up_bias = packed + p.at.up_bias, *const gamma = packed + p.at.gamma;
+  T* const wd = static_cast<T*>(p.wd) + m * b * d;
+  T* const wg = static_cast<T*>(p.wg) + m * b * d;
+  float* const vectors = p.vectors + m * p.V;
+
+  const auto fetch = [&](int first) {
+    for (int row = warp; row < fit && first + row < d; row += FoldTraits::kWarps)
+      for (int j = lane; j < n; j += 32)
+        copy_async<4>(tile + row * pitch + j, j < b ? up + int64_t(first + row) * b + j : up_bias + first + row, true);
+    copy_commit();
+  };
+  fetch(0);
+  fold_down<S>(p, packed, wd, vectors);
+  bool fetched = true;
+  // Calls body(first, rows) for one tile of [W_u | b_u] after the other. If there is one only, it is fetched once.
+  const auto each_tile = [&](auto body) {
+    for (int first = 0; first < d; first += fit) {
+      if (!fetched) fetch(first);
+      fetched = fit == d;
+      copy_wait<0>();
+      __syncthreads();
+      body(first, d - first < fit ? d - first : fit);
       __syncthreads();
     }
   };
+  if (!p.post_norm) {
+    each_tile([&](int first, int rows) {
+      for (int j = warp; j < n; j += FoldTraits::kWarps)
+        for (int row = lane; row < rows; row += 32) {
+          const float w = tile[row * pitch + j];
+          if (j < b)
+            wg[int64_t(j) * d + first + row] = S::narrow(w);
+          else
+            vectors[b + first + row] = w;
+        }
+    });
+    return;
+  }
+
   for (int i = thread; i < n * (n + 1) / 2; i += kThreads) gram[i] = 0.0;
-  for (int j = thread; j < n; j += kThreads) mean[j] = 0.0;
-  __syncthreads();
-  const int groups = kThreads / n < FoldTraits::tile(b) ? kThreads / n : FoldTraits::tile(b), group = thread / n;
-  double sum = 0.0, largest = 0.0;
+  for (int j = thread; j < n; j += kThreads) peak[j] = 0.0;
+  const int groups = kThreads / n, group = thread / n;
+  double sum = 0.0;
   each_tile([&](int, int rows) {
-    for (int row = group; group < groups && row < rows; row += groups) sum += tile[row * n + thread % n];
+#pragma unroll 4
+    for (int row = group; group < groups && row < rows; row += groups) sum += tile[row * pitch + thread % n];
   });
-  if (group < groups) tile[thread] = sum;
+  parts[thread] = sum;
   __syncthreads();
   for (int j = thread; j < n; j += kThreads) {
     double all = 0.0;
-    for (int i = 0; i < groups; ++i) all += tile[i * n + j];
+    for (int i = 0; i < groups; ++i) all += parts[i * n + j];
     mean[j] = all / d;
     p.mean[m * n + j] = float(mean[j]);
   }
-  __syncthreads();
-  const int half = n / 2 + 1;
-  each_tile([&](int first, int rows) {
-    // Each pair of columns once: column i with itself and with the n / 2 columns that follow it in a circle. For even n
-    // the last of those meets i again from the other side, and one of the two is skipped.
-    for (int e = thread; e < n * half; e += kThreads) {
-      const int one = e / half, other = (one + e % half) % n;
-      if (2 * (e % half) == n && one >= half - 1) continue;
-      const int i = one < other ? one : other, j = one < other ? other : one;
-      double sum = gram[triangle(i, j, n)];
-#pragma unroll 4
-      for (int row = 0; row < rows; ++row) sum += tile[row * n + i] * tile[row * n + j];
-      gram[triangle(i, j, n)] = sum;
-    }
-    for (int row = group; group < groups && row < rows; row += groups)
-      largest = larger(largest, fabs(tile[row * n + thread % n] * gamma[first + row]));
-  });
-  if (group < groups) tile[thread] = largest;
+  each_tile([&](int first, int rows) { add_to_gram(tile, rows, b, gamma + first, mean, gram, peak); });
   for (int i = thread; i < n * (n + 1) / 2; i += kThreads) gram[i] /= d;
-  __syncthreads();
   for (int j = thread; j < b; j += kThreads) {
-    double all = 0.0;
-    for (int i = 0; i < groups; ++i) all = larger(all, tile[i * n + j]);
-    peak[j] = power_of_two(all);
-    p.scale[m * b + j] = float(peak[j]);
+    const double power = power_of_two(peak[j]);
+    peak[j] = 1.0 / power;  // exact, so that W_g may be multiplied by it
+    p.scale[m * b + j] = float(power);
   }
+  __syncthreads();
   square_root(gram, scales, n);
-  for (int e = thread; e < n * n; e += kThreads) {
-    const int i = e / n, j = e % n;
-    p.root[m * n * n + e] = j < i ? 0.0f : float(gram[triangle(i, j, n)] * scales[i]);
-  }
-  each_of(
-      b * d,
-      [&](int i) {
-        const int j = i / d, row = i % d;
-        return float((entry(row, j) - mean[j]) * gamma[row] / peak[j]);
-      },
-      [&](int i, float value) { wg[i] = S::narrow(value); });
-  for (int i = thread; i < d; i += kThreads) {
-    vectors[b + i] = float((entry(i, b) - mean[b]) * gamma[i]);
-    vectors[b + d + i] = gamma[d + i];
-  }
+  for (int i = warp; i < n; i += FoldTraits::kWarps)
+    for (int j = lane; j < n; j += 32)
+      p.root[(m * n + i) * n + j] = j < i ? 0.0f : float(gram[triangle(i, j, n)] * scales[i]);
+  each_tile([&](int first, int rows) {
+    for (int j = warp; j < n; j += FoldTraits::kWarps) {
+      const double of_column = mean[j], inverse = j < b ? peak[j] : 1.0;
+#pragma unroll 4
+      for (int row = lane; row < rows; row += 32) {
+        const float w = float((tile[row * pitch + j] - of_column) * gamma[first + row] * inverse);
+        if (j < b)
+          wg[int64_t(j) * d + first + row] = S::narrow(w);
+        else
+          vectors[b + first + row] = w;
+      }
+    }
+  });
+  for (int i = thread; i < d; i += kThreads) vectors[b + d + i] = gamma[d + i];
 }
 
 }  // namespace hyperformer_fast

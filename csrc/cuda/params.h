@@ -47,6 +47,7 @@ struct FoldParams {
   PackedParts at;
   int d, b;
   bool pre_norm, post_norm;
+  bool aligned;  // the rows of packed and their down-projections have whole pieces of 16 bytes, at multiples of that
 };
 
 // A run of `count` things from number `first` on.
@@ -167,7 +168,7 @@ void finish(const FinishParams&, const Stream& stream);
 
 // The shared memory of one block, in bytes.
 int generate_shared_bytes();
-int fold_shared_bytes(int b);
+int fold_shared_bytes(int d, int b);
 int forward_shared_bytes(int b, Dtype);
 int few_rows_shared_bytes(int d, int b, Dtype);
 int site_shared_bytes(int d, int b, Dtype);

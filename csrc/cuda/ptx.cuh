@@ -66,6 +66,14 @@ HFF_MMA(mma_f16, "m16n8k16.row.col.f32.f16.f16.f32")
 HFF_MMA(mma_tf32, "m16n8k8.row.col.f32.tf32.tf32.f32")
 #undef HFF_MMA
 
+// The same in float64, m8n8k4: a is A[lane / 4][lane % 4], b is B[lane % 4][lane / 4], d[e] is D[lane / 4][2 (lane % 4)
+// + e].
+__device__ __forceinline__ void mma_f64(double (&d)[2], double a, double b) {
+  asm volatile("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0,%1}, {%2}, {%3}, {%0,%1};"
+               : "+d"(d[0]), "+d"(d[1])
+               : "d"(a), "d"(b));
+}
+
 }  // namespace hyperformer_fast
 #else
 #include "cuda_emulator.h"

@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(256, 1) site_kernel(const SiteParams p) {
 
 template <class S, int BB, bool ALIGNED>
 int site_bytes(int d, int b) {
-  return std::max({GenerateTraits::kBytes, FoldTraits::bytes(b), TileTraits<S, BB>::kBytes,
+  return std::max({GenerateTraits::kBytes, FoldTraits::bytes(d, b), TileTraits<S, BB>::kBytes,
                    FewRowsTraits<S, BB, ALIGNED>::bytes(d, b)});
 }
 

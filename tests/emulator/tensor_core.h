@@ -122,6 +122,21 @@ inline void mma_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t
   product<2>(mine, where, [](uint32_t r, int i) { return wide_f16(uint16_t(r >> 16 * i)); });
 }
 
+struct Product64 {
+  double* d;
+  double a, b;
+};
+
+inline void mma_f64(double (&d)[2], double a, double b, const emulator::Where& where = emulator::Where::current()) {
+  Product64 mine{d, a, b};
+  emulator::warp_wide(mine, where, [](Product64** all) {
+    for (int lane = 0; lane < 32; ++lane)
+      for (int e = 0; e < 2; ++e)
+        for (int k = 0; k < 4; ++k)
+          all[lane]->d[e] = std::fma(all[lane / 4 * 4 + k]->a, all[(lane % 4 * 2 + e) * 4 + k]->b, all[lane]->d[e]);
+  });
+}
+
 // Of a float32 the tensor core reads the upper 19 bits.
 inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                      const emulator::Where& where = emulator::Where::current()) {
