@@ -45,8 +45,9 @@ __global__ void __launch_bounds__(256, 1) backward_kernel(const BackwardParams p
   tile.down(weights.wg, partial, [&](const Piece& piece, int chunk, int i, bool once) {
     if (p.post_norm && once) {
       const int column = tile.mine + chunk * kChunk;
+      if (ALIGNED && column >= d) return piece;
       for (int c = 0; c < kPiece; ++c) {
-        if (column + c >= d) break;
+        if (!ALIGNED && column + c >= d) break;
         by_bias[i] += number<S>(piece, c) * weights.up_bias[column + c];
         if (p.records != nullptr) by_gamma[i] += number<S>(piece, c) * gamma[column + c];
       }

@@ -109,18 +109,19 @@ __device__ __forceinline__ void forward_rows(const ForwardParams& p, const Place
 
   tile.up(weights.wg, shared, W, [&](int chunk, const Piece& above, const Piece& below, const auto& y) {
     const int column = tile.mine + chunk * kChunk;
+    // Read before the first row is stored: the compiler must assume that the store aliases them.
+    float bias[kPiece], beta[kPiece];
+    for (int c = 0; c < kPiece; ++c) {
+      const bool there = (ALIGNED ? column : column + c) < d;
+      bias[c] = there ? weights.up_bias[column + c] : 0.0f;
+      beta[c] = there && p.post_norm ? weights.beta[column + c] : 0.0f;
+    }
     for (int i = 0; i < 2; ++i) {
       const Piece& from = i ? below : above;
       const float r = p.post_norm ? R[tile.row[i]] : 1.0f;
       float value[kPiece];
-      for (int c = 0; c < kPiece; ++c) {
-        float branch = y[c / 2][2 * i + c % 2];
-        if (column + c < d) {
-          branch += r * weights.up_bias[column + c];
-          if (p.post_norm) branch += weights.beta[column + c];
-        }
-        value[c] = number<S>(from, c) + branch;
-      }
+      for (int c = 0; c < kPiece; ++c)
+        value[c] = number<S>(from, c) + (y[c / 2][2 * i + c % 2] + r * bias[c] + beta[c]);
       store_piece<S, ALIGNED>(static_cast<T*>(p.out) + (flat + tile.row[i]) * d, column, d, tile.row[i] < rows,
                               pack<S>(value));
     }

@@ -123,23 +123,24 @@ struct RowTile {
 
   // Multiplies the rows of W [kRows, kWRow bytes] by weights and calls body(chunk, piece of row 0, piece of row 1, y)
   // for each chunk, where y[c / 2][2 * i + c % 2] is the product in this lane's column c of row i. W may have been
-  // written just before, without a barrier; nothing else may still use the stages.
+  // written just before, without a barrier; nothing else may still use the stages. Ends without a barrier: other warps
+  // may still read the stages.
   template <class Body>
   __device__ __forceinline__ void up(const T* weights, unsigned char* stages, const unsigned char* W, Body body) const {
     fetch(weights, stages, 0);
+    copy_wait<0>();
     __syncthreads();
     constexpr bool kHeld = BB * sizeof(T) <= 256;  // in registers for all chunks; more would spill
     uint32_t held[kHeld ? BB / Traits::kDepth : 1][4];
     if constexpr (kHeld)
       for (int k = 0; k < BB / Traits::kDepth; ++k) operand(W, k, held[k]);
     each_chunk([&](int chunk, const Piece& above, const Piece& below) {
-      if (Traits::kBuffers == 2 && chunk + 1 < chunks) {
-        fetch(weights, stages, chunk + 1);
-        copy_wait<1>();
-      } else {
+      if (chunk > 0) {
         copy_wait<0>();
+        __syncthreads();
       }
-      __syncthreads();
+      // Into the stage that all warps have read since the barrier before this one.
+      if (Traits::kBuffers == 2 && chunk + 1 < chunks) fetch(weights, stages, chunk + 1);
       const unsigned char* const stage = stages + chunk % Traits::kBuffers * (BB * Traits::kStageRow) + part * 64;
       float y[Traits::kTiles][4] = {};
 #pragma unroll(kHeld ? BB : 2)
@@ -148,9 +149,11 @@ struct RowTile {
         if constexpr (!kHeld) operand(W, k, fresh);
         multiply(stage, k, kHeld ? held[kHeld ? k : 0] : fresh, y);
       }
+      if (Traits::kBuffers == 1 && chunk + 1 < chunks) {
+        __syncthreads();
+        fetch(weights, stages, chunk + 1);
+      }
       body(chunk, above, below, y);
-      __syncthreads();
-      if (Traits::kBuffers == 1 && chunk + 1 < chunks) fetch(weights, stages, chunk + 1);
     });
   }
 
@@ -181,21 +184,25 @@ struct RowTile {
   // u % 4 * 4 + u / 4: columns 2t and 2t + 1 of tile j are then word j of lane t's piece. For float32 pieces stay
   // whole, and `multiply` picks the right columns.
   __device__ __forceinline__ void fetch(const T* weights, unsigned char* stages, int chunk) const {
-    unsigned char* const stage = stages + chunk % Traits::kBuffers * (BB * Traits::kStageRow);
     constexpr bool kWhole = sizeof(T) == 4 && ALIGNED;
-    constexpr int kUnits = kWhole ? 4 : 16, kNumbers = kChunk / kUnits;
-    for (int i = threadIdx.x; i < BB * kParts * kUnits; i += Traits::kThreads) {
-      const int unit = i % kUnits, of = i / kUnits % kParts, line = i / kUnits / kParts;
-      const int column = of * stretch + chunk * kChunk + unit * kNumbers;
-      const int place = kWhole ? unit * 16 : sizeof(T) == 4 ? unit * 4 : (unit % 4 * 4 + unit / 4) * 4;
-      unsigned char* const to = stage + line * Traits::kStageRow + of * 64 + place;
-      const T* const from = weights + int64_t(line) * d + column;
+    constexpr int kUnits = kWhole ? 4 : 16, kNumbers = kChunk / kUnits, kLines = Traits::kThreads / (kUnits * kParts);
+    static_assert(BB % kLines == 0);
+    // A thread has the same columns of every kLines-th line: one address each, from which the others are a step away.
+    const unsigned thread = threadIdx.x, unit = thread % kUnits, of = thread / kUnits % kParts;
+    const int first = thread / (kUnits * kParts), column = of * stretch + chunk * kChunk + unit * kNumbers;
+    const int place = kWhole ? unit * 16 : sizeof(T) == 4 ? unit * 4 : (unit % 4 * 4 + unit / 4) * 4;
+    unsigned char* to = stages + (chunk % Traits::kBuffers * BB + first) * Traits::kStageRow + of * 64 + place;
+    const T* from = weights + int64_t(first) * d + column;
+#pragma unroll
+    for (int line = 0; line < BB; line += kLines) {
       if constexpr (ALIGNED) {
-        const bool there = line < b && column < d;
-        copy_async<kWhole ? 16 : 4>(to, there ? from : weights, there);
+        const bool there = first + line < b && column < d;
+        copy_async<kWhole ? 16 : 4>(to + line * Traits::kStageRow, there ? from : weights, there);
       } else {
-        for (int c = 0; c < kNumbers; ++c) reinterpret_cast<T*>(to)[c] = line < b && column + c < d ? from[c] : T(0);
+        T* const numbers = reinterpret_cast<T*>(to + line * Traits::kStageRow);
+        for (int c = 0; c < kNumbers; ++c) numbers[c] = first + line < b && column + c < d ? from[c] : T(0);
       }
+      from += int64_t(kLines) * d;
     }
     copy_commit();
   }

@@ -28,9 +28,10 @@ __global__ void __launch_bounds__(256, 1) site_kernel(const SiteParams p) {
       __syncthreads();
     }
   } else {
-    for (int64_t unit = block; unit < units_of(p.forward.tasks);
-         unit += blocks)  // forward_rows ends with a barrier of its own
+    for (int64_t unit = block; unit < units_of(p.forward.tasks); unit += blocks) {
       forward_rows<S, BB, 0, ALIGNED>(p.forward, place_of(p.forward.tasks, unit), shared);
+      __syncthreads();
+    }
   }
 }
 

@@ -35,8 +35,10 @@ struct WeightTraits {
   static_assert(kBytes <= kMostSharedBytes);
 };
 
+// Mixed batches have a few segments more than multiprocessors, so two blocks should fit on one where they can.
 template <class S, int BB, bool ALIGNED>
-__global__ void __launch_bounds__(256, 1) weight_gradients_kernel(const WeightGradientParams p) {
+__global__ void __launch_bounds__(256, sizeof(typename S::T) == 2 && BB <= 32 ? 2 : 1)
+    weight_gradients_kernel(const WeightGradientParams p) {
   using Traits = WeightTraits<S, BB>;
   using Record = typename Traits::Record;
   using T = typename S::T;
