@@ -47,12 +47,12 @@ def generate(d: int, b: int, n: int) -> Work:
 
 
 def fold(d: int, b: int, n: int) -> Work:
-    rows_of_a_tile = 16 if b > 64 else 64 if b > 32 else 128
-    P, tiles, batches = AdapterLayout(d, b).numel, -(-d // rows_of_a_tile), -(-b * d // 4096)
+    P, fits = AdapterLayout(d, b).numel, 4 * d * (b + 1) <= 90 << 10
     written = 4 * b * d + folded_bytes(d, b)
-    # W_d, the column sums, the Gram matrix and W_g, each after the one before
-    waits = 2 * batches + 2 * tiles + PIVOT * b
-    return Work(n, n * (4 * P + written), n * (4 * (P + 2 * b * d) + written), float64=n * d * b * b, waits=waits)
+    # all loads, of which W_d's are two batches; means; the Gram matrix and its eight warps' sums; W_g
+    waits = 6 + PIVOT * b if fits else 6 + 3 * -(-4 * d * (b + 1) // (64 << 10)) + PIVOT * b
+    read = 4 * (P if fits else P + 2 * b * d)
+    return Work(n, n * (4 * P + written), n * (read + written), float64=n * d * b * b, waits=waits)
 
 
 def forward(d: int, b: int, N: int) -> Work:
@@ -72,47 +72,53 @@ def few_rows(d: int, b: int, N: int, T: int = 8) -> Work:
     return Work(N, rows + min(N, T) * weights, rows + N * weights, float32=8 * N * d * b, waits=3)
 
 
+def record_bytes(b: int) -> int:
+    """Bytes of what a row leaves for the weight gradients (csrc/cuda/row_record.cuh)."""
+    return 4 * tile(b) + 16
+
+
 def backward(d: int, b: int, N: int) -> Work:
     weights, blocks = 2 * b * d, -(-N // UNIT)
-    once = 2 * N * (2 * d + 2 * b) + 12 * N
+    once = 2 * N * (2 * d + b) + N * (record_bytes(b) + 4)
     asked = once + 2 * N * d + blocks * (2 * weights + folded_bytes(d, b))
     return Work(blocks, once + 2 * weights, asked, 4 * blocks * UNIT * d * tile(b), N * (3 * b * b + 40 * b + 8 * d))
 
 
-def splits(d: int, b: int, N: int) -> tuple[int, int]:
-    """How many stretches the rows are cut into, and the blocks of each, by the rule of csrc/cuda/dispatch.cu."""
+def segments(d: int, b: int, N: int, T: int = 1) -> tuple[int, int]:
+    """How many segments have rows, and the blocks of each, by the rules of csrc/cuda/dispatch.cu and schedule.cuh.
+
+    With several tasks, each has the same number of units."""
     units, chunks = -(-N // UNIT), -(-d // 128)
-    of_a_split = chunks + (1 if b <= 32 else 2 if b <= 64 else 4)
-    wanted = max(1, min((units + 3) // 4, 264 // of_a_split))
-    each = -(-units // wanted)
-    return -(-units // each), of_a_split
+    of_a_segment = chunks + (1 if b <= 32 else 2 if b <= 64 else 4)
+    wanted = max(1, min((units + 3) // 4, 132 // of_a_segment))
+    share = -(-units // wanted)
+    return T * -(-(units // T) // share) if T > 1 else -(-units // share), of_a_segment
 
 
 def partial_bytes(d: int, b: int) -> int:
     return 4 * ((2 * b + 2) * d + b * b + 3 * b + 2)
 
 
-def weight_gradients(d: int, b: int, N: int) -> Work:
-    count, of_a_split = splits(d, b, N)
-    rows, small, part = 4 * N * d, 2 * N * 2 * b + 12 * N, count * partial_bytes(d, b)
-    units = -(-(N // UNIT) // count)
-    flops = N * (2 * b * b + of_a_split * 20 * b + 4 * d)
+def weight_gradients(d: int, b: int, N: int, T: int = 1) -> Work:
+    count, of_a_segment = segments(d, b, N, T)
+    rows, records, part = 4 * N * d, N * record_bytes(b), count * partial_bytes(d, b)
+    # the first unit's copies and the last store; the others' copies are in flight two units ahead
     return Work(
-        count * of_a_split,
-        rows + small + part,
-        rows + of_a_split * small + part,
-        4 * N * d * tile(b),
-        flops,
-        waits=units,
+        count * of_a_segment,
+        rows + records + part,
+        rows + of_a_segment * records + part,
+        4 * N * d * (tile(b) + 8),
+        N * 6 * b * b,
+        waits=2,
     )
 
 
-def finish(d: int, b: int, N: int) -> Work:
-    count, columns = splits(d, b, N)[0], 16
-    part, P = count * partial_bytes(d, b), 4 * AdapterLayout(d, b).numel
+def finish(d: int, b: int, N: int, T: int = 1, sites: int = 1) -> Work:
+    count, columns = segments(d, b, N, T)[0], 16
+    part, P = count * partial_bytes(d, b), 4 * T * AdapterLayout(d, b).numel
     blocks = -(-d // columns)
     asked = part + blocks * count * 4 * (b * b + 3 * b) + 2 * P
-    return Work(blocks, part + 2 * P, asked, float32=2 * d * b * b, waits=3)
+    return Work(sites * T * blocks, sites * (part + 2 * P), sites * asked, float32=sites * T * 2 * d * b * b, waits=3)
 
 
 def site(d: int, b: int, N: int, T: int = 8) -> list[tuple[str, Work]]:
@@ -132,9 +138,9 @@ def rows() -> list[dict]:
         theirs = triton.get((model, TRITON.get(kernel, ""), of), "-")
         made.append(row(model, kernel, of, work) | {TRITON_PREDICTED: theirs})
 
-    def add_sum(kernel: str, of: str, seconds: float) -> None:
+    def add_sum(kernel: str, of: str, seconds: float, what: str = "sum") -> None:
         blank = dict.fromkeys(made[0], "")
-        cells = {"model": "T5-base", "kernel": kernel, "of": of, PREDICTED: f"{1e6 * seconds:.1f} (sum)"}
+        cells = {"model": "T5-base", "kernel": kernel, "of": of, PREDICTED: f"{1e6 * seconds:.1f} ({what})"}
         made.append(blank | cells | {TRITON_PREDICTED: "-"})
 
     for kernel in (generate, fold):
@@ -143,6 +149,13 @@ def rows() -> list[dict]:
         for N in Ns:
             for kernel in (forward, backward, weight_gradients, finish):
                 add(model, kernel.__name__, f"N = {N}", kernel(*SHAPES[model], N))
+    for N in (4096, 16384):
+        for kernel in (weight_gradients, finish):
+            add("T5-base", kernel.__name__, f"N = {N}, 8 tasks", kernel(*SHAPES["T5-base"], N, 8))
+    for T in (1, 8):
+        seconds = H100.time(finish(*SHAPES["T5-base"], 4096, T, 24))[0] + H100.launch
+        add_sum("finish of 24 sites, a site's share", f"N = 4096, {T} task{'s' * (T > 1)}", seconds / 24, "share")
+    add("T5-base", "fold", "8 adapters", fold(*SHAPES["T5-base"], 8))
     for N in (1, 8, 64):
         add("T5-base", "few_rows", f"N = {N}, 8 tasks", few_rows(*SHAPES["T5-base"], N))
     for N in (1, 64, 1024):
