@@ -17,7 +17,7 @@ from traffic import PREDICTED, SHAPES, row
 
 from hyperformer_fast.layout import AdapterLayout
 
-#: A pivot of the fold, in waits: a barrier and a square root.
+#: A pivot of the fold, in waits: a barrier and a reciprocal square root.
 PIVOT = 0.2
 EMBEDDING = 64  #: numbers in an adapter's embedding
 UNIT = 32  #: rows of a block
