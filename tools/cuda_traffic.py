@@ -40,7 +40,7 @@ def folded_bytes(d: int, b: int) -> float:
 
 
 def generate(d: int, b: int, n: int) -> Work:
-    P, groups = AdapterLayout(d, b).numel, -(-n // 32)
+    P, groups = AdapterLayout(d, b).numel, -(-n // 64)
     G, E, packed = 4 * P * EMBEDDING, 4 * n * EMBEDDING, 4 * n * P
     stripes = -(-P // 128)
     return Work(stripes * groups, G + E + packed, groups * G + stripes * E + packed, float32=2 * n * P * EMBEDDING)

@@ -193,7 +193,7 @@ struct RowTile {
     const int place = kWhole ? unit * 16 : sizeof(T) == 4 ? unit * 4 : (unit % 4 * 4 + unit / 4) * 4;
     unsigned char* to = stages + (chunk % Traits::kBuffers * BB + first) * Traits::kStageRow + of * 64 + place;
     const T* from = weights + int64_t(first) * d + column;
-#pragma unroll
+#pragma unroll(ALIGNED ? BB : 1)  // unrolling loads instead of copies would spill
     for (int line = 0; line < BB; line += kLines) {
       if constexpr (ALIGNED) {
         const bool there = first + line < b && column < d;
