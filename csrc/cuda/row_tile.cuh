@@ -187,13 +187,14 @@ struct RowTile {
     constexpr bool kWhole = sizeof(T) == 4 && ALIGNED;
     constexpr int kUnits = kWhole ? 4 : 16, kNumbers = kChunk / kUnits, kLines = Traits::kThreads / (kUnits * kParts);
     static_assert(BB % kLines == 0);
+    constexpr int kUnroll = ALIGNED && BB <= 64 ? BB : 1;  // unrolling more, or loads instead of copies, would spill
     // A thread has the same columns of every kLines-th line: one address each, from which the others are a step away.
     const unsigned thread = threadIdx.x, unit = thread % kUnits, of = thread / kUnits % kParts;
     const int first = thread / (kUnits * kParts), column = of * stretch + chunk * kChunk + unit * kNumbers;
     const int place = kWhole ? unit * 16 : sizeof(T) == 4 ? unit * 4 : (unit % 4 * 4 + unit / 4) * 4;
     unsigned char* to = stages + (chunk % Traits::kBuffers * BB + first) * Traits::kStageRow + of * 64 + place;
     const T* from = weights + int64_t(first) * d + column;
-#pragma unroll(ALIGNED ? BB : 1)  // unrolling loads instead of copies would spill
+#pragma unroll(kUnroll)
     for (int line = 0; line < BB; line += kLines) {
       if constexpr (ALIGNED) {
         const bool there = first + line < b && column < d;
