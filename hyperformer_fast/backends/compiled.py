@@ -36,7 +36,7 @@ class CompiledBackend(Backend):
     @functools.cached_property
     def nodes(self) -> Nodes | None:
         library = native.autograd_library()
-        if library is None or self.library() is None:
+        if library is None or self.name not in _LIBRARIES or self.library() is None:
             return None
         which = _LIBRARIES.index(self.name)
         adapter, hyper_adapter = library.adapter.default, library.hyper_adapter.default

@@ -182,6 +182,7 @@ def test_functions_of_one_argument():
         np.testing.assert_array_equal(got, expected.astype(np.float32), err_msg=name)
     np.testing.assert_array_equal(compute("sqrt.rn.f64 {d}, {0};", np.float64, wide), np.sqrt(wide))
     np.testing.assert_array_equal(compute("rcp.rn.f64 {d}, {0};", np.float64, wide), 1 / wide)
+    np.testing.assert_array_equal(compute("rsqrt.approx.f64 {d}, {0};", np.float64, wide), 1 / np.sqrt(wide))
 
 
 def test_approximate_division_flushes_the_reciprocal_of_large_divisors():
@@ -230,7 +231,8 @@ def test_properties():
         "cvt.rzi.u32.u32 {d}, {0};",
         "add.ftz.f64 {d}, {0}, {0};",
         "ex2.rn.f32 {d}, {0};",
-        "rsqrt.approx.f64 {d}, {0};",
+        "rsqrt.approx.ftz.f64 {d}, {0};",
+        "rcp.approx.ftz.f64 {d}, {0};",
         "min.xorsign.abs.f32 {d}, {0}, {0};",
     ],
 )

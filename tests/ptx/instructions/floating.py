@@ -295,8 +295,9 @@ def function(machine, s):
             raise Fault(f"{s.opcode}.{type_} is not known")
         return half_elementwise(machine, s, type_, compute)
     if type_ == "f64":
-        # The approximations of float64 have 20 bits; none of our kernels may rely on more, so they are refused.
-        if kind != "rn" or ftz:
+        # rsqrt.approx.f64 is a sequence of instructions, what CUDA's rsqrt of a double is made of: off by one unit in
+        # the last place at most. The other approximations of float64 have 20 bits, on which no kernel of ours may rely.
+        if ftz or kind != "rn" and s.opcode != "rsqrt":
             raise Fault(f"{s.opcode}.{kind}.f64 is not known")
         apply = compute
     else:
