@@ -18,7 +18,7 @@ from hyperformer_fast.backends import choice
 from hyperformer_fast.backends.base import Support
 from hyperformer_fast.backends.triton import TritonBackend
 from hyperformer_fast.kernels import tiles
-from hyperformer_fast.ops import public
+from hyperformer_fast.ops import public, stack
 
 
 class _Utils:
@@ -68,9 +68,9 @@ class Driver:
 
 @contextlib.contextmanager
 def stub_gpu(arch: int = 90) -> Iterator[None]:
-    """Within the block, the Triton backend serves CPU tensors as if they lay on a GPU of architecture ``arch``."""
+    """Within the block, the Triton backend serves CPU tensors as if they lay on a GPU of this compute capability."""
     runtime, unchecked = triton.runtime.driver, lambda task_index, T: None
-    before = runtime.__dict__.get("_active", None)
+    before = runtime._active
     runtime.set_active(Driver(arch))
     choice.forget()
     try:
@@ -79,6 +79,7 @@ def stub_gpu(arch: int = 90) -> Iterator[None]:
             mock.patch.object(TritonBackend, "availability", lambda self: Support.yes()),
             mock.patch.object(tiles, "architecture", lambda device: arch),
             # The tasks' range is checked on a CPU only, because it takes reading them.
+            mock.patch.object(stack.Stack, "_check_range", lambda self, task_index: None),
             mock.patch.object(public, "check_task_range", unchecked),
         ):
             yield
