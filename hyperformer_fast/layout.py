@@ -156,6 +156,30 @@ class TensorSpec(NamedTuple):
         return like.new_empty(self.shape, dtype=self.dtype)
 
 
+#: Where each tensor in a buffer starts, in bytes: kernels load 16 bytes at a time.
+_BUFFER_ALIGNMENT = 16
+
+
+def buffer_numel(table: Sequence[TensorSpec], dtype: torch.dtype) -> int:
+    """How many numbers of ``dtype`` the buffer has from which :func:`in_buffer` takes tensors."""
+    return -(-sum(map(_buffer_bytes, table)) // dtype.itemsize)
+
+
+def in_buffer(buffer: Tensor, table: Sequence[TensorSpec]) -> list[Tensor]:
+    """The tensors of ``table`` as views of ``buffer`` [``buffer_numel``]. One allocation serves them all."""
+    views, start = [], 0
+    for spec in table:
+        numel = math.prod(spec.shape)
+        part = buffer.view(torch.uint8)[start : start + numel * spec.dtype.itemsize]
+        views.append(part.view(spec.dtype).view(spec.shape))
+        start += _buffer_bytes(spec)
+    return views
+
+
+def _buffer_bytes(spec: TensorSpec) -> int:
+    return -(-math.prod(spec.shape) * spec.dtype.itemsize // _BUFFER_ALIGNMENT) * _BUFFER_ALIGNMENT
+
+
 class Folded(NamedTuple):
     """What a forward reads of an adapter's weights, made once per step by ``ops.fold`` (docs/design.md). The leading
     dimensions are those of ``packed``.

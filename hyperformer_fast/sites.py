@@ -24,12 +24,9 @@ from torch import Tensor, nn
 from . import ops
 from .gradient_flow import CANNOT_TRAIN
 from .hypernetwork import POSITIONS
-from .layout import Folded
-from .ops import functorch
 
 if TYPE_CHECKING:
     from .hypernetwork import HyperNetwork
-    from .layout import AdapterLayout
 
 STACKS = ("encoder", "decoder")
 _FLOAT16_MAX = torch.finfo(torch.float16).max
@@ -133,61 +130,53 @@ class StackWeights:
     """
 
     def __init__(self, net: HyperNetwork, packed: Tensor, activation: str):
-        self.layout: AdapterLayout = net.layout
         self.num_layers = net.num_layers
-        self.activation = activation
         self._ran = 0
-        self._net, self._generated = net, packed
-        #: The same weights on other devices, where a T5 is spread over several.
-        self._elsewhere: dict[torch.device, StackWeights] = {}
-        self._moved: tuple[Tensor, Tensor] | None = None
-        self._whole = packed.detach()
-        # The backward of unbind is one stack; indexing site by site would fill a [S, T, P] of zeros for each site.
-        self._packed = packed.unbind(0)
-        self._folded: dict[torch.dtype, list[Folded]] = {}
+        self._packed = packed
+        self._stack = ops.Stack(packed, net.layout, activation)
+        #: The same weights, and task indices, on other devices, where a T5 is spread over several.
+        self._elsewhere: dict[torch.device, ops.Stack] = {}
+        self._moved: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     @property
     def trains(self) -> bool:
-        """Whether a backward is to reach these weights. torch.func has gradients of its own."""
-        return torch.is_grad_enabled() and self._packed[0].requires_grad and not functorch.in_force()
+        """Whether a backward is to reach these weights."""
+        return self._stack.trains
 
     def first_not_run(self) -> int | None:
         """The first site whose adapter was not called in this forward; None where all were."""
-        if self._ran == (1 << len(self._packed)) - 1:
+        sites = len(self._stack)
+        if self._ran == (1 << sites) - 1:
             return None
-        return next(site for site in range(len(self._packed)) if not self._ran >> site & 1)
+        return next(site for site in range(sites) if not self._ran >> site & 1)
 
-    def _on(self, device: torch.device) -> StackWeights:
-        """These weights on another device: copied there once per forward, and their gradient copied back."""
+    def _on(self, device: torch.device) -> ops.Stack:
+        """The stack on another device: weights copied there once per forward, and their gradient copied back."""
         if device not in self._elsewhere:
-            self._elsewhere[device] = StackWeights(self._net, self._generated.to(device), self.activation)
+            packed = self._packed.to(device)
+            self._elsewhere[device] = ops.Stack(packed, self._stack.layout, self._stack.activation)
         return self._elsewhere[device]
 
-    def _index_here(self, task_index: Tensor) -> Tensor:
-        """``task_index`` [B] on the device of these weights, copied once per forward."""
-        if self._moved is None or self._moved[0] is not task_index:
-            self._moved = task_index, task_index.to(self._whole.device)
-        return self._moved[1]
+    def _index_on(self, device: torch.device, task_index: Tensor) -> Tensor:
+        """``task_index`` [B] on another device, copied once per forward."""
+        source, moved = self._moved.get(device, (None, None))
+        if source is not task_index or moved is None:
+            moved = task_index.to(device)
+            self._moved[device] = task_index, moved
+        return moved
 
     def adapt(self, x: Tensor, site: int, task_index: Tensor | None) -> Tensor:
         """The adapter of ``site`` applied to x [B, ..., d]."""
         self._ran |= 1 << site
-        if x.device != self._whole.device:
-            return self._on(x.device).adapt(x, site, task_index)
-        if task_index is not None and task_index.device != x.device:
-            task_index = self._index_here(task_index)
+        device = x.device
+        stack = self._stack if device == self._packed.device else self._on(device)
+        if task_index is not None and task_index.device != device:
+            task_index = self._index_on(device, task_index)
         if x.dtype == torch.float16:
             # T5's blocks clamp what overflowed, but only behind the adapter, which would make NaN of an infinity.
             # Numbers that are finite stay what they are.
             x = x.clamp(-_FLOAT16_MAX, _FLOAT16_MAX)
-        # The weights are folded at the first site that runs, because only x tells the compute dtype. One stack can see
-        # two of them: a half-precision T5 may keep its output projections in float32.
-        folded = self._folded.get(x.dtype)
-        if folded is None:
-            parts = ops.fold(self._whole, self.layout, x.dtype)
-            folded = [Folded(*site) for site in zip(*(part.unbind(0) for part in parts))]
-            self._folded[x.dtype] = folded
-        return ops.adapter(x, self._packed[site], self.layout, self.activation, folded[site], task_index)
+        return stack.adapter(x, site, task_index)
 
 
 @dataclasses.dataclass

@@ -7,18 +7,21 @@ kernel adds with atomics, so two runs give the same bits.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..activations import ACTIVATIONS
-from ..layout import AdapterSpec, Folded, Saved
+from ..layout import AdapterLayout, AdapterSpec, Folded, Saved, TensorSpec
 from . import tiles
 from .adapter_forward import readable
 from .common import (
     LENGTHS,
     UNALIGNED,
+    Rows,
     activate,
     activate_grad,
     copy_or_nan,
@@ -54,6 +57,7 @@ from .fragments import (
     summed,
     two_of_rows,
 )
+from .launch import launch
 from .weight_gradients import weight_gradients
 
 
@@ -302,6 +306,57 @@ def rows_kernel(
         copy_or_nan(DX + (sample.to(tl.int64) * M + row) * D, g_rows, task, row < M, D, BK)
 
 
+def per_row_table(layout: AdapterLayout, N: int, dtype: torch.dtype) -> list[TensorSpec]:
+    """Shape and dtype of what ``rows_kernel`` stores of N rows of ``dtype`` for the weight gradients: dz, r h, m2 and
+    s."""
+    wide = torch.float32 if dtype == torch.float16 else dtype  # r h may leave float16's range
+    sums = TensorSpec((N if layout.post_norm else 0,), torch.float32)
+    return [TensorSpec((N, layout.b), dtype), TensorSpec((N, layout.b), wide), sums, sums]
+
+
+def row_gradients(
+    g: Rows,
+    x: Rows,
+    saved: Saved,
+    packed: Tensor,
+    folded: Folded,
+    spec: AdapterSpec,
+    task_index: Tensor | None,
+    dx: Tensor | None,
+    per_row: Sequence[Tensor] | None,
+) -> None:
+    """Launch ``rows_kernel``.
+
+    Args:
+        g: the rows of the output's gradient.
+        x: the rows of the forward's input.
+        saved: what the forward saved.
+        packed: [T, P]; its post-norm's gamma is read, if ``per_row`` is there.
+        folded: the folded weights.
+        spec: the adapter's layout and activation.
+        task_index: [B] with several tasks in the batch, otherwise None.
+        dx: where to store the gradient of x; None where it is not needed.
+        per_row: where to store dz, r h, m2 and s, as ``per_row_table`` lists them; None where they are not needed.
+    """
+    layout, dtype = spec.layout, x.data.dtype
+    d, b, pre, post = layout.arguments
+    wd, wg, vectors, scale, root = readable(folded)
+    tile = tiles.backward(d, b, dtype, pre, tiles.architecture(x.data.device))
+    T = packed.shape[0]
+    launch(
+        rows_kernel, (x.B * triton.cdiv(x.M, tile.BM),),
+        g.data, x.data, *saved, wd, wg, vectors, scale, root, packed if T else wd,
+        None if task_index is None else task_index.contiguous(),
+        wd if dx is None else dx, *((wd,) * 4 if per_row is None else per_row),  # wd stands where nothing is accessed
+        x.M, T, g.stride_sample, g.stride_row, x.stride_sample, x.stride_row,
+        D=d, BW=b, P=layout.numel, GAMMA_AT=layout.slices["post_gamma"].start if post else 0,
+        ACT=ACTIVATIONS.index(spec.activation), PRE=pre, POST=post, NEED_DX=dx is not None,
+        NEED_SUMS=per_row is not None, MIXED=task_index is not None, G_ALIGN=g.align, ALIGN=x.align,
+        PRECISION=matmul_precision(dtype), BB=padded(b), BM=tile.BM, BK=tile.BK, KEEP=tile.keep and tile.BK >= 32,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
 def adapter_backward(
     g: Tensor,
     x: Tensor,
@@ -320,34 +375,18 @@ def adapter_backward(
         without a task is g bit for bit, and NaN for a sample whose task is out of range; neither adds to dpacked.
     """
     layout, T = spec.layout, packed.shape[0]
-    d, b, pre, post = layout.arguments
     dx = torch.empty(x.shape if need_dx else 0, dtype=x.dtype, device=x.device)
     xs, gs = rows_of(x, task_index), rows_of(g, task_index)
     N = xs.B * xs.M
     if N == 0 or not (need_dx or need_dpacked):
         return dx, torch.zeros_like(packed) if need_dpacked else packed.new_empty(0)
     need_sums = need_dpacked and T > 0
-    wd, wg, vectors, scale, root = readable(folded)
     saved = Saved(*(part.contiguous() for part in saved))
     exact = packed.contiguous() if packed.dtype != torch.float64 else packed.float()
-    act = ACTIVATIONS.index(spec.activation)
-    dz = torch.empty((N, b) if need_sums else 0, dtype=x.dtype, device=x.device)
-    # r h may leave float16's range
-    kind = torch.float32 if x.dtype == torch.float16 else x.dtype
-    rh = torch.empty(dz.shape, dtype=kind, device=x.device)
-    m2, s = (torch.empty(N if need_sums and post else 0, dtype=torch.float32, device=x.device) for _ in range(2))
-    tile = tiles.backward(d, b, x.dtype, pre, tiles.architecture(x.device))
+    per_row = [part.empty(x) for part in per_row_table(layout, N, x.dtype)] if need_sums else None
     with device_guard(x):
-        rows_kernel[(xs.B * triton.cdiv(xs.M, tile.BM),)](
-            gs.data, xs.data, *saved, wd, wg, vectors, scale, root, exact if T else wd, task_index, dx, dz, rh, m2, s,
-            xs.M, T, gs.stride_sample, gs.stride_row, xs.stride_sample, xs.stride_row,
-            D=d, BW=b, P=layout.numel, GAMMA_AT=layout.slices["post_gamma"].start if post else 0, ACT=act,
-            PRE=pre, POST=post, NEED_DX=need_dx, NEED_SUMS=need_sums, MIXED=task_index is not None,
-            G_ALIGN=gs.align, ALIGN=xs.align, PRECISION=matmul_precision(x.dtype),
-            BB=padded(b), BM=tile.BM, BK=tile.BK, KEEP=tile.keep and tile.BK >= 32,
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
-        if not need_sums:
+        row_gradients(gs, xs, saved, exact, folded, spec, task_index, dx if need_dx else None, per_row)
+        if per_row is None:
             return dx, torch.empty_like(packed) if need_dpacked else packed.new_empty(0)
-        dpacked = weight_gradients(gs, xs, saved, (dz, rh, m2, s), exact, folded, layout, task_index)
+        dpacked = weight_gradients(gs, xs, saved, per_row, exact, folded, layout, task_index)
     return dx, dpacked.to(packed.dtype)

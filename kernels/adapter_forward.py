@@ -51,6 +51,7 @@ from .fragments import (
     store_tile,
     summed,
 )
+from .launch import launch
 
 
 @triton.jit
@@ -287,21 +288,29 @@ def adapter_forward_kernel(
 
 
 def adapter_forward(
-    x: Tensor, folded: Folded, spec: AdapterSpec, task_index: Tensor | None, save: bool
-) -> tuple[Tensor, Saved]:
+    x: Tensor, folded: Folded, spec: AdapterSpec, task_index: Tensor | None, save: bool,
+    out: Tensor | None = None, saved: Saved | None = None,
+) -> tuple[Tensor, Saved]:  # fmt: skip
     """Launch ``adapter_forward_kernel``: ``reference.adapter_forward`` for x [..., d] in float32, bfloat16 or float16
-    and any number T >= 0 of tasks. Nothing is read back from the device."""
+    and any number T >= 0 of tasks. Nothing is read back from the device.
+
+    Args:
+        out: where to store the output; None is a new tensor.
+        saved: where to store what the backward needs; None is new tensors.
+    """
     d, b, pre, post = spec.layout.arguments
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    saved = Saved.empty(x, spec.layout, save)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
+    saved = Saved.empty(x, spec.layout, save) if saved is None else saved
     rows = rows_of(x, task_index)
     if rows.B == 0 or rows.M == 0:
         return out, saved
     wd, wg, vectors, scale, root = readable(folded)
     tile = tiles.forward(d, b, x.dtype, pre, tiles.architecture(x.device))
     with device_guard(x):
-        adapter_forward_kernel[(rows.B * triton.cdiv(rows.M, tile.BM),)](
-            rows.data, out, *saved, wd, wg, vectors, scale, root, task_index,
+        launch(
+            adapter_forward_kernel, (rows.B * triton.cdiv(rows.M, tile.BM),),
+            rows.data, out, *saved, wd, wg, vectors, scale, root,
+            None if task_index is None else task_index.contiguous(),
             rows.M, folded.wd.shape[0], rows.stride_sample, rows.stride_row,
             D=d, BW=b, EPS=EPS, ACT=ACTIVATIONS.index(spec.activation), PRE=pre, POST=post, SAVE=save,
             MIXED=task_index is not None, ALIGN=rows.align, PRECISION=matmul_precision(x.dtype),

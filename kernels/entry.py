@@ -4,5 +4,6 @@ from .adapter_backward import adapter_backward
 from .adapter_forward import adapter_forward
 from .fold import fold
 from .generate import generate_weights
+from .stack import TritonStack
 
-__all__ = ["adapter_backward", "adapter_forward", "fold", "generate_weights"]
+__all__ = ["TritonStack", "adapter_backward", "adapter_forward", "fold", "generate_weights"]

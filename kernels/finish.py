@@ -12,6 +12,7 @@ from torch import Tensor
 from ..layout import AdapterLayout
 from . import tiles
 from .common import LENGTHS, UNALIGNED, load_vector, load_weight, padded, some_columns
+from .launch import launch
 from .schedule import Schedule
 
 
@@ -147,7 +148,8 @@ def finish(
     """
     at = {name: part.start for name, part in layout.slices.items()}
     tile = tiles.finish(layout.d, layout.b)
-    finish_kernel[(triton.cdiv(layout.d, tile.BK), schedule.T, packed.shape[0])](
+    launch(
+        finish_kernel, (triton.cdiv(layout.d, tile.BK), schedule.T, packed.shape[0]),
         part, packed, mean, dpacked, schedule.table, schedule.T, schedule.segments,
         D=layout.d, BW=layout.b, P=layout.numel, SIZE=part_size(layout), DOWN_BIAS=at["down_bias"],
         UP=at["up_weight"], UP_BIAS=at["up_bias"], GAMMA=at.get("post_gamma", 0), PRE_GAMMA=at.get("pre_gamma", 0),

@@ -29,6 +29,7 @@ from torch import Tensor
 from ..layout import AdapterLayout
 from . import tiles
 from .common import LENGTHS, next_power_of_two
+from .launch import launch
 
 #: How many programs the rows are split among: two waves on a GPU of 132 multiprocessors. More splits would only mean
 #: more partial sums to add.
@@ -156,7 +157,8 @@ def schedule(
     # Rounding up adds less than one segment for each task that has samples.
     segments = min(units, splits + min(B, T) - 1)
     table = torch.empty(T + 1 + B + 2 * segments, dtype=torch.int32, device=device)
-    schedule_kernel[(T,)](
+    launch(
+        schedule_kernel, (T,),
         task_index.contiguous(), table, B, T, per_sample, splits, segments,
         NS=_SAMPLES, NT=min(_TASKS, next_power_of_two(T)), num_warps=4,
     )  # fmt: skip

@@ -104,6 +104,14 @@ def _table() -> dict[str, Tile]:
 
 _forced: dict[str, Tile] = {}
 
+#: Rises whenever a kernel may get another tile than before. What was derived from a tile is good for one epoch.
+epoch = 0
+
+
+def _new_epoch() -> None:
+    global epoch
+    epoch += 1
+
 
 @contextlib.contextmanager
 def forced(kernel: str, tile: Tile) -> Iterator[None]:
@@ -114,10 +122,12 @@ def forced(kernel: str, tile: Tile) -> Iterator[None]:
         tile: the tile to use.
     """
     _forced[kernel] = tile
+    _new_epoch()
     try:
         yield
     finally:
         del _forced[kernel]
+        _new_epoch()
 
 
 def _tabled(rule: Callable[..., Tile]) -> Callable[..., Tile]:
@@ -134,7 +144,11 @@ def _tabled(rule: Callable[..., Tile]) -> Callable[..., Tile]:
     def choose(d: int, b: int, dtype: torch.dtype, pre_norm: bool, arch: int) -> Tile:
         return _forced.get(kernel) or looked_up(d, b, dtype, pre_norm, arch)
 
-    choose.rule, choose.forget = rule, looked_up.cache_clear
+    def forget() -> None:
+        looked_up.cache_clear()
+        _new_epoch()
+
+    choose.rule, choose.forget = rule, forget
     return choose
 
 

@@ -25,6 +25,8 @@ that the columns which a program sums lie together:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -41,6 +43,7 @@ from .common import (
     rounded,
 )
 from .finish import finish, part_size
+from .launch import launch
 from .schedule import Schedule, schedule
 
 __all__ = ["Schedule", "finish", "part_size", "partial_sums", "schedule", "weight_gradients"]
@@ -223,7 +226,7 @@ def partial_sums(
     g: Rows,
     x: Rows,
     saved: Saved,
-    per_row: tuple[Tensor, Tensor, Tensor, Tensor],
+    per_row: Sequence[Tensor],
     layout: AdapterLayout,
     schedule: Schedule,
     out: Tensor | None = None,
@@ -249,7 +252,8 @@ def partial_sums(
     # rounded no more coarsely than r h itself was.
     narrow, wide_range = dtype.itemsize == 2, dtype == torch.float16
     tf32 = narrow and not torch.version.hip
-    weights_kernel[(schedule.segments * (triton.cdiv(d, tile.BK) + 1),)](
+    launch(
+        weights_kernel, (schedule.segments * (triton.cdiv(d, tile.BK) + 1),),
         g.data, x.data, saved.r, saved.pre_mean, saved.pre_rstd, *per_row, schedule.table, out,
         x.B, x.M, schedule.T, schedule.share, g.stride_sample, g.stride_row, x.stride_sample, x.stride_row,
         D=d, BW=b, SIZE=size, PRE=layout.pre_norm, POST=layout.post_norm, MIXED=schedule.mixed,
@@ -264,7 +268,7 @@ def weight_gradients(
     g: Rows,
     x: Rows,
     saved: Saved,
-    per_row: tuple[Tensor, Tensor, Tensor, Tensor],
+    per_row: Sequence[Tensor],
     packed: Tensor,
     folded: Folded,
     layout: AdapterLayout,

@@ -25,7 +25,7 @@ def _nothing_chosen(monkeypatch):
     for variable in [name for name in os.environ if name.startswith(choice.ENVIRONMENT_VARIABLE)]:
         monkeypatch.delenv(variable)
     choice.forget()
-    before = choice._of_thread()
+    before = choice.chosen()
     choice._set_of_thread(None)
     yield
     choice._set_of_thread(before)

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -41,6 +42,7 @@ def benchmark_module(monkeypatch):
         "memory.py --quick",
         "training.py --quick",
         "small.py --device cpu --rows 3 --rounds 1",
+        pytest.param("host.py --quick", marks=pytest.mark.skipif(not find_spec("triton"), reason="needs triton")),
     ],
     ids=lambda command: command.split()[0],
 )

@@ -126,9 +126,9 @@ def test_weights_are_generated_and_folded_once_for_a_whole_generation(monkeypatc
     from hyperformer_fast import ops
 
     model, calls = tiny_model(), []
-    for name in ("generate_weights", "fold"):
-        plain = getattr(ops, name)
-        monkeypatch.setattr(ops, name, lambda *a, _plain=plain, _name=name: (calls.append(_name), _plain(*a))[1])
+    for module, name in ((ops, "generate_weights"), (ops.stack, "fold")):
+        plain = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, _plain=plain, _name=name: (calls.append(_name), _plain(*a))[1])
     model.generate(batch()["input_ids"], task=MIXED, max_new_tokens=6, num_beams=2)
     assert sorted(calls) == ["fold", "fold", "generate_weights", "generate_weights"]
     calls.clear()

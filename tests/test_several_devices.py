@@ -61,10 +61,9 @@ def test_weights_follow_a_stack_over_devices():
         dx, dpacked = torch.autograd.grad(second.sum(), (x, packed))
         assert dx.device == dpacked.device == torch.device("cpu") and dpacked.shape == packed.shape
         # A task index of the first device is copied to the second once, not at every site.
-        elsewhere = weights._elsewhere[torch.device("meta")]
-        moved = elsewhere._moved[1]
+        moved = weights._moved[torch.device("meta")][1]
         weights.adapt(second, 0, index)
-        assert elsewhere._moved[1] is moved and moved.device == torch.device("meta")
+        assert weights._moved[torch.device("meta")][1] is moved and moved.device == torch.device("meta")
 
 
 def test_names_become_numbers_on_the_device_once(monkeypatch):

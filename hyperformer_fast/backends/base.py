@@ -65,6 +65,59 @@ class Nodes(NamedTuple):
     hyper_adapter: Callable[[Tensor, Tensor, Tensor, Tensor, AdapterSpec, Tensor | None], Tensor | None]
 
 
+class StackKernels(abc.ABC):
+    """A backend's own way to run the adapters of a stack, for inputs of one dtype (ops/stack.py says when it is used).
+
+    Letters: S sites, T tasks, P packed numbers per adapter.
+    """
+
+    @abc.abstractmethod
+    def forward(
+        self, x: Tensor, site: int, task_index: Tensor | None, save: bool, check: Callable[[], None]
+    ) -> tuple[Tensor, Tensor | None]:
+        """:meth:`Backend.adapter_forward` of one site.
+
+        Args:
+            x: as there.
+            site: the index of the adapter in the stack.
+            task_index: as there.
+            save: as there.
+            check: raises where the arguments do not fit together. It must be called, unless arguments of these shapes,
+                strides, dtypes and devices passed before.
+
+        Returns:
+            The output, and one tensor with all that the backward needs beside x; None unless ``save``.
+        """
+
+    @abc.abstractmethod
+    def backward(
+        self,
+        g: Tensor,
+        x: Tensor,
+        saved: Tensor,
+        site: int,
+        task_index: Tensor | None,
+        need_dx: bool,
+        need_dpacked: bool,
+        leave: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """:meth:`Backend.adapter_backward` of one site.
+
+        Args:
+            leave: whether the gradient of the weights is left to :meth:`collect`. It belongs to this backward pass
+                alone, whose number is ``torch._C._current_graph_task_id()``.
+
+        Returns:
+            dx, or None; and the gradient [S, T, P] of all packed weights, with zeros for the other sites, or None where
+            it is left or not needed.
+        """
+
+    @abc.abstractmethod
+    def collect(self, g: Tensor | None) -> Tensor | None:
+        """The gradient [S, T, P] of all packed weights: what was left in this backward pass, plus ``g``, the sum of
+        what was returned. None where there is nothing. Called once, after all backwards of the pass."""
+
+
 class Backend(abc.ABC):
     """A set of kernels.
 
@@ -150,6 +203,11 @@ class Backend(abc.ABC):
             dx like x, and dpacked like ``packed`` [T, P], which is the whole gradient of the adapter's weights; an
             empty tensor in place of one that is not needed. Every run gives the same bits.
         """
+
+    def stack(self, packed: Tensor, spec: AdapterSpec, dtype: torch.dtype) -> StackKernels | None:
+        """A way of its own to run the adapters of a stack, whose packed weights [S, T, P] these are, for inputs of
+        ``dtype`` on their device. None, the default: each adapter is run by itself."""
+        return None
 
     @torch.no_grad()
     def hyper_adapter(

@@ -36,7 +36,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 _OF_THREAD = "hyperformer_fast.use_backend"
 
 
-def _of_thread() -> str | None:
+def chosen() -> str | None:
     """The backend that this thread, or the one whose backward it runs, chose by :class:`use_backend`."""
     kept: str | None = torch._C._get_obj_in_tls(_OF_THREAD) if torch._C._is_key_in_tls(_OF_THREAD) else None
     return kept
@@ -71,14 +71,14 @@ class use_backend:  # lower case, because it is called like a function, as is to
     def __init__(self, name: str):
         self._name = registry.known(name, "use_backend")
         _expect_no_graph()
-        self._before = [_of_thread()]
+        self._before = [chosen()]
         self._entered = False
         _set_of_thread(self._name)
 
     def __enter__(self) -> None:
         _expect_no_graph()
         if self._entered:  # the same object is used for a further block
-            self._before.append(_of_thread())
+            self._before.append(chosen())
         self._entered = True
         _set_of_thread(self._name)
 
@@ -113,12 +113,12 @@ def _asked(op: str | None, impl: str | None) -> tuple[str, str]:
     """Return the name of the backend that is asked for, and what asks for it."""
     if impl is not None:
         return registry.known(impl, "impl"), "impl="
-    if (name := _of_thread()) is not None:
+    if (name := chosen()) is not None:
         return name, "use_backend"
-    chosen = environment()
+    variables = environment()
     for variable in (variable_of(op), ENVIRONMENT_VARIABLE) if op else (ENVIRONMENT_VARIABLE,):
-        if variable in chosen:
-            return registry.known(chosen[variable], variable), variable
+        if variable in variables:
+            return registry.known(variables[variable], variable), variable
     return AUTO, "ranked order"
 
 
@@ -145,12 +145,12 @@ def select(request: Request, impl: str | None = None) -> Backend:
         BackendError: the backend that is asked for by name cannot serve the request.
         ValueError: no backend has the name that is asked for.
     """
-    return _select(_of_thread() if impl is None else impl, *request)
+    return _select(chosen() if impl is None else impl, *request)
 
 
 def serving(op: str, device: str, dtype: torch.dtype, d: int = 0, b: int = 0, impl: str | None = None) -> Backend:
     """:func:`select` without making a :class:`Request`, because every eager call comes through here."""
-    return _select(_of_thread() if impl is None else impl, op, device, dtype, d, b)
+    return _select(chosen() if impl is None else impl, op, device, dtype, d, b)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..layout import AdapterLayout, AdapterSpec, Folded, Saved
-from .base import Backend, Request, Support, gpu_kernel
+from .base import Backend, Request, StackKernels, Support, gpu_kernel
 
 #: The environment variable that switches Triton's interpreter on. Triton reads it when it decorates a kernel, so it
 #: must be set before the first call.
@@ -75,6 +75,12 @@ class TritonBackend(Backend):
     def fold(self, packed: Tensor, layout: AdapterLayout, dtype: torch.dtype) -> Folded:
         folded: Folded = _kernels().fold(packed, layout, dtype)
         return folded
+
+    def stack(self, packed: Tensor, spec: AdapterSpec, dtype: torch.dtype) -> StackKernels | None:
+        if packed.dtype == torch.float64 or packed.numel() == 0:
+            return None
+        stack: StackKernels = _kernels().TritonStack(packed.contiguous(), spec, dtype)
+        return stack
 
     def adapter_forward(
         self, x: Tensor, folded: Folded, spec: AdapterSpec, task_index: Tensor | None, save: bool

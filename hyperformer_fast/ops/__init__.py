@@ -6,6 +6,7 @@ Letters: N rows, d width, b bottleneck, T tasks, P packed numbers per adapter, k
 from ..layout import AdapterLayout, AdapterSpec, Folded, Saved
 from .public import adapter, fold, generate_weights, hyper_adapter
 from .registered import SCHEMAS
+from .stack import Stack
 
 __all__ = [
     "SCHEMAS",
@@ -13,6 +14,7 @@ __all__ = [
     "AdapterSpec",
     "Folded",
     "Saved",
+    "Stack",
     "adapter",
     "fold",
     "generate_weights",

@@ -29,14 +29,14 @@ def _spec(layout: AdapterLayout, activation: str) -> AdapterSpec:
 _cached_spec = functools.lru_cache(maxsize=256)(_spec)
 
 
-def _spec_of(layout: AdapterLayout, activation: str) -> AdapterSpec:
+def spec_of(layout: AdapterLayout, activation: str) -> AdapterSpec:
     # Do not use the cache under a compiler, which would warn and trace through it, or for an activation of a wrong
     # type, which may not be hashable.
     cached = isinstance(activation, str) and not torch.compiler.is_compiling()
     return (_cached_spec if cached else _spec)(layout, activation)
 
 
-def _traced(*tensors: Tensor) -> bool:
+def traced(*tensors: Tensor) -> bool:
     """Whether to call the registered op: under a compiler, or if an argument is a tensor subclass (fake tensors,
     distributed tensors, ...)."""
     if torch.compiler.is_compiling():
@@ -48,7 +48,7 @@ def _traced(*tensors: Tensor) -> bool:
     return False
 
 
-def _backend(op: str, x: Tensor, weights: Tensor, layout: AdapterLayout, impl: str | None) -> Backend:
+def backend_for(op: str, x: Tensor, weights: Tensor, layout: AdapterLayout, impl: str | None) -> Backend:
     dtype = request_dtype(x.dtype, weights.dtype)
     return backends.serving(op, x.device.type, dtype, layout.d, layout.b, impl)
 
@@ -75,7 +75,7 @@ def generate_weights(E: Tensor, G: Tensor, g0: Tensor, *, impl: str | None = Non
             check_generate(E, G, g0)
         functorch.refuse_kernels("generate_weights", impl)
         return functorch.generate_weights(E, G, g0)
-    if _traced(E, G, g0):
+    if traced(E, G, g0):
         packed: Tensor = torch.ops.hyperformer_fast.generate_weights(E, G, g0, impl=impl)
         return packed
     check_generate(E, G, g0)
@@ -132,7 +132,7 @@ def adapter(
         ValueError: shapes, dtypes or devices do not fit together (the message names both), or ``impl`` is unknown.
         BackendError: the backend that is asked for by name cannot serve the call.
     """
-    spec = _spec_of(layout, activation)
+    spec = spec_of(layout, activation)
     if functorch.in_force():
         if not torch.compiler.is_compiling():
             check_adapter(x, packed, folded, layout, task_index)
@@ -142,16 +142,16 @@ def adapter(
     if folded is None:
         folded = fold(packed, layout, x.dtype, impl=impl)
     save = torch.is_grad_enabled() and (x.requires_grad or packed.requires_grad)
-    if _traced(x, packed):
+    if traced(x, packed):
         op = torch.ops.hyperformer_fast.adapter_forward
         out: Tensor = op(x, packed, *folded, task_index, *spec.arguments, save, impl=impl)[0]
         return out
     check_adapter(x, packed, folded, layout, task_index)
     check_task_range(task_index, packed.shape[0])
-    forward = _backend("adapter_forward", x, packed, layout, impl)
+    forward = backend_for("adapter_forward", x, packed, layout, impl)
     if not save:
         return forward.adapter_forward(x, folded, spec, task_index, False)[0]
-    backward = _backend("adapter_backward", x, packed, layout, impl)
+    backward = backend_for("adapter_backward", x, packed, layout, impl)
     return eager.adapter(x, packed, folded, spec, task_index, forward, backward)
 
 
@@ -185,7 +185,7 @@ def hyper_adapter(
         ValueError: shapes, dtypes or devices do not fit together (the message names both), or ``impl`` is unknown.
         BackendError: the backend that is asked for by name cannot serve the call.
     """
-    spec = _spec_of(layout, activation)
+    spec = spec_of(layout, activation)
     if functorch.in_force():
         if not torch.compiler.is_compiling():
             check_hyper_adapter(x, E, G, g0, layout, task_index)
@@ -194,14 +194,14 @@ def hyper_adapter(
         packed = functorch.generate_weights(E.unsqueeze(0), G.unsqueeze(0), g0.unsqueeze(0)).squeeze(0)
         return functorch.adapter(x, packed, spec, task_index)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, E, G, g0))
-    if _traced(x, E, G, g0):
+    if traced(x, E, G, g0):
         op = torch.ops.hyperformer_fast.hyper_adapter
         out: Tensor = op(x, E, G, g0, task_index, *spec.arguments, save, impl=impl)[0]
         return out
     check_hyper_adapter(x, E, G, g0, layout, task_index)
     check_task_range(task_index, E.shape[0])
-    forward = _backend("hyper_adapter", x, E, layout, impl)
+    forward = backend_for("hyper_adapter", x, E, layout, impl)
     if not save:
         return forward.hyper_adapter(x, E, G, g0, spec, task_index, False)[0]
-    backward = _backend("adapter_backward", x, E, layout, impl)
+    backward = backend_for("adapter_backward", x, E, layout, impl)
     return eager.hyper_adapter(x, E, G, g0, spec, task_index, forward, backward)

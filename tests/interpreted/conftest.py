@@ -28,6 +28,26 @@ EVERY = {
     "test_opcheck_adapter": 3,
     "test_hyper_adapter_is_its_parts": 3,
     "test_compiles_in_one_graph_to_the_same_bits": 3,
+    **dict.fromkeys(
+        (
+            "test_sites_in_any_order_twice_or_never",
+            "test_sites_with_rows_of_their_own",
+            "test_an_input_without_rows",
+            "test_inputs_of_two_dtypes",
+            "test_several_backward_passes_over_one_graph",
+            "test_a_part_of_the_graph_after_the_whole",
+            "test_a_backward_that_fails_leaves_nothing",
+            "test_each_site_in_a_checkpoint_of_its_own",
+            "test_hooks_see_whole_gradients",
+            "test_anomaly_detection",
+            "test_saved_tensors_elsewhere",
+            "test_one_of_the_gradients_alone",
+            "test_without_gradients_first",
+            "test_threads",
+            "test_compiled",
+        ),
+        2,
+    ),
 }
 
 
