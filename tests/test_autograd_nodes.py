@@ -207,7 +207,7 @@ def test_two_backends_are_served_in_python():
     layout = AdapterLayout(24, 5)
     x, w = leaves(*inputs(layout, torch.float32, False)[:2])
     folded = ops.fold(w, layout, x.dtype)
-    spec = ops.public._spec_of(layout, "gelu")
+    spec = ops.public.spec_of(layout, "gelu")
     forward, backward = registry.get("cpu"), registry.get("reference")
     out = ops.eager.adapter(x, w, folded, spec, None, forward, backward)
     assert out.grad_fn.name() == "_AdapterBackward"

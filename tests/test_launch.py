@@ -230,11 +230,11 @@ def asked_triton(monkeypatch):
 def test_triton_is_asked_once(log, monkeypatch):
     asked, site = asked_triton(monkeypatch), Site()
     site()
-    assert asked == ["fold_kernel", "adapter_forward_kernel"]
+    assert asked == ["gram_kernel", "fold_kernel", "adapter_forward_kernel"]
     log.clear()
     site()
     site(torch.ones(2, 8, 32, dtype=torch.bfloat16))
-    assert len(asked) == 2 and len(log) == 2
+    assert len(asked) == 3 and len(log) == 2
 
 
 @pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook", "pre_run", "replaced"])
@@ -385,5 +385,5 @@ def test_a_step_can_be_captured(log, monkeypatch, mixed):
 
     tasks = [torch.tensor(t) if mixed else None for t in ([0, 1, 2, 0], [0, 0, 0, 0], [-1, 2, 2, -1])]
     launches = [step(t) for t in tasks]
-    assert len(launches[0]) == (9 if mixed else 8)
+    assert len(launches[0]) == (10 if mixed else 9)
     assert launches[0] == launches[1] == launches[2]
