@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..layout import AdapterLayout
 from . import tiles
-from .common import LENGTHS, next_power_of_two
+from .common import LENGTHS, padded
 from .launch import launch
 
 #: How many programs the rows are split among: two waves on a GPU of 132 multiprocessors. More splits would only mean
@@ -160,6 +160,6 @@ def schedule(
     launch(
         schedule_kernel, (T,),
         task_index.contiguous(), table, B, T, per_sample, splits, segments,
-        NS=_SAMPLES, NT=min(_TASKS, next_power_of_two(T)), num_warps=4,
+        NS=_SAMPLES, NT=min(_TASKS, padded(T)), num_warps=4,
     )  # fmt: skip
     return Schedule(table, segments, 0, B, M, T, tile)

@@ -24,7 +24,7 @@ class Ran:
 
     kernel: str
     grid: Index
-    blocks: list[dict[str, int]]  #: what each block that ran counted, in the order of their indices
+    blocks: list[dict[str, int]]  #: what each block that ran counted
     hazards: list[str]  #: of all blocks
     lines: set[int]  #: of the PTX, counted from 1: those that some block executed
 
@@ -90,14 +90,16 @@ def run_grid(
         threads: per block.
         shared_bytes: the dynamic shared memory of a block.
         hazards: whether to look for unordered accesses to shared memory, which takes longer.
-        only: the indices of the blocks to run, instead of all. What the others would have written is then missing.
+        only: the indices of the blocks to run, in this order. What the others would have written is then missing. By
+            default all run, the last one first: a block that wrote into the rows of the next one would then spoil what
+            is finished, where the other order would mend it.
 
     Raises:
         Fault: a block did what a GPU would not allow, for example an access outside ``memory``.
     """
     whole = (*grid, 1, 1)[:3]
     ran = Ran(kernel.name, whole, [], [], set())
-    for index in indices(whole) if only is None else only:
+    for index in reversed(indices(whole)) if only is None else only:
         block = Block(kernel, memory, parameters, index, whole, threads, shared_bytes, hazards=hazards)
         block.run()
         ran.blocks.append(dict(block.counts))
