@@ -88,6 +88,11 @@ def per_row_of(x, index, layout, T):
     return (dz, rh, m2, s), r
 
 
+def as_tf32(t: torch.Tensor) -> torch.Tensor:
+    """What a tf32 product reads of a float32 tensor: eleven bits, rounded to nearest."""
+    return ((t.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_without_a_task_reach_no_sum(dtype):
     """Most rows are of one task, some of none, none of the last; whatever the rows of no task hold."""
@@ -106,7 +111,12 @@ def test_rows_without_a_task_reach_no_sum(dtype):
     used = 2 * d * (b + 1) + 16 * 16 + 3 * 16 + 2  # the rest keeps the next segment's sums aligned
     assert torch.equal(part[: ranges[T], :used], again[: ranges[T], :used])
 
-    x, g, dz, rh = (t.double().reshape(N, -1) for t in (x, g, dz, rh))
+    # Operands that float32 holds for 16-bit rows are multiplied in tf32.
+    by_m2 = rh.float() * m2[..., None]
+    if dtype != torch.float32:
+        by_m2 = as_tf32(by_m2)
+        rh = as_tf32(rh) if rh.dtype == torch.float32 else rh
+    x, g, dz, rh, by_m2 = (t.double().reshape(N, -1) for t in (x, g, dz, rh, by_m2))
     for task in range(T):
         mine = (index == task).repeat_interleave(M)
         sums = part[ranges[task] : ranges[task + 1]].double().sum(0)
@@ -117,7 +127,7 @@ def test_rows_without_a_task_reach_no_sum(dtype):
             assert (k - t).norm() <= 1e-5 * t.norm()
         small = sums[2 * d * (b + 1) :]
         gram = small[:256].view(16, 16)[:b, :b]
-        truth = (rh * m2.double()[:, None])[mine].T @ rh[mine]
+        truth = by_m2[mine].T @ rh[mine]
         assert (gram - truth).norm() <= 1e-5 * truth.norm()
 
 

@@ -41,7 +41,8 @@ def test_launches_of_a_step(mixed):
     with watch() as seen:
         torch.autograd.grad(loss_of(chain(case.together(whole), x)), (whole, x))
     counts = Counter(launch.kernel.removesuffix("_kernel") for launch in seen.launches)
-    expected = {"fold": 1, "adapter_forward": SITES, "rows": SITES, "weights": SITES, "finish": 1}
+    counts.pop("_products", None)  # the check of the interpreter, at the first launch of a process
+    expected = {"gram": 1, "fold": 1, "adapter_forward": SITES, "rows": SITES, "weights": SITES, "finish": 1}
     assert counts == expected | ({"schedule": 1} if mixed else {})
 
 
