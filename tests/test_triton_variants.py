@@ -40,7 +40,7 @@ nothing = lambda *arguments: None
 def compile_nothing(self, key, *rest):
     compiled[self.__name__] += 1
     kernel = types.SimpleNamespace(
-        run=nothing, launch_metadata=nothing, function=0, packed_metadata=(), 
+        run=nothing, launch_metadata=nothing, function=0, packed_metadata=(),
         metadata=types.SimpleNamespace(shared=0, target=GPUTarget("cuda", 90, 32)),
         result=lambda: kernel)
     self.device_caches[0][0][key] = kernel

@@ -148,10 +148,23 @@ def adapter(
         return out
     check_adapter(x, packed, folded, layout, task_index)
     check_task_range(task_index, packed.shape[0])
-    forward = backend_for("adapter_forward", x, packed, layout, impl)
+    return checked_adapter(x, packed, folded, spec, task_index, save, impl)
+
+
+def checked_adapter(
+    x: Tensor,
+    packed: Tensor,
+    folded: Folded,
+    spec: AdapterSpec,
+    task_index: Tensor | None,
+    save: bool,
+    impl: str | None = None,
+) -> Tensor:
+    """:func:`adapter` in eager mode, for arguments that were checked."""
+    forward = backend_for("adapter_forward", x, packed, spec.layout, impl)
     if not save:
         return forward.adapter_forward(x, folded, spec, task_index, False)[0]
-    backward = backend_for("adapter_backward", x, packed, layout, impl)
+    backward = backend_for("adapter_backward", x, packed, spec.layout, impl)
     return eager.adapter(x, packed, folded, spec, task_index, forward, backward)
 
 

@@ -27,7 +27,7 @@ from ..layout import AdapterLayout, Folded
 from . import functorch
 from .checks import check_adapter, check_task_range
 from .gradients import refuse_second_derivative
-from .public import adapter, backend_for, fold, spec_of, traced
+from .public import adapter, backend_for, checked_adapter, fold, spec_of, traced
 
 #: The kernels, the site, the task index, and what raises where the arguments do not fit together.
 _Call = tuple[StackKernels, int, "Tensor | None", Callable[[], None]]
@@ -53,6 +53,7 @@ class Stack:
         self._chosen: dict[Any, StackKernels | None] = {}
         self._kernels: dict[Any, StackKernels | None] = {}
         self._tokens: dict[StackKernels, Tensor] = {}
+        self._passed: set[Any] = set()  #: shapes, dtypes and devices that passed ``check_adapter``
         self._in_range: tuple[Tensor | None, int] = None, 0  #: tasks that were checked, and their version
 
     def __len__(self) -> int:
@@ -66,14 +67,15 @@ class Stack:
     def adapter(self, x: Tensor, site: int, task_index: Tensor | None) -> Tensor:
         """``ops.adapter`` of one site, for x [..., d]."""
         if traced(x, self._packed) or functorch.in_force():
-            return self._alone(x, site, task_index)
+            packed, folded = self._of_site(site, x.dtype)
+            return adapter(x, packed, self.layout, self.activation, folded, task_index)
         save = torch.is_grad_enabled() and (x.requires_grad or self._packed.requires_grad)
         choice = chosen(), x.dtype, x.device, save
         kernels = self._chosen.get(choice, _UNKNOWN)
         if kernels is _UNKNOWN:
             kernels = self._chosen[choice] = self._kernels_for(x, save)
         if kernels is None:
-            return self._alone(x, site, task_index)
+            return self._alone(x, site, task_index, save)
 
         def check() -> None:
             check_adapter(x, self._packed[site], None, self.layout, task_index)
@@ -114,17 +116,29 @@ class Stack:
             check_task_range(task_index, self._packed.shape[1])
             self._in_range = task_index, now
 
-    def _alone(self, x: Tensor, site: int, task_index: Tensor | None) -> Tensor:
-        """``ops.adapter`` with the packed weights of the site."""
+    def _alone(self, x: Tensor, site: int, task_index: Tensor | None, save: bool) -> Tensor:
+        """``ops.adapter`` with the packed weights of the site, and shapes checked once for all sites."""
+        packed, folded = self._of_site(site, x.dtype)
+        tasks = None if task_index is None else (task_index.shape, task_index.dtype, task_index.device)
+        key = x.shape, x.dtype, x.device, tasks
+        if key not in self._passed:
+            check_adapter(x, packed, folded, self.layout, task_index)
+            self._passed.add(key)
+        if task_index is not None:
+            self._check_range(task_index)
+        return checked_adapter(x, packed, folded, spec_of(self.layout, self.activation), task_index, save)
+
+    def _of_site(self, site: int, dtype: torch.dtype) -> tuple[Tensor, Folded]:
+        """The packed weights of a site, and the folded ones for inputs of ``dtype``."""
         wanted = torch.is_grad_enabled() and self._packed.requires_grad
         if not self._sites or wanted and not self._differentiable:
             self._sites, self._differentiable = self._packed.unbind(0), wanted
-        folded = self._folded.get(x.dtype)
+        folded = self._folded.get(dtype)
         if folded is None:
-            parts = fold(self._whole, self.layout, x.dtype)
+            parts = fold(self._whole, self.layout, dtype)
             folded = [Folded(*of_site) for of_site in zip(*(part.unbind(0) for part in parts))]
-            self._folded[x.dtype] = folded
-        return adapter(x, self._sites[site], self.layout, self.activation, folded[site], task_index)
+            self._folded[dtype] = folded
+        return self._sites[site], folded[site]
 
 
 class _Token(torch.autograd.Function):
