@@ -5,7 +5,8 @@
 namespace hyperformer_fast {
 namespace {
 
-__global__ void __launch_bounds__(GenerateTraits::kThreads) generate_kernel(const GenerateParams p) {
+// Two blocks a multiprocessor: for the three that shared memory allows on sm_80, ptxas would spill.
+__global__ void __launch_bounds__(GenerateTraits::kThreads, 2) generate_kernel(const GenerateParams p) {
   HFF_SHARED(shared);
   generate_tile(p, blockIdx.x, blockIdx.y, shared);
 }
