@@ -342,6 +342,8 @@ def row_gradients(
     d, b, pre, post = layout.arguments
     wd, wg, vectors, scale, root = readable(folded)
     tile = tiles.backward(d, b, dtype, pre, tiles.architecture(x.data.device))
+    if tile.keep and g.align % 8:
+        tile = tile._replace(BM=16)  # loads of single numbers take registers for addresses; 32 rows would spill
     T = packed.shape[0]
     launch(
         rows_kernel, (x.B * triton.cdiv(x.M, tile.BM),),
