@@ -206,7 +206,8 @@ def weights_kernel(
                 m2 = tl.load(M2 + flat + lane[:, None], mask=row_ok[:, None], other=0.0)
                 s = tl.load(S + flat + lane[:, None], mask=row_ok[:, None], other=0.0)
                 by_m2 = rounded(rh * m2, GRAM_PRECISION)
-                gram = tl.dot(tl.trans(by_m2), rounded(rh, GRAM_PRECISION), gram, input_precision=GRAM_PRECISION)
+                right = rounded(rh, GRAM_PRECISION) if WIDE_RANGE else rh  # tf32 holds every bfloat16
+                gram = tl.dot(tl.trans(by_m2), right, gram, input_precision=GRAM_PRECISION)
                 border += rh * (m2 * r)
                 by_gamma += rh * s
                 corner += m2 * r * r
