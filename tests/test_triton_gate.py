@@ -73,10 +73,13 @@ def test_a_problem_of_another_triton_is_reported(triton_gate, tmp_path, monkeypa
         "    import os; os._exit(0 if sys.argv[-1] == '80' else 3)\n"
     )
     written = {}
+    other = {"triton": "9.8", "arch": 90, "kernels": 2, "problems": "none"}
+    monkeypatch.setattr(combinations.records, "read", lambda name: [other, {**other, "triton": "9.9", "arch": 80}])
     monkeypatch.setattr(combinations.records, "write", lambda name, title, command, rows: written.update(rows=rows))
     assert combinations.main([tmp_path], [80, 90], write=True) == 1
     assert "gram (dtype=fp16): CompilationError: no" in capsys.readouterr().out
-    whole, ended = written["rows"]
+    kept, whole, ended = written["rows"]
+    assert kept == other
     assert whole == {"triton": "9.9", "arch": 80, "kernels": 2, "problems": "gram (dtype=fp16): CompilationError: no"}
     assert ended["kernels"] == 2 and ended["problems"].endswith("exit status 3")
 

@@ -129,15 +129,22 @@ def child(folder: Path, arch: int) -> dict[str, object]:
 
 
 def main(folders: list[Path], architectures: list[int] | None, write: bool) -> int:
-    """Compile everything. Returns 1 if anything failed or spilled."""
+    """Compile everything. Returns 1 if anything failed or spilled.
+
+    What is recorded keeps the rows of other versions and architectures, and is written after each row, because all
+    together take an hour."""
+    table = {(row["triton"], row["arch"]): row for row in records.read(RECORD)} if write else {}
+    command, faulty = "python tools/triton_gate.py --triton DIR... --write", False
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         work = itertools.product(folders, architectures or ARCHITECTURES)
-        rows = [future.result() for future in [pool.submit(child, *each) for each in work]]
-    rows.sort(key=lambda row: (row["triton"], row["arch"]))
-    if write:
-        command = "python tools/triton_gate.py --triton DIR... --write"
-        records.write(RECORD, "With which versions of Triton the kernels compile", command, rows)
-    return int(any(row["problems"] != "none" for row in rows))
+        for done in concurrent.futures.as_completed([pool.submit(child, *each) for each in work]):
+            row = done.result()
+            faulty |= row["problems"] != "none"
+            table[row["triton"], row["arch"]] = row
+            if write:
+                rows = [table[key] for key in sorted(table)]
+                records.write(RECORD, "With which versions of Triton the kernels compile", command, rows)
+    return int(faulty)
 
 
 if __name__ == "__main__":
