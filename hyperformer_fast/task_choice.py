@@ -44,7 +44,8 @@ _KEPT = 1024
 class _Numbers:
     """Lists of integers as tensors on a device; the last ``_KEPT`` are kept.
 
-    A list that a CUDA graph was captured with is kept for good, because a replay of the graph reads it.
+    Each stream of a GPU has tensors of its own, because the copy to the GPU is only ordered before what the same stream
+    does later. A list that a CUDA graph was captured with is kept for good, because a replay of the graph reads it.
     """
 
     def __init__(self) -> None:
@@ -62,9 +63,15 @@ class _Numbers:
             # Fake tensors and their like must not be kept.
             return torch.tensor(numbers, device=device)
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        key = (device, *numbers)
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        key = (device, stream, *numbers)
         with self._lock:
             made = self._made.get(key)
+            if made is None and capturing:
+                # A capture has a stream of its own, and begins when the GPU is done with all others.
+                other = next((k for k in self._made if k[0] == device and k[2:] == key[2:]), None)
+                if other is not None:
+                    made = self._made[key] = self._made[other]
             if made is None:
                 if capturing:
                     raise RuntimeError(

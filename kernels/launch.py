@@ -110,17 +110,12 @@ def _hooked(hooks: Sequence[list[Any]]) -> bool:
         return bool(getattr(before, "calls", before) or getattr(after, "calls", after) or any(hooks))
 
 
-class _CannotRecord(Exception):
-    pass
-
-
 class Recording(TorchDispatchMode):
     """Notes the launches within :func:`recording`. ``plan`` is what came of it: None where these very tensors did not
     serve, but others of the same shapes may; ``Plan()`` where none will."""
 
     def __init__(self, tensors: Sequence[Tensor | None]):
         super().__init__()
-        self._tensors = tensors
         self._extents = [_extent(t) for t in tensors]
         self._launches: list[_Launch] = []
         self._aligned: set[int] = set()

@@ -98,12 +98,20 @@ def test_old_numbers_are_forgotten_but_not_those_of_a_graph(monkeypatch):
     monkeypatch.setattr(numbers, "_make", lambda device, values: (torch.tensor(values), torch.tensor(values)))
     capturing = False
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    stream = types.SimpleNamespace(cuda_stream=0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     kept = numbers.on(cuda, [1, 2])
+    stream.cuda_stream = 1
+    assert numbers.on(cuda, [1, 2]) is not kept  # nothing orders another stream behind the first one's copy
+    stream.cuda_stream = 0
+    numbers._made.popitem()
+    stream.cuda_stream = 2  # a capture's own
     capturing = True
     assert numbers.on(cuda, [1, 2]) is kept
     with pytest.raises(RuntimeError, match="run the model with it once before the capture"):
         numbers.on(cuda, [3])
     capturing = False
+    stream.cuda_stream = 0
     for i in range(5):
         numbers.on(cuda, [i])
     assert len(numbers._made) == 2 and any(entry[1] is kept for entry in numbers._captured)
