@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from statistics import median
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,7 @@ from timing import arguments, machine, show, write
 from torch import Tensor
 
 from hyperformer_fast import backends, ops
+from hyperformer_fast.backends import registry
 from hyperformer_fast.layout import AdapterLayout
 from hyperformer_fast.sites import StackWeights
 
@@ -136,6 +138,8 @@ def measure(rounds: int) -> dict[str, dict[str, float]]:
             with backends.use_backend("cpu"):
                 found["C++, one task"] = timed(our_calls(small, 1, False, 1), rounds)
                 found["C++, mixed tasks"] = timed(our_calls(small, TASKS, True, 1), rounds)
+                with mock.patch.dict(registry.get("cpu").__dict__, nodes=None):
+                    found["C++, autograd in Python"] = timed(our_calls(small, 1, False, 1), rounds)
     return found
 
 

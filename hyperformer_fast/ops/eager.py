@@ -1,7 +1,7 @@
 """The ops in eager mode, as autograd functions that call a backend directly.
 
 Calling a registered op whose autograd formula is written in Python takes several times as long (docs/design.md). The
-compiled libraries have autograd functions in C++ (csrc/autograd), whose host time is about half.
+compiled libraries have autograd functions in C++ (csrc/autograd), which take less of the host's time.
 """
 
 from __future__ import annotations
