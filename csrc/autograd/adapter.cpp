@@ -88,6 +88,18 @@ variable_list call(const c10::OperatorHandle& op, torch::jit::Stack& stack) {
   return results;
 }
 
+// The output of a forward, and what it saves.
+variable_list call_forward(const c10::OperatorHandle& op, at::ArrayRef<Tensor> inputs,
+                           const std::optional<Tensor>& task_index, const Spec& spec) {
+  torch::jit::Stack stack;
+  stack.reserve(inputs.size() + 1 + kSpec + 1);
+  for (const Tensor& input : inputs) stack.emplace_back(input);
+  push(stack, task_index);
+  spec.push(stack);
+  stack.emplace_back(true);
+  return call(op, stack);
+}
+
 // The error of gradients.py, for the same reasons.
 void refuse_second_derivative(const Tensor& g) {
   TORCH_CHECK(!at::GradMode::is_enabled(),
@@ -129,14 +141,9 @@ struct Adapter : torch::autograd::Function<Adapter> {
   // Kept: x, packed, folded, what the forward saved, task_index.
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& packed, int64_t library, const Spec& spec,
                         const variable_list& folded, const std::optional<Tensor>& task_index) {
-    torch::jit::Stack stack;
-    stack.reserve(1 + kFolded + 1 + kSpec + 1);
-    stack.emplace_back(x);
-    for (const Tensor& part : folded) stack.emplace_back(part);
-    push(stack, task_index);
-    spec.push(stack);
-    stack.emplace_back(true);
-    variable_list made = call(library_of(library).forward, stack);
+    variable_list inputs{x};
+    inputs.insert(inputs.end(), folded.begin(), folded.end());
+    variable_list made = call_forward(library_of(library).forward, inputs, task_index, spec);
     variable_list kept{x, packed};
     kept.reserve(2 + kFolded + kSaved + 1);
     kept.insert(kept.end(), folded.begin(), folded.end());
@@ -162,13 +169,7 @@ struct HyperAdapter : torch::autograd::Function<HyperAdapter> {
   // Kept: x, E, G, what the forward saved, packed, folded, task_index.
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& E, const Tensor& G, const Tensor& g0,
                         int64_t library, const Spec& spec, const std::optional<Tensor>& task_index) {
-    torch::jit::Stack stack;
-    stack.reserve(4 + 1 + kSpec + 1);
-    for (const Tensor* t : {&x, &E, &G, &g0}) stack.emplace_back(*t);
-    push(stack, task_index);
-    spec.push(stack);
-    stack.emplace_back(true);
-    variable_list made = call(library_of(library).site, stack);
+    variable_list made = call_forward(library_of(library).site, {x, E, G, g0}, task_index, spec);
     variable_list kept{x, E, G};
     kept.insert(kept.end(), made.begin() + 1, made.end());
     kept.push_back(task_index.value_or(Tensor()));
