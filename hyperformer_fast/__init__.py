@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .adapter import FusedHyperAdapter
     from .backends import explain, use_backend
     from .config import HyperFormerConfig
+    from .data.registry import register_task
     from .layout import AdapterLayout
     from .model import HyperFormerModel, get_hyperformer_model
 
@@ -28,6 +29,7 @@ _PUBLIC = {
     "HyperFormerModel": "model",
     "explain": "backends",
     "get_hyperformer_model": "model",
+    "register_task": "data.registry",
     "use_backend": "backends",
 }
 _MODULES = ("backends", "official", "ops", "reference")
@@ -43,6 +45,7 @@ __all__ = [
     "official",
     "ops",
     "reference",
+    "register_task",
     "use_backend",
 ]
 

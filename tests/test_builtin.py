@@ -6,7 +6,7 @@ import json
 import pytest
 
 from hyperformer_fast.data.builtin import BUILTIN_TASKS, SIZES, load_builtin, unlabelled_text
-from hyperformer_fast.data.tasks import builtin_spec
+from hyperformer_fast.data.registry import builtin_spec
 
 SPECS = {task: builtin_spec(task) for task in BUILTIN_TASKS}
 TEXT = {task: list(spec.columns) for task, spec in SPECS.items()}
@@ -19,7 +19,7 @@ def test_rows_are_sound_and_splits_disjoint(task):
         rows = load_builtin(task, split)
         assert len(rows) == size and rows == load_builtin(task, split)
         for row in rows:
-            assert SPECS[task].source(row, "") and SPECS[task].target(SPECS[task].label(row, ""))
+            assert SPECS[task].source_text(row, "") and SPECS[task].target_text(SPECS[task].label(row, ""))
             text = tuple(row[column] for column in TEXT[task])
             assert text not in seen and sum(map(len, text)) < 90
             seen.add(text)

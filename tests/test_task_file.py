@@ -9,7 +9,7 @@ import pytest
 
 from hyperformer_fast.data import DataError, TaskSpec, load_tasks
 from hyperformer_fast.data.infer import infer_spec
-from hyperformer_fast.data.task_file import ALLOWED
+from hyperformer_fast.data.task_fields import ALLOWED
 
 
 def folder(root, found, name="mine", fields=None):
@@ -27,7 +27,7 @@ def texts(labels, **columns):
 
 def labels_of(root, name="mine"):
     data = load_tasks(str(root))[name]
-    return [example.label for example in data.splits["train"]], data.spec
+    return list(data.splits["train"]["label"]), data.spec
 
 
 def test_numbers_written_as_text_keep_their_order_and_come_back_as_they_were(tmp_path):
@@ -105,9 +105,9 @@ def test_a_text_column_that_names_the_row_is_not_fed_to_the_model(tmp_path, colu
     with pytest.raises(DataError, match=rf"'{column}' of 'mine' seems to identify the row.*task.json: .*\[\"text\"\]"):
         load_tasks(root)
     folder(tmp_path, found, fields={"columns": ["text"]})
-    assert load_tasks(root)["mine"].splits["train"][1].source == "text: some words 1"
+    assert load_tasks(root)["mine"].splits["train"][1]["source"] == "text: some words 1"
     folder(tmp_path, found, fields={"columns": {"document": "text", "name": [column]}})
-    assert load_tasks(root)["mine"].splits["train"][1].source == "document: some words 1 name: train-1"
+    assert load_tasks(root)["mine"].splits["train"][1]["source"] == "document: some words 1 name: train-1"
 
 
 def test_columns_that_name_rows_are_known_by_their_values_too():
@@ -134,22 +134,22 @@ def test_a_task_file_says_what_the_rows_do_not(tmp_path):
     found = [{"a": "x", "b": "y", "c": "z", "n": 3, "kind": kind} for kind in ("good", "bad")]
     fields = {"columns": ["a", "b", "c"], "label_columns": ["kind"]}
     data = load_tasks(folder(tmp_path, found, fields=fields))["mine"]
-    assert data.splits["train"][0].source == "a: x b: y c: z" and data.spec.label_names == ("bad", "good")
+    assert data.splits["train"][0]["source"] == "a: x b: y c: z" and data.spec.label_names == ("bad", "good")
     known = [{"sentence": "x", "verdict": 1}, {"sentence": "y", "verdict": 0}]
     data = load_tasks(folder(tmp_path, known, "cola", {"label_columns": ["verdict"]}), ["cola"])["cola"]
-    assert data.splits["train"][0].label == 1 and data.spec.metrics == ("matthews",)
+    assert data.splits["train"][0]["label"] == 1 and data.spec.metrics == ("matthews",)
 
 
 def test_a_wrong_task_file_is_named(tmp_path):
     for fields, message in (
-        ({"column": ["text"]}, "unknown field 'column'; known are columns, labels"),
+        ({"column": ["text"]}, "unknown field 'column'; did you mean 'columns'.; known are source, columns"),
         ({"columns": []}, r"columns must be a list of text columns, .*got \[\]"),
         ({"labels": "01"}, "labels must be a list of texts, or null .*got '01'"),
         ({"label_names": [True, False]}, "label_names must be a list of texts or whole numbers"),
         ({"labels": ["0", "1"], "metrics": ["pearson"]}, "metric 'pearson' does not fit"),
         ({"label_names": ["a", "a"]}, "label_names must be unique"),
         ({"labels": None, "low": 5, "high": 0}, "low must be below high"),
-        ({"labels": None, "step": 0.01}, "step a multiple of 0.1"),
+        ({"labels": None, "step": 0}, "step positive with at most six decimals, .*step=0"),
         ({"labels": None, "high": float("inf")}, "high must be a number, got inf"),
         ({"name": "yours"}, "remove the field 'name'"),
         ({"columns": ["t\ud800"]}, "columns is not text"),

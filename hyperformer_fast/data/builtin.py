@@ -60,14 +60,13 @@ WHERE += ("on the hill", "near the gate")
 SIZES = {"train": 2000, "validation": 250, "test": 250}
 
 _PAIR = ("sentence1", "sentence2")
-#: Kind, columns, target texts of the labels (None: the label is a number) and metrics of each task.
-#: :func:`~hyperformer_fast.data.tasks.builtin_spec` makes a TaskSpec of them.
+#: The entry of each task; see :class:`~hyperformer_fast.data.tasks.TaskSpec` for the fields.
 BUILTIN_SPECS: dict[str, dict[str, Any]] = {
-    "sentiment": {"kind": "single", "columns": ("sentence",), "labels": ("0", "1"), "metrics": ("accuracy",)},
-    "topic": {"kind": "single", "columns": ("sentence",), "labels": ("0", "1", "2", "3"), "metrics": ("accuracy",)},
-    "grammar": {"kind": "single", "columns": ("sentence",), "labels": ("0", "1"), "metrics": ("matthews",)},
-    "entailment": {"kind": "pair", "columns": _PAIR, "labels": ("0", "1"), "metrics": ("accuracy",)},
-    "similarity": {"kind": "pair", "columns": _PAIR, "labels": None, "metrics": ("pearson", "spearman")},
+    "sentiment": {"columns": ("sentence",), "labels": ("0", "1")},
+    "topic": {"columns": ("sentence",), "labels": ("0", "1", "2", "3")},
+    "grammar": {"columns": ("sentence",), "labels": ("0", "1"), "metrics": ("matthews",)},
+    "entailment": {"columns": _PAIR, "labels": ("0", "1")},
+    "similarity": {"columns": _PAIR, "target": "number"},
 }
 BUILTIN_TASKS = tuple(BUILTIN_SPECS)
 

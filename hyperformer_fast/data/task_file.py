@@ -1,53 +1,18 @@
-"""Read ``task.json``, which gives the fields of a task's TaskSpec that its rows alone do not determine."""
+"""Read tasks that a person described in a file: many in a task file, or one in ``task.json`` beside its rows."""
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..json_files import read_object
-from .tasks import DataError, check_text, shown_value
+from ..json_files import parse, read_object
+from ..yaml_files import parse_yaml
+from .errors import DataError, shown_value
+from .task_fields import checked_fields, spec_of
+from .tasks import FILES, TaskSpec
 
 TASK_FILE = "task.json"
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value)
-
-
-def _is_texts(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(map(_is_text, value))
-
-
-def _is_columns(value: Any) -> bool:
-    if not isinstance(value, dict):
-        return _is_texts(value)
-    return bool(value) and all(_is_text(found) or _is_texts(found) for found in value.values())
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_names(value: Any) -> bool:
-    each = lambda name: _is_text(name) or isinstance(name, int) and not isinstance(name, bool)  # noqa: E731
-    return isinstance(value, list) and all(map(each, value))
-
-
-#: For each field, a test of its value, and what an error message says that it must be.
-ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "columns": (_is_columns, 'a list of text columns, or an object {"shown": "column in the file"}'),
-    "labels": (lambda value: value is None or _is_texts(value), "a list of texts, or null where the label is a number"),
-    "label_columns": (_is_texts, "a list of columns"),
-    "label_names": (_is_names, "a list of texts or whole numbers"),
-    "metrics": (_is_texts, "a list of metrics"),
-    "low": (_is_number, "a number"),
-    "high": (_is_number, "a number"),
-    "step": (_is_number, "a number"),
-}
 
 
 def read_task_file(folder: Path) -> dict[str, Any]:
@@ -65,24 +30,84 @@ def read_task_file(folder: Path) -> dict[str, Any]:
         raise DataError(str(error)) from error
     if content.pop("name", folder.name) != folder.name:
         raise DataError(f"{path}: the task is named after its folder, {folder.name!r}: remove the field 'name'")
-    for field, value in content.items():
-        if field not in ALLOWED:
-            raise DataError(f"{path}: unknown field {field!r}; known are {', '.join(ALLOWED)}")
-        fits, words = ALLOWED[field]
-        if not fits(value):
-            raise DataError(f"{path}: {field} must be {words}, got {shown_value(value)}")
-        check_text(json.dumps(value, ensure_ascii=False), f"{path}: {field}")
-    return _completed(content)
+    return _placed(checked_fields(content, str(path)), path, str(path))
 
 
-def _completed(given: dict[str, Any]) -> dict[str, Any]:
-    if "columns" in given:
-        columns = given["columns"]
-        columns = {name: name for name in columns} if isinstance(columns, list) else columns
-        given["columns"] = {shown: (found,) if isinstance(found, str) else found for shown, found in columns.items()}
-    if given.get("label_names") and "labels" not in given:
-        given["labels"] = [str(index) for index in range(len(given["label_names"]))]
-    if "labels" in given:
-        metrics = ("pearson", "spearman") if given["labels"] is None else ("accuracy",)
-        given = {"label_names": (), "metrics": metrics, **given}
-    return given
+def read_entries(path: str | Path, find_known: Callable[[str], TaskSpec | None] = lambda name: None) -> list[TaskSpec]:
+    """Read the tasks of a task file, which is YAML, or JSON where its name ends in ``.json``.
+
+    The file holds an object of tasks, ``{name: {field: value}}``, or a list of tasks that have a ``name`` among their
+    fields. The fields are those of TaskSpec. ``train_file``, ``validation_file`` and ``test_file`` are relative to the
+    task file.
+
+    Args:
+        path: the file.
+        find_known: returns the task known by a name, or None. The fields of an entry of that name replace its own.
+
+    Raises:
+        DataError: the file or an entry cannot be used; the message names the file, the task, the field, its value and
+            what is expected.
+    """
+    path = Path(path)
+    specs: dict[str, TaskSpec] = {}
+    for name, fields in _entries(_content(path), path):
+        if name in specs:
+            raise DataError(f"{path}: task {name!r} stands there twice")
+        place = f"{path}: task {name!r}"
+        fields = _placed(dict(fields), path, place) if isinstance(fields, Mapping) else fields
+        specs[name] = spec_of(name, fields, str(path), find_known(name))
+    return list(specs.values())
+
+
+def _content(path: Path) -> Any:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise DataError(f"task file {path} is absent") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"task file {path} cannot be read: {error}") from error
+    try:
+        return parse(text, _once) if path.suffix == ".json" else parse_yaml(text, "a task file in YAML")
+    except ValueError as error:
+        raise DataError(f"{path}: not {'JSON' if path.suffix == '.json' else 'YAML'}: {error}") from error
+
+
+def _entries(content: Any, path: Path) -> list[tuple[str, Any]]:
+    if isinstance(content, Mapping) and isinstance(content.get("name"), str):
+        content = [content]
+    if isinstance(content, list):
+        found = []
+        for number, entry in enumerate(content, 1):
+            if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str):
+                raise DataError(f"{path}: entry {number} must be an object with a name, got {shown_value(entry)}")
+            found.append((entry["name"], {field: value for field, value in entry.items() if field != "name"}))
+    elif isinstance(content, Mapping):
+        found = list(content.items())
+    else:
+        raise DataError(f"{path}: must hold tasks as {{name: {{field: value}}}}, got {shown_value(content)}")
+    if not found:
+        raise DataError(f"{path} holds no tasks")
+    for name, _ in found:
+        if not isinstance(name, str) or not name:
+            raise DataError(f"{path}: the name of a task must be a text, got {shown_value(name)}; put quotes around it")
+    return found
+
+
+def _placed(fields: dict[str, Any], path: Path, place: str) -> dict[str, Any]:
+    """Return the fields with the paths of files made absolute. Raises DataError for a file that is absent."""
+    for field in FILES:
+        if isinstance(fields.get(field), str):
+            file = (path.parent / fields[field]).resolve()
+            if not file.exists():
+                raise DataError(f"{place}: {field} {fields[field]!r} is absent; it is looked for at {file}")
+            fields[field] = str(file)
+    return fields
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names: set[str] = set()
+    for name, _ in pairs:
+        if name in names:
+            raise ValueError(f"the name {name!r} stands twice in one object")
+        names.add(name)
+    return dict(pairs)
