@@ -4,38 +4,31 @@ from __future__ import annotations
 
 import collections
 import json
-import sys
-import types
 
 import numpy as np
 import pytest
 from support.runs import data_folder, rows
-from transformers import ByT5Tokenizer
 
 from hyperformer_fast.data import (
-    Collator,
     DataError,
-    EncodedExamples,
-    Example,
     TaskBatchSampler,
     TaskSpec,
     UnknownTask,
     load_tasks,
-    read_jsonl,
+    read_rows,
     task_probabilities,
 )
 from hyperformer_fast.data.infer import infer_spec
-from hyperformer_fast.data.sources import examples
-from hyperformer_fast.data.tasks import KNOWN
+from hyperformer_fast.data.registry import KNOWN
 
 
 def test_rows_become_text_as_in_the_authors_code():
     mnli = KNOWN["mnli"]
-    assert mnli.source({"premise": "A b.", "hypothesis": "C."}, "") == "premise: A b. hypothesis: C."
-    assert [mnli.target(label) for label in (0, 1, 2)] == mnli.targets() == ["0", "1", "2"]
-    assert KNOWN["qnli"].source({"sentence": "S", "question": "Q?"}, "") == "question: Q? sentence: S"
+    assert mnli.source_text({"premise": "A b.", "hypothesis": "C."}, "") == "premise: A b. hypothesis: C."
+    assert [mnli.target_text(label) for label in (0, 1, 2)] == mnli.targets() == ["0", "1", "2"]
+    assert KNOWN["qnli"].source_text({"sentence": "S", "question": "Q?"}, "") == "question: Q? sentence: S"
     trec = KNOWN["trec"]
-    assert trec.source({"text": "Who ?", "label-coarse": 3}, "") == "sentence: Who ?"
+    assert trec.source_text({"text": "Who ?", "label-coarse": 3}, "") == "sentence: Who ?"
     assert trec.label({"text": "Who ?", "label": 5, "label-coarse": 3}, "") == 3
     assert mnli.parse("2 ") == 2 and mnli.parse("3") is None and mnli.parse("") is None and mnli.parse("1.0") is None
 
@@ -46,14 +39,14 @@ def test_scitail_is_read_under_either_of_its_names():
         {"sentence1": "a", "sentence2": "b", "label": 1},
         {"premise": "a", "hypothesis": "b", "gold_label": "neutral"},
     ):
-        assert scitail.source(row, "") == "sentence1: a sentence2: b" and scitail.label(row, "") == 1
+        assert scitail.source_text(row, "") == "sentence1: a sentence2: b" and scitail.label(row, "") == 1
 
 
 def test_similarity_is_text_in_steps_of_a_fifth():
     stsb = KNOWN["stsb"]
-    assert [stsb.target(value) for value in (0, 2.75, 3.79, 5.0, 0.1)] == ["0.0", "2.8", "3.8", "5.0", "0.0"]
-    assert len(stsb.targets()) == 26 and {stsb.target(i / 100) for i in range(501)} == set(stsb.targets())
-    assert all(abs(stsb.parse(stsb.target(i / 100)) - i / 100) <= 0.1 + 1e-9 for i in range(501))
+    assert [stsb.target_text(value) for value in (0, 2.75, 3.79, 5.0, 0.1)] == ["0.0", "2.8", "3.8", "5.0", "0.0"]
+    assert len(stsb.targets()) == 26 and {stsb.target_text(i / 100) for i in range(501)} == set(stsb.targets())
+    assert all(abs(stsb.parse(stsb.target_text(i / 100)) - i / 100) <= 0.1 + 1e-9 for i in range(501))
     assert stsb.parse("3.8") == 3.8 and stsb.parse("-.5") == -0.5
     assert [stsb.parse(text) for text in ("three", "nan", "inf", "1e9", "", "3.", "٣")] == [None] * 5 + [3.0, None]
 
@@ -90,18 +83,21 @@ def test_bad_files_and_folders_are_named(tmp_path):
     empty = tmp_path / "empty.jsonl"
     empty.write_text("\n")
     with pytest.raises(DataError, match="empty.jsonl holds no rows"):
-        read_jsonl(empty)
+        read_rows(empty)
     with pytest.raises(DataError, match="nowhere' is not a directory"):
         load_tasks(str(tmp_path / "nowhere"))
     with pytest.raises(DataError, match="holds no <task>/train.jsonl"):
         load_tasks(str(tmp_path))
-    with pytest.raises(DataError, match="the only data set taken from the Hub is 'hub:glue'"):
+    with pytest.raises(DataError, match="only name of this form is 'hub:glue'; .* name it as 'dataset'"):
         load_tasks("hub:squad")
     folder = data_folder(tmp_path / "data")
     with pytest.raises(UnknownTask, match="unknown task 'rte'; .*data has cola, stsb"):
         load_tasks(folder, ["cola", "rte"])
-    with pytest.raises(UnknownTask, match="unknown task 'cola'; the built-in data has"):
-        load_tasks(None, ["cola"])
+    with pytest.raises(UnknownTask, match="unknown task 'colour'; the built-in data has"):
+        load_tasks(None, ["colour"])
+    (tmp_path / "data" / "cola" / "validation.jsonl").write_text("\n")
+    with pytest.raises(DataError, match="validation.jsonl holds no rows"):
+        load_tasks(folder)
     (tmp_path / "data" / "cola" / "validation.jsonl").unlink()
     with pytest.raises(DataError, match="validation.jsonl is absent"):
         load_tasks(folder)
@@ -111,7 +107,7 @@ def test_folders_are_read_and_test_is_optional(tmp_path):
     folder = data_folder(tmp_path)
     data = load_tasks(folder)
     assert list(data) == ["cola", "stsb"] and data["cola"].report_split == "validation"
-    assert data["cola"].splits["train"][1] == Example("cola", "sentence: s001", "1", 1)
+    assert data["cola"].splits["train"][1] == {"source": "sentence: s001", "target": "1", "label": 1}
     (tmp_path / "cola" / "test.jsonl").write_text(json.dumps(rows("cola", 1)[0]) + "\n")
     again = load_tasks(folder, ["cola"])["cola"]
     assert again.report_split == "test" and again.fingerprint()["train"] == data["cola"].fingerprint()["train"]
@@ -154,45 +150,6 @@ def test_specs_that_cannot_be_are_refused():
             TaskSpec(name="mine", columns=columns, **fields)
 
 
-def test_the_hub_is_asked_only_by_name(monkeypatch):
-    asked = []
-
-    def load_dataset(repository, task, split):
-        asked.append((repository, task, split))
-        return rows(task, 4)
-
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    data = load_tasks("hub:glue", ["mnli", "stsb"])
-    assert asked == [("nyu-mll/glue", *rest) for rest in (
-        ("mnli", "train"), ("mnli", "validation_matched"), ("stsb", "train"), ("stsb", "validation")
-    )]  # fmt: skip
-    assert data["mnli"].report_split == "validation" and len(data["mnli"].splits["train"]) == 4
-    with pytest.raises(UnknownTask, match="unknown task 'trec'; hub:glue has cola"):
-        load_tasks("hub:glue", ["trec"])
-
-    def offline(*_, **__):
-        raise ConnectionError("no route")
-
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=offline))
-    with pytest.raises(DataError, match="GLUE's rte .train. could not be fetched from the Hub: no route"):
-        load_tasks("hub:glue", ["rte"])
-
-
-def test_batches_are_padded_and_carry_their_task():
-    spec, tokenizer = KNOWN["cola"], ByT5Tokenizer()
-    found = examples(spec, [("", {"sentence": "ab", "label": 0}), ("", {"sentence": "abcd", "label": 1})])
-    encoded = EncodedExamples(found, tokenizer, 64)
-    batch = Collator(tokenizer.pad_token_id)([encoded[0], encoded[1]])
-    assert batch["task"] == "cola" and batch["input_ids"].shape == (2, len("sentence: abcd") + 1)
-    assert batch["attention_mask"].sum(1).tolist() == [13, 15] and (batch["input_ids"][0, 13:] == 0).all()
-    assert tokenizer.decode(batch["labels"][1], skip_special_tokens=True) == "1"
-    other = {**encoded[1], "task": "sst2", "labels": [5]}
-    mixed = Collator(0, multiple_of=8)([encoded[0], other])
-    assert mixed["task"] == ["cola", "sst2"] and mixed["input_ids"].shape == (2, 16)
-    assert mixed["labels"].tolist()[1] == [5, -100]
-    assert len(EncodedExamples(found, tokenizer, 6)[1]["input_ids"]) == 6
-
-
 def test_temperature():
     sizes = [100, 10_000]
     np.testing.assert_allclose(task_probabilities(sizes, 1), [1 / 101, 100 / 101])
@@ -230,6 +187,33 @@ def test_shares_of_a_step_make_up_the_whole(accumulation, world):
         assert [index for part in parts for index in part] == batch
 
 
+@pytest.mark.parametrize(("accumulation", "world"), [(4, 1), (1, 4), (2, 2)])
+def test_shares_of_a_mixed_step_make_up_the_whole(accumulation, world):
+    """Each example of a step draws its own task, and the steps do not depend on how they are shared out."""
+    sizes = [30, 50, 7]
+    whole = list(TaskBatchSampler(sizes, 8, 20, seed=5, mixed=True))
+    ranks = [
+        list(TaskBatchSampler(sizes, 2, 20, seed=5, accumulation=accumulation, rank=rank, world_size=world, mixed=True))
+        for rank in range(world)
+    ]
+    for step, batch in enumerate(whole):
+        parts = [ranks[rank][step * accumulation + micro] for micro in range(accumulation) for rank in range(world)]
+        assert [index for part in parts for index in part] == batch
+
+
+def test_mixed_batches_draw_each_example_by_temperature():
+    sizes, p = [5, 500], task_probabilities([5, 500], 10)
+    batches = list(TaskBatchSampler(sizes, 8, 500, temperature=10, seed=0, mixed=True))
+    assert batches == list(TaskBatchSampler(sizes, 8, 900, temperature=10, seed=0, mixed=True))[:500]
+    share = np.mean([index < 5 for batch in batches for index in batch])
+    assert abs(share - p[0]) < 0.02
+    assert sum(len({index < 5 for index in batch}) == 2 for batch in batches) > 450
+    counts = collections.Counter(index for batch in batches for index in batch)
+    for task in (range(5), range(5, 505)):
+        seen = [counts[index] for index in task]
+        assert max(seen) - min(seen) <= 1
+
+
 def test_samplers_that_cannot_be_are_refused():
     for arguments, message in (
         ({"sizes": [3, 0]}, r"\[3, 0\]"),
@@ -244,4 +228,6 @@ def test_real_data_reads(shared):
     assert len(data["stsb"].splits["train"]) == 5700 and set(data) <= set(KNOWN)
     for task in data.values():
         first = task.splits["validation"][0]
-        assert first.source.startswith(next(iter(task.spec.columns)) + ": ") and first.target in task.spec.targets()
+        assert (
+            first["source"].startswith(next(iter(task.spec.columns)) + ": ") and first["target"] in task.spec.targets()
+        )

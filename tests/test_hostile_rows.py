@@ -8,7 +8,7 @@ import pytest
 from support.runs import data_folder, rows, saved_t5
 
 from hyperformer_fast.cli import main
-from hyperformer_fast.data import DataError, load_tasks, read_jsonl
+from hyperformer_fast.data import DataError, load_tasks, read_rows
 from hyperformer_fast.data.infer import infer_spec
 from hyperformer_fast.json_files import MAX_DEPTH
 
@@ -48,10 +48,10 @@ def test_what_is_odd_but_means_one_thing_is_read(tmp_path):
     odd = [r'{"sentence": "a\u0000b", "label": 1}', r'{"sentence": "\ud83d\ude00", "label": 1.0}']
     odd += [r'{"sentence": "a", "label": 0, "unread": ["\ud800", NaN, ' + nested + "]}"]
     path.write_text("\ufeff" + "\r\n".join(odd), encoding="utf-8")
-    sources = [(example.source, example.label) for example in load_tasks(folder)["cola"].splits["train"]]
+    sources = [(example["source"], example["label"]) for example in load_tasks(folder)["cola"].splits["train"]]
     assert sources == [("sentence: a\0b", 1), ("sentence: \U0001f600", 1), ("sentence: a", 0)]
     assert type(sources[1][1]) is int
-    assert read_jsonl(path)[2][1]["unread"][0] == "\ud800"
+    assert read_rows(path)[2][1]["unread"][0] == "\ud800"
 
 
 def test_names_of_columns_and_labels_must_be_text_too():

@@ -1,77 +1,79 @@
-"""Tokenise examples and collate them into padded batches."""
+"""Collate tokenised examples into padded batches that say which task each example is of."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset
+from transformers import DataCollatorForSeq2Seq
 
-from .sources import Example
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+#: The columns of which a batch is made. All others, such as texts, are left out.
+_PADDED = ("labels", "decoder_input_ids", "decoder_attention_mask")
 
 
-class EncodedExamples(Dataset[dict[str, Any]]):
-    """A dataset of tokenised examples. Each is tokenised when it is first accessed.
+@dataclasses.dataclass
+class HyperFormerDataCollator(DataCollatorForSeq2Seq):
+    """A ``DataCollatorForSeq2Seq`` for examples that have a ``task`` or a ``task_index``.
 
-    Args:
-        examples: examples of any tasks.
-        tokenizer: the Hugging Face tokenizer of a T5 or ByT5.
-        max_source_length: longest source, in tokens; longer ones are truncated. Targets are never truncated.
-    """
-
-    def __init__(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_source_length: int):
-        self.examples, self.tokenizer, self.max_source_length = list(examples), tokenizer, max_source_length
-        self._encoded: dict[int, dict[str, Any]] = {}
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        if index not in self._encoded:
-            example = self.examples[index]
-            self._encoded[index] = {
-                "task": example.task,
-                "input_ids": encode(self.tokenizer, example.source, self.max_source_length),
-                "labels": encode(self.tokenizer, example.target),
-            }
-        return self._encoded[index]
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, text: str, max_length: int | None = None) -> list[int]:
-    """Return the token ids of ``text``, with the end-of-sequence token."""
-    ids: list[int] = tokenizer(text, truncation=max_length is not None, max_length=max_length).input_ids
-    return ids
-
-
-class Collator:
-    """Collates tokenised examples into a batch, padded to the longest of them.
-
-    Returns ``input_ids`` and ``attention_mask`` [B, L], ``labels`` [B, M] padded with -100, and ``task``: one name if
-    all examples are of the same task, else a list of names.
+    A batch holds ``input_ids``, ``attention_mask``, ``labels`` (padded with -100) and, with ``model``,
+    ``decoder_input_ids``. If all of its examples are of one task it has ``task``, the task's name; otherwise it has
+    ``task_index`` [B], or a list of names under ``task`` if neither ``model`` nor the examples give the indices. Where
+    an example has both, its name decides.
 
     Args:
-        pad_token_id: the id that the T5 uses for padding.
-        multiple_of: round L up to a multiple of this number (8 fits the tiles of tensor cores).
+        task_names: the names behind the integers of a ``task`` column of type ``ClassLabel``
+            (``dataset.features["task"].names``). The other arguments are those of ``DataCollatorForSeq2Seq``.
     """
 
-    def __init__(self, pad_token_id: int, multiple_of: int = 1):
-        self.pad_token_id, self.multiple_of = pad_token_id, multiple_of
+    task_names: Sequence[str] | None = None
 
-    def __call__(self, encoded: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        input_ids = _pad([item["input_ids"] for item in encoded], self.pad_token_id, self.multiple_of)
-        mask = _pad([[1] * len(item["input_ids"]) for item in encoded], 0, self.multiple_of)
-        tasks = [item["task"] for item in encoded]
-        batch = {"input_ids": input_ids, "attention_mask": mask, "task": tasks[0] if len(set(tasks)) == 1 else tasks}
-        if "labels" in encoded[0]:
-            batch["labels"] = _pad([item["labels"] for item in encoded], -100, 1)
-        return batch
+    def __call__(self, features: Sequence[dict[str, Any]], return_tensors: str | None = None) -> dict[str, Any]:
+        kept = (*self.tokenizer.model_input_names, *_PADDED)
+        batch = super().__call__(
+            [{name: feature[name] for name in kept if name in feature} for feature in features], return_tensors
+        )
+        return {**batch, **self._tasks(features)}
 
+    def _tasks(self, features: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        indices = [int(feature["task_index"]) for feature in features if "task_index" in feature]
+        names = [self._name(feature["task"]) for feature in features if "task" in feature]
+        known = self._tasks_of_model()
+        if names and len(names) < len(features) or indices and len(indices) < len(features):
+            raise ValueError("some examples of a batch have a task and others have none: give every example one")
+        if indices and known is not None and max(indices) >= len(known):
+            raise ValueError(f"task_index {max(indices)} is out of range: the model has {', '.join(known)}")
+        if not names and indices and known is not None and min(indices) >= 0:
+            names = [known[index] for index in indices]
+        if names and len(set(names)) == 1:
+            return {"task": names[0]}
+        if names and known is not None:
+            unknown = sorted(set(names) - set(known))
+            if unknown:
+                raise ValueError(f"unknown task {unknown[0]!r}; the model has {', '.join(known)}")
+            indices = [known.index(name) for name in names]
+        elif len(set(names)) > len(set(indices)) > 0:
+            raise ValueError(
+                f"examples of different tasks ({', '.join(sorted(set(names)))}) have the same task_index: give "
+                "encode() the index of each task, or give the collator the model"
+            )
+        if indices:
+            return {"task_index": torch.tensor(indices)}
+        return {"task": names} if names else {}
 
-def _pad(rows: list[list[int]], value: int, multiple_of: int) -> Tensor:
-    length = -(-max(map(len, rows)) // multiple_of) * multiple_of
-    return torch.tensor([row + [value] * (length - len(row)) for row in rows])
+    def _name(self, task: Any) -> str:
+        if isinstance(task, str):
+            return task
+        if self.task_names is None:
+            raise ValueError(
+                f"a column 'task' must hold names, got {task!r}; for a ClassLabel column give the collator "
+                "task_names=dataset.features['task'].names"
+            )
+        if not 0 <= int(task) < len(self.task_names):
+            raise ValueError(f"task {int(task)} is out of range: task_names has {len(self.task_names)} names")
+        return self.task_names[int(task)]
+
+    def _tasks_of_model(self) -> list[str] | None:
+        config = getattr(self.model, "hyperformer_config", None)
+        return None if config is None else list(config.tasks)

@@ -9,8 +9,11 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
+from .formats import Rows, number_of
+from .registry import find_task
 from .task_file import TASK_FILE
-from .tasks import KNOWN, NUMBER, DataError, TaskSpec, check_text, shown_value
+from .tasks import NUMBER, DataError, TaskSpec, check_text, shown_value
+from .templates import placeholders
 
 #: Names of columns that identify a row: id, idx, pair_id, pairID, guid, ...
 _ROW_NAME = re.compile(
@@ -20,6 +23,42 @@ _ROW_NAME = re.compile(
 #: If there are more rows than this and every row has a different "label", the column is taken for a row's id.
 _MANY_ROWS = 20
 _MAX_CLASSES = 100
+
+
+def spec_of_rows(name: str, train: Rows, where: str | None = None, given: Mapping[str, Any] | None = None) -> TaskSpec:
+    """Return the specification of a task, by its name if that is known, else inferred from its training rows."""
+    known = find_task(name)
+    if known is not None and given is None:
+        return known
+    given = dict(given or {})
+    if _is_complete(given):
+        return TaskSpec(name=name, **given)
+    rows = [row for _, row in train]
+    if not train.typed:
+        _recognise_numbers(rows)
+    classes = {column: feature.names for column, feature in (train.features or {}).items() if hasattr(feature, "names")}
+    label = given["label_columns"][0] if "label_columns" in given else "label"
+    if "label" not in rows[0] and len(classes) == 1:
+        label = given.setdefault("label_columns", tuple(classes))[0]
+    if label in classes and "labels" not in given and "label_names" not in given:
+        names = classes[label]
+        given |= {"labels": [str(index) for index in range(len(names))], "label_names": names}
+    return infer_spec(name, rows, where or train.name, given)
+
+
+def _is_complete(given: Mapping[str, Any]) -> bool:
+    """Return whether the fields say what is read and what is written, so that no row needs to be looked at."""
+    is_text = given.get("target") == "text" or "target_template" in given
+    return ("columns" in given or "source" in given) and (is_text or "labels" in given or "target" in given)
+
+
+def _recognise_numbers(rows: list[dict[str, Any]]) -> None:
+    """Turn each column that holds nothing but numbers, written as text, into numbers."""
+    for column in rows[0]:
+        values = [number_of(row[column]) for row in rows]
+        if not any(isinstance(value, str) for value in values):
+            for row, value in zip(rows, values, strict=True):
+                row[column] = value
 
 
 def infer_spec(
@@ -46,10 +85,10 @@ def infer_spec(
     chosen = "label_columns" in given
     label = given["label_columns"][0] if "label_columns" in given else _label_column(name, rows[0], where, given)
     given.setdefault("label_columns", (label,))
-    if "columns" not in given:
+    if "columns" not in given and "source" not in given:
         taken = given["label_columns"]
         given["columns"] = {c: (c,) for c in _text_columns(name, rows, where, taken)}
-    if "labels" not in given:
+    if "labels" not in given and given.get("target", "class") == "class":
         column = next((column for column in given["label_columns"] if column in rows[0]), label)
         given = {**_classes(name, [row.get(column) for row in rows], where, chosen), **given}
     return TaskSpec(name=name, **given)
@@ -58,8 +97,9 @@ def infer_spec(
 def _label_column(name: str, row: Mapping[str, Any], where: str, given: Mapping[str, Any]) -> str:
     if "label" in row:
         return "label"
-    if "columns" in given:
-        taken = {column for found in given["columns"].values() for column in found}
+    if "columns" in given or "source" in given:
+        taken = {column for found in given.get("columns", {}).values() for column in found}
+        taken |= {name.partition(".")[0] for name in placeholders(given.get("source", ""))}
         candidates = [column for column in row if column not in taken]
     else:
         candidates = [column for column, value in row.items() if not isinstance(value, str)]
@@ -165,8 +205,8 @@ def _two_readings(name: str, where: str, values: set[Any]) -> DataError:
 
 def _cannot_tell(name: str, row: Mapping[str, Any], where: str) -> DataError:
     return DataError(
-        f"{where}: {name!r} is not a task known by name ({', '.join(KNOWN)}), and its columns {list(row)} can't be "
-        "told apart: there must be one or two columns of text and one 'label'; "
+        f"{where}: {name!r} is not a task known by name, and its columns {shown_value(list(row))} can't be told "
+        "apart: there must be one or two columns of text and one 'label'; "
         + _say(where, "which they are", {"columns": ["TEXT COLUMN"], "label_columns": ["LABEL COLUMN"]})
     )
 

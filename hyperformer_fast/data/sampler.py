@@ -1,4 +1,4 @@
-"""Choose which task each optimizer step trains, and on which of its examples."""
+"""Choose the tasks and the examples that each optimizer step trains."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ def task_probabilities(sizes: Sequence[int], temperature: float) -> NDArray[np.f
 
 
 class TaskBatchSampler:
-    """Yields micro-batches of indices into the concatenated tasks; all micro-batches of a step are of the same task.
+    """Yields micro-batches of indices into the concatenated tasks.
 
-    Each optimizer step draws a task, then takes the next ``batch_size * world_size * accumulation`` of its examples and
-    divides them among the accumulated micro-batches and the ranks. The same seed therefore gives the same steps for
-    4 examples x 2 accumulated micro-batches, 4 examples x 2 ranks, or 8 examples at once. Each task's examples are
-    shuffled anew for every pass over them. The indices depend only on ``seed`` and ``sizes``, never on ``steps``: a
-    resumed run skips those that it has already trained on.
+    Each optimizer step takes ``batch_size * world_size * accumulation`` examples and divides them among the accumulated
+    micro-batches and the ranks. They are all of one task, which is drawn for the step; if ``mixed`` is set, a task is
+    drawn for each example. The same seed therefore gives the same steps for 4 examples x 2 accumulated micro-batches,
+    4 examples x 2 ranks, or 8 examples at once. Each task's examples are shuffled anew for every pass over them. The
+    indices depend only on ``seed`` and ``sizes``, never on ``steps``: a resumed run skips those that it has already
+    trained on.
 
     Args:
         sizes: number of examples of each task, each at least 1.
@@ -34,6 +35,7 @@ class TaskBatchSampler:
         seed: seed of the random choices.
         accumulation: micro-batches per optimizer step.
         rank, world_size: rank of this process, and the number of processes.
+        mixed: draw a task for each example instead of each step.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class TaskBatchSampler:
         accumulation: int = 1,
         rank: int = 0,
         world_size: int = 1,
+        mixed: bool = False,
     ):
         if not sizes or min(sizes) < 1:
             raise ValueError(f"sizes must be positive, got {list(sizes)}")
@@ -55,7 +58,7 @@ class TaskBatchSampler:
         self.sizes = list(sizes)
         self.batch_size, self.steps, self.accumulation = batch_size, steps, accumulation
         self.temperature, self.seed = temperature, seed
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.mixed = rank, world_size, mixed
 
     def __len__(self) -> int:
         return self.steps * self.accumulation
@@ -64,11 +67,13 @@ class TaskBatchSampler:
         choose = np.random.default_rng([self.seed, 0])
         streams = [self._stream(task) for task in range(len(self.sizes))]
         p = task_probabilities(self.sizes, self.temperature)
+        together = self.batch_size * self.world_size
         for _ in range(self.steps):
-            stream = streams[choose.choice(len(p), p=p)]
-            for _ in range(self.accumulation):
-                batch = [next(stream) for _ in range(self.batch_size * self.world_size)]
-                yield batch[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
+            count = together * self.accumulation
+            tasks = choose.choice(len(p), size=count if self.mixed else 1, p=p).tolist()
+            step = [next(streams[task]) for task in (tasks if self.mixed else tasks * count)]
+            for start in range(self.rank * self.batch_size, count, together):
+                yield step[start : start + self.batch_size]
 
     def _stream(self, task: int) -> Iterator[int]:
         generator = np.random.default_rng([self.seed, 1, task])
