@@ -6,7 +6,7 @@ import importlib.util
 import sys
 
 #: Import name -> name to install, for packages whose names differ.
-_DISTRIBUTIONS = {"sklearn": "scikit-learn"}
+_DISTRIBUTIONS = {"rouge_score": "rouge-score", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 
 
 class MissingPackage(ImportError):

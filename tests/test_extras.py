@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-TRAIN = ("accelerate", "datasets", "matplotlib", "rich", "scipy", "sentencepiece", "sklearn")
+TRAIN = "accelerate datasets matplotlib rich rouge_score sacrebleu scipy sentencepiece sklearn".split()
 
 # None in sys.modules is how Python itself marks a module that must not be found.
 HIDE = f"import sys; sys.modules.update(dict.fromkeys({TRAIN!r}))\n"
@@ -32,7 +32,7 @@ def test_the_model_needs_none_of_them(tmp_path):
         "ids = torch.tensor([[3, 1]])\n"
         "model(input_ids=ids, labels=ids).loss.backward()\n"
         f"model.save_pretrained({str(tmp_path)!r})\n"
-        f"HyperFormerModel.from_pretrained(model.unload(), {str(tmp_path)!r})\n"
+        f"HyperFormerModel.from_pretrained({str(tmp_path)!r}, t5=model.unload())\n"
         "from hyperformer_fast.cli import main\n"
         "raise SystemExit(main(['doctor']))\n"
     )
@@ -43,7 +43,7 @@ def test_the_model_needs_none_of_them(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "what"),
     [
-        (["train"], "training needs accelerate, rich, scipy and scikit-learn"),
+        (["train"], "training needs accelerate, datasets, rich, scipy and scikit-learn"),
         (["evaluate", "run"], "training needs accelerate"),
         (["params"], "the table of parameters needs rich, which is not installed"),
     ],
