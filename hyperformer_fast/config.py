@@ -11,14 +11,11 @@ from typing import Any
 
 from . import official_fields
 from .activations import canonical_activation
-from .checkpoint import CONFIG_NAME
+from .checkpoint import CONFIG_NAME, MODEL_TYPE, OLD_CONFIG_NAME
 from .json_files import read_object
+from .variants import HYPERNETWORK_VARIANTS, VARIANTS, check_switches, resolve, variant_of_flags
 
-VARIANTS = ("hyperformer++", "hyperformer-shared", "hyperformer")
-
-#: (unique_hyper_net, efficient_unique_hyper_net) of each variant. In the authors' code the efficient flag takes
-#: precedence.
-_FLAGS = {"hyperformer++": (False, True), "hyperformer-shared": (True, False), "hyperformer": (False, False)}
+__all__ = ["VARIANTS", "HyperFormerConfig", "variant_of_flags"]
 
 
 @dataclasses.dataclass(kw_only=True, eq=True)
@@ -30,9 +27,13 @@ class HyperFormerConfig:
 
     Args:
         tasks: names of the tasks, in the order of their indices. Required, not empty, unique.
-        variant: what the adapters of a stack share: ``"hyperformer++"`` one set of generators for all of them,
-            ``"hyperformer-shared"`` one for the feed-forward and one for the self-attention adapters, ``"hyperformer"``
-            none (a set per block and position; the paper's HyperFormer). None: derived from the two flags below.
+        variant: the method. In the first three the adapters are generated; they differ in what the adapters of a stack
+            share: ``"hyperformer++"`` one set of generators for all of them, ``"hyperformer-shared"`` one for the
+            feed-forward and one for the self-attention adapters, ``"hyperformer"`` none (a set per block and position;
+            the paper's HyperFormer). ``"adapters"``: each task learns adapters of its own, and all tasks share their
+            layer norms (the paper's Adapters-dagger; with one task its single-task Adapters). ``"finetuning"``: no
+            adapters, the whole T5 is trained, and of the other fields only ``tasks`` is read. None: derived from the
+            two flags below.
         task_embedding_dim: width of a task's own embedding (and of the layer and position embeddings).
         projected_task_embedding_dim: width k of the embedding that the generators read (64 in the paper).
         task_hidden_dim: hidden width of the network between the two (128 in the paper).
@@ -41,15 +42,22 @@ class HyperFormerConfig:
             ``swish``).
         add_layer_norm_before_adapter: normalise the adapter's input.
         add_layer_norm_after_adapter: normalise the adapter's output, before the skip is added.
-        conditional_layer_norm: generate the norms' parameters. The two shared variants always do so, as in the authors'
-            code, and ignore this field.
+        train_adapters_blocks: False leaves only the generated layer norms of the adapters: x + norm(x).
+        conditional_layer_norm: generate the norms' parameters. False, in variant ``"hyperformer"``: all tasks share
+            learned ones. The two shared variants always generate them, as in the authors' code, and warn of False;
+            ``"adapters"`` never does.
         unique_hyper_net: the authors' flag for ``"hyperformer-shared"``.
         efficient_unique_hyper_net: the authors' flag for ``"hyperformer++"``; takes precedence over the other.
         unique_hyper_net_layer_norm: apply a layer norm (eps 1e-6) to the joint embedding. Variant ``"hyperformer"``
             ignores this field.
         train_task_embeddings: project the task embeddings through a network of their own before anything else reads
             them.
-        task_to_embeddings: task -> name of the embedding it uses; tasks may share one. None: each task has its own.
+        task_projector: False removes every network between the embeddings and the generators. Embeddings then have the
+            generators' width k themselves, and the two shared variants add those of task, layer and position up.
+        task_to_embeddings: task -> name of the embedding (in variant ``"adapters"``: of the adapters) it uses; tasks
+            may share one. None: each task has its own.
+        freeze_model_but_task_embeddings: train the task embeddings alone. What else the configuration would train keeps
+            its values, and is saved with them.
         unfreeze_layer_norms: train T5's own layer norms.
         unfreeze_lm_head: train T5's output head.
 
@@ -65,9 +73,14 @@ class HyperFormerConfig:
         default=None,
         metadata={
             "help": (
-                'what the adapters of a stack share: "hyperformer++" one set of generators for all of them, '
-                '"hyperformer-shared" one for the feed-forward and one for the self-attention adapters, "hyperformer"'
-                " none (a set per block and position; the paper's HyperFormer). None: derived from the two flags below."
+                "the method. In the first three the adapters are generated; they differ in what the adapters of a "
+                'stack share: "hyperformer++" one set of generators for all of them, "hyperformer-shared" one for the '
+                'feed-forward and one for the self-attention adapters, "hyperformer" none (a set per block and '
+                "position; the paper's HyperFormer). "
+                '"adapters": each task learns adapters of its own, and all tasks share their '
+                "layer norms (the paper's Adapters-dagger; with one task its single-task Adapters). "
+                '"finetuning": no adapters, the whole T5 is trained, and of the other fields only tasks is read. '
+                "None: derived from the two flags below."
             )
         },
     )
@@ -93,12 +106,18 @@ class HyperFormerConfig:
     add_layer_norm_after_adapter: bool = dataclasses.field(
         default=True, metadata={"help": "normalise the adapter's output, before the skip is added."}
     )
+    train_adapters_blocks: bool = dataclasses.field(
+        default=True,
+        metadata={"help": "False leaves only the generated layer norms of the adapters: x + norm(x)."},
+    )
     conditional_layer_norm: bool = dataclasses.field(
         default=True,
         metadata={
             "help": (
-                "generate the norms' parameters. The two shared variants always do so, as in the authors' code, and "
-                "ignore this field."
+                "generate the norms' parameters. "
+                'False, in variant "hyperformer": all tasks share learned ones. '
+                "The two shared variants always generate them, as in the authors' code, and warn of False; "
+                '"adapters" never does.'
             )
         },
     )
@@ -120,9 +139,32 @@ class HyperFormerConfig:
             "help": "project the task embeddings through a network of their own before anything else reads them."
         },
     )
+    task_projector: bool = dataclasses.field(
+        default=True,
+        metadata={
+            "help": (
+                "False removes every network between the embeddings and the generators. Embeddings then have the "
+                "generators' width k themselves, and the two shared variants add those of task, layer and position up."
+            )
+        },
+    )
     task_to_embeddings: dict[str, str] | None = dataclasses.field(
         default=None,
-        metadata={"help": "task -> name of the embedding it uses; tasks may share one. None: each task has its own."},
+        metadata={
+            "help": (
+                'task -> name of the embedding (in variant "adapters": of the adapters) it uses; tasks may share one. '
+                "None: each task has its own."
+            )
+        },
+    )
+    freeze_model_but_task_embeddings: bool = dataclasses.field(
+        default=False,
+        metadata={
+            "help": (
+                "train the task embeddings alone. What else the configuration would train keeps its values, and is "
+                "saved with them."
+            )
+        },
     )
     unfreeze_layer_norms: bool = dataclasses.field(default=True, metadata={"help": "train T5's own layer norms."})
     unfreeze_lm_head: bool = dataclasses.field(default=False, metadata={"help": "train T5's output head."})
@@ -130,12 +172,15 @@ class HyperFormerConfig:
     def __post_init__(self) -> None:
         self._check_tasks()
         self._check_sizes()
-        self._resolve_variant()
+        self.variant, self.unique_hyper_net, self.efficient_unique_hyper_net = resolve(
+            self.variant, self.unique_hyper_net, self.efficient_unique_hyper_net
+        )
         for field in dataclasses.fields(self):
             if field.type == "bool" and not isinstance(getattr(self, field.name), bool):
                 raise TypeError(f"{field.name} must be True or False, got {getattr(self, field.name)!r}")
         self.non_linearity = canonical_activation(self.non_linearity, field="non_linearity")
-        shared = self.variant != "hyperformer"
+        check_switches(self)
+        shared = self.shares_generators
         if self.train_task_embeddings and shared and self.projected_task_embedding_dim != self.task_embedding_dim:
             raise ValueError(
                 f"train_task_embeddings with variant {self.variant!r} needs projected_task_embedding_dim equal to "
@@ -179,34 +224,25 @@ class HyperFormerConfig:
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
 
-    def _resolve_variant(self) -> None:
-        flags = (self.unique_hyper_net, self.efficient_unique_hyper_net)
-        for name, flag in zip(("unique_hyper_net", "efficient_unique_hyper_net"), flags):
-            if flag is not None and not isinstance(flag, bool):
-                raise TypeError(f"{name} must be True, False or None (from variant), got {flag!r}")
-        if self.variant is not None and self.variant not in VARIANTS:
-            raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {self.variant!r}")
-        said = None if flags == (None, None) else variant_of_flags(bool(flags[0]), bool(flags[1]))
-        if self.variant is None:
-            self.variant = said or VARIANTS[0]
-        expected = _FLAGS[self.variant]
-        disagrees = [
-            f"{name}={flag}"
-            for name, flag, want in zip(("unique_hyper_net", "efficient_unique_hyper_net"), flags, expected)
-            if flag is not None and flag != want and not (name == "unique_hyper_net" and expected[1])
-        ]
-        if disagrees:
-            raise ValueError(
-                f"variant={self.variant!r} stands for unique_hyper_net={expected[0]}, "
-                f"efficient_unique_hyper_net={expected[1]}, but got {', '.join(disagrees)}"
-            )
-        self.unique_hyper_net = expected[0] if flags[0] is None else flags[0]
-        self.efficient_unique_hyper_net = expected[1]
+    @property
+    def has_hypernetworks(self) -> bool:
+        """Whether the adapters are generated from task embeddings."""
+        return self.variant in HYPERNETWORK_VARIANTS
+
+    @property
+    def shares_generators(self) -> bool:
+        """Whether one generator serves several adapters, which it tells apart by layer (and position) embeddings."""
+        return self.has_hypernetworks and self.variant != "hyperformer"
 
     @property
     def generates_norms(self) -> bool:
-        """Whether norm parameters are generated, as they always are except in variant ``"hyperformer"``."""
-        return self.conditional_layer_norm or self.variant != "hyperformer"
+        """Whether norm parameters are generated, as they always are where generators are shared."""
+        return self.has_hypernetworks and (self.conditional_layer_norm or self.shares_generators)
+
+    @property
+    def embedding_dim(self) -> int:
+        """The width of a task's own embedding, and of the layer and position embeddings."""
+        return self.task_embedding_dim if self.task_projector else self.projected_task_embedding_dim
 
     @property
     def embedding_names(self) -> list[str]:
@@ -216,6 +252,28 @@ class HyperFormerConfig:
     def embedding_of(self, task: str) -> str:
         """Return the name of the embedding that ``task`` uses."""
         return task if self.task_to_embeddings is None else self.task_to_embeddings[task]
+
+    def with_task(self, name: str, init_from: str | list[str] | None = None) -> HyperFormerConfig:
+        """Return a copy with one more task, which has an embedding of its own.
+
+        Args:
+            name: the new task.
+            init_from: the tasks that its weights are to start from; they are only checked here.
+
+        Raises:
+            ValueError: the name is taken, or ``init_from`` names an unknown task or is an empty list.
+        """
+        if name in self.tasks or name in self.embedding_names:
+            raise ValueError(f"task {name!r} exists already: choose a name other than {', '.join(self.tasks)}")
+        sources = [init_from] if isinstance(init_from, str) else init_from
+        for source in sources or ():
+            self.task_id(source)
+        if sources is not None and not sources:
+            raise ValueError("init_from must name at least one task, got []; None draws random weights")
+        mapping = self.task_to_embeddings
+        return self.replace(
+            tasks=[*self.tasks, name], task_to_embeddings=None if mapping is None else {**mapping, name: name}
+        )
 
     def task_id(self, task: str) -> int:
         """Return the index of ``task``, as ``task_index`` counts tasks. Raises ValueError for an unknown task."""
@@ -285,11 +343,48 @@ class HyperFormerConfig:
             translated = official_fields.translate(fields, ours)
             if "variant" in changes:
                 translated["unique_hyper_net"] = translated["efficient_unique_hyper_net"] = None
+            flags = (bool(translated[flag]) for flag in ("unique_hyper_net", "efficient_unique_hyper_net"))
+            if changes.get("variant", variant_of_flags(*flags)) != "hyperformer":
+                translated["conditional_layer_norm"] = True  # their code does so, whatever the field says
             return cls.from_dict({**translated, **changes})
         except (ValueError, TypeError) as error:
             if path is None:
                 raise
             raise ValueError(f"{path}: {error}") from error
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+        """Write the configuration to ``config.json`` in a folder, which is created if necessary.
+
+        Raises:
+            ValueError: the folder has the configuration of another kind of model, which would be lost.
+        """
+        path = Path(save_directory, CONFIG_NAME)
+        kind = read_object(path).get("model_type") if path.is_file() else MODEL_TYPE
+        if kind != MODEL_TYPE:
+            raise ValueError(f"{path} is the configuration of a {kind}: save to another folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = {"model_type": MODEL_TYPE, "config": self.to_dict()}
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **hub_arguments: Any
+    ) -> HyperFormerConfig:
+        """Read the configuration of a saved model or configuration.
+
+        Args:
+            pretrained_model_name_or_path: its folder, or its repository's id on the Hub.
+            hub_arguments: ``revision``, ``token``, ``cache_dir`` and the like.
+
+        Raises:
+            ValueError: the file there holds no configuration of ours.
+            OSError: there is no such file, or it cannot be read.
+        """
+        from .hub import find
+
+        if os.path.isdir(pretrained_model_name_or_path):
+            return cls.load(Path(pretrained_model_name_or_path, hub_arguments.get("subfolder") or ""))
+        return cls.load(find(pretrained_model_name_or_path, CONFIG_NAME, OLD_CONFIG_NAME, **hub_arguments))
 
     def save(self, path: str | Path) -> None:
         """Write the configuration to a JSON file."""
@@ -300,7 +395,7 @@ class HyperFormerConfig:
         """Read a configuration from JSON.
 
         Args:
-            path: a file that :meth:`save` wrote, or the ``hyperformer_config.json`` of a saved model or its folder.
+            path: a file that :meth:`save` wrote, or the ``config.json`` of a saved model or its folder.
 
         Raises:
             ValueError: the file holds no configuration; the message names it and says what it seems to hold.
@@ -308,7 +403,8 @@ class HyperFormerConfig:
         """
         path = Path(path)
         if path.is_dir():
-            path /= CONFIG_NAME
+            # Files of version 0.1.0 may lie beside a T5's own config.json.
+            path /= OLD_CONFIG_NAME if (path / OLD_CONFIG_NAME).is_file() else CONFIG_NAME
         content = read_object(path)
         # A saved model's file has the configuration in its field "config", beside a description of the T5.
         wrapped = isinstance(content.get("config"), dict) and "tasks" not in content
@@ -329,13 +425,6 @@ def _what_else(content: Mapping[str, Any]) -> str:
     if {"model_name_or_path", "train_adapters", "adapter_config_name"} & content.keys():
         return " (the file belongs to the authors' code: HyperFormerConfig.from_official reads it)"
     return ""
-
-
-def variant_of_flags(unique_hyper_net: bool, efficient_unique_hyper_net: bool) -> str:
-    """Return the variant that the authors' two flags select; ``efficient_unique_hyper_net`` takes precedence."""
-    return (
-        "hyperformer++" if efficient_unique_hyper_net else "hyperformer-shared" if unique_hyper_net else "hyperformer"
-    )
 
 
 def _check_name(field: str, name: Any) -> None:

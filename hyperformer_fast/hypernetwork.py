@@ -3,6 +3,8 @@ embeddings."""
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import nn
 
@@ -10,11 +12,13 @@ from . import ops
 from .config import HyperFormerConfig
 from .layout import AdapterLayout
 from .names import NamedParameters
+from .norm_only import NormLayout
 
 #: The sublayers of a block that an adapter follows. A position's index in the tuple is its id, as in the authors' code.
 POSITIONS = ("feed_forward", "self_attention")
 
-_INIT_STD = 1e-2  # `weight_init_range` of the authors' AdapterConfig
+#: Standard deviation of the initial weights: `weight_init_range` of the authors' AdapterConfig.
+INIT_STD = 1e-2
 _EMBEDDING_NORM_EPS = 1e-6
 
 
@@ -41,7 +45,7 @@ class TaskEmbeddings(nn.Module):
         # Pass pairs, because ParameterDict sorts the keys of a plain dict: a task that add_task appended would move
         # when the model is loaded again, and an optimizer's state, which is kept by index, would go to other tasks.
         self.task_to_embeddings = NamedParameters(
-            [(name, nn.Parameter(torch.randn(config.task_embedding_dim))) for name in config.embedding_names]
+            [(name, nn.Parameter(torch.randn(config.embedding_dim))) for name in config.embedding_names]
         )
         self.projector = (
             TaskProjector(config.task_embedding_dim, config.task_hidden_dim, config.projected_task_embedding_dim)
@@ -52,9 +56,7 @@ class TaskEmbeddings(nn.Module):
     @property
     def out_dim(self) -> int:
         """The width of the embeddings that :meth:`forward` returns."""
-        return (
-            self.config.projected_task_embedding_dim if self.projector is not None else self.config.task_embedding_dim
-        )
+        return self.config.projected_task_embedding_dim if self.projector is not None else self.config.embedding_dim
 
     def forward(self) -> torch.Tensor:
         """Return the embeddings [T, out_dim] of all tasks, in the order of ``config.tasks``.
@@ -80,17 +82,8 @@ class TaskEmbeddings(nn.Module):
         Raises:
             ValueError: the name is taken, or ``init_from`` names an unknown task or is an empty list.
         """
-        if name in self.config.tasks or name in self.task_to_embeddings:
-            raise ValueError(f"task {name!r} exists already: choose a name other than {', '.join(self.config.tasks)}")
+        config = self.config.with_task(name, init_from)
         sources = [init_from] if isinstance(init_from, str) else init_from
-        for source in sources or ():
-            self.config.task_id(source)
-        if sources is not None and not sources:
-            raise ValueError("init_from must name at least one task, got []; None draws a random embedding")
-        mapping = self.config.task_to_embeddings
-        config = self.config.replace(
-            tasks=[*self.config.tasks, name], task_to_embeddings=None if mapping is None else {**mapping, name: name}
-        )
         old = next(iter(self.task_to_embeddings.values()))
         if sources is None:
             value = torch.randn_like(old)
@@ -119,10 +112,10 @@ class Generator(nn.Module):
         super().__init__()
         self.layout = layout
         rows = layout.numel if generate_norms else layout.numel - layout.norm_numel
-        self.weight = nn.Parameter(torch.empty(count, rows, k).normal_(std=_INIT_STD))
+        self.weight = nn.Parameter(torch.empty(count, rows, k).normal_(std=INIT_STD))
         self.bias = nn.Parameter(torch.zeros(count, rows))
         plain = not generate_norms and layout.norm_numel > 0
-        self.norms = nn.Parameter(_plain_norms(layout).repeat(count, 1)) if plain else None
+        self.norms = nn.Parameter(plain_norms(layout).repeat(count, 1)) if plain else None
 
     def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Generate the packed adapters [Q, n, P] from embeddings [Q, n, k]."""
@@ -132,8 +125,8 @@ class Generator(nn.Module):
         return torch.cat([packed, self.norms.to(packed.dtype).unsqueeze(1).expand(-1, packed.shape[1], -1)], -1)
 
 
-class HyperNetwork(nn.Module):
-    """All hypernetworks of one stack (encoder or decoder), in any of the three variants.
+class AdapterSource(nn.Module):
+    """What makes the weights of all adapters of one stack (encoder or decoder): a base class.
 
     A site is the place of one adapter. Sites are numbered by position first, ``site = position_id * num_layers +
     layer``: in this order the sites of a generator are contiguous, whether a generator serves the whole stack, a
@@ -148,28 +141,11 @@ class HyperNetwork(nn.Module):
     def __init__(self, config: HyperFormerConfig, d: int, num_layers: int):
         super().__init__()
         self.config, self.num_layers = config, num_layers
-        self.layout = AdapterLayout(
-            d, config.bottleneck(d), config.add_layer_norm_before_adapter, config.add_layer_norm_after_adapter
-        )
-        shared = config.variant != "hyperformer"
-        task_dim = config.projected_task_embedding_dim if config.train_task_embeddings else config.task_embedding_dim
-        k = config.projected_task_embedding_dim if shared else task_dim
-        if shared:
-            parts = 3 if config.variant == "hyperformer++" else 2
-            self.layer_embeddings = nn.Embedding(num_layers, config.task_embedding_dim)
-            if parts == 3:
-                self.position_embeddings = nn.Embedding(len(POSITIONS), config.task_embedding_dim)
-            self.projector = TaskProjector(parts * config.task_embedding_dim, config.task_hidden_dim, k)
-            self.embedding_norm = (
-                nn.LayerNorm(k, eps=_EMBEDDING_NORM_EPS) if config.unique_hyper_net_layer_norm else None
-            )
-        # None is among the keys' types because config.variant may be None before it is validated, never here.
-        counts: dict[str | None, int] = {
-            "hyperformer++": 1,
-            "hyperformer-shared": len(POSITIONS),
-            "hyperformer": self.num_sites,
-        }
-        self.generator = Generator(counts[config.variant], self.layout, k, config.generates_norms)
+        norms = config.add_layer_norm_before_adapter, config.add_layer_norm_after_adapter
+        if config.train_adapters_blocks:
+            self.layout = AdapterLayout(d, config.bottleneck(d), *norms)
+        else:
+            self.layout = NormLayout(d, pre_norm=norms[0], post_norm=norms[1])
 
     @property
     def num_sites(self) -> int:
@@ -184,6 +160,36 @@ class HyperNetwork(nn.Module):
             raise ValueError(f"layer must be from 0 to {self.num_layers - 1}, got {layer}")
         return POSITIONS.index(position) * self.num_layers + layer
 
+    def add_task(self, config: HyperFormerConfig, name: str, init_from: str | list[str] | None = None) -> None:
+        """Take over ``config``, which has the new task ``name``. Here a task has no weights beside its embedding."""
+        self.config = config
+
+
+class HyperNetwork(AdapterSource):
+    """All hypernetworks of one stack, in any of the three variants. Arguments are those of :class:`AdapterSource`."""
+
+    def __init__(self, config: HyperFormerConfig, d: int, num_layers: int):
+        super().__init__(config, d, num_layers)
+        shared, dim = config.shares_generators, config.embedding_dim
+        task_dim = config.projected_task_embedding_dim if config.train_task_embeddings else dim
+        k = config.projected_task_embedding_dim if shared else task_dim
+        if shared:
+            parts = 3 if config.variant == "hyperformer++" else 2
+            self.layer_embeddings = nn.Embedding(num_layers, dim)
+            if parts == 3:
+                self.position_embeddings = nn.Embedding(len(POSITIONS), dim)
+            self.projector = TaskProjector(parts * dim, config.task_hidden_dim, k) if config.task_projector else None
+            self.embedding_norm = (
+                nn.LayerNorm(k, eps=_EMBEDDING_NORM_EPS) if config.unique_hyper_net_layer_norm else None
+            )
+        # None is among the keys' types because config.variant may be None before it is validated, never here.
+        counts: dict[str | None, int] = {
+            "hyperformer++": 1,
+            "hyperformer-shared": len(POSITIONS),
+            "hyperformer": self.num_sites,
+        }
+        self.generator = Generator(counts[config.variant], self.layout, k, config.generates_norms)
+
     def embeddings(self, task_embeddings: torch.Tensor) -> torch.Tensor:
         """Combine the task embeddings [T, k_task] with those of layers and positions (paper section 3.3).
 
@@ -197,7 +203,10 @@ class HyperNetwork(nn.Module):
         parts = [task, self._per_site(self.layer_embeddings.weight.repeat(len(POSITIONS), 1), T)]
         if self.config.variant == "hyperformer++":
             parts.append(self._per_site(self.position_embeddings.weight.repeat_interleave(self.num_layers, 0), T))
-        joint: torch.Tensor = self.projector(torch.cat(parts, -1))
+        # Without a projector the embeddings have the generators' width, and a sum leaves the generators as they are.
+        joint: torch.Tensor = (
+            functools.reduce(torch.add, parts) if self.projector is None else self.projector(torch.cat(parts, -1))
+        )
         if self.embedding_norm is not None:
             joint = self.embedding_norm(joint)
         return joint
@@ -220,12 +229,12 @@ class HyperNetwork(nn.Module):
 def _linear(in_dim: int, out_dim: int) -> nn.Linear:
     """A linear layer with the authors' initialisation."""
     linear = nn.Linear(in_dim, out_dim)
-    nn.init.normal_(linear.weight, std=_INIT_STD)
+    nn.init.normal_(linear.weight, std=INIT_STD)
     nn.init.zeros_(linear.bias)
     return linear
 
 
-def _plain_norms(layout: AdapterLayout) -> torch.Tensor:
+def plain_norms(layout: AdapterLayout) -> torch.Tensor:
     """The initial parameters of the norms, as the end of a packed adapter: gamma one, beta zero."""
     one_norm = torch.cat([torch.ones(layout.d), torch.zeros(layout.d)])
     return one_norm.repeat(layout.norm_numel // (2 * layout.d))

@@ -205,7 +205,22 @@ def export_gradients(stack: OfficialStack) -> dict[str, Tensor]:
     return _export(stack.parts(), lambda p: torch.zeros_like(p) if p.grad is None else p.grad)
 
 
+def _expect_theirs(config: HyperFormerConfig) -> None:
+    """Raise ValueError where the authors' checkpoints have no names for what is in a model of ``config``."""
+    if config.variant == "adapters":
+        raise ValueError(
+            "variant 'adapters' has no official names here: only checkpoints of hypernetworks and of fine-tuned T5s "
+            "are translated"
+        )
+    for switch in ("task_projector", "train_adapters_blocks"):
+        if not getattr(config, switch):
+            raise ValueError(f"{switch}=False has no official names here: only models with it True are translated")
+
+
 def _model_parts(model: HyperFormerModel) -> list[_Part]:
+    _expect_theirs(model.hyperformer_config)
+    if not isinstance(model.task_embeddings, TaskEmbeddings):  # without hypernetworks there are only numbers of tasks
+        return []
     parts = [_Part(model.task_embeddings, "", list(_task_entries(model.task_embeddings)))]
     for stack, net in model.hypernetworks.items():
         assert isinstance(net, HyperNetwork)  # a ModuleDict does not know the class of its values

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -24,9 +25,11 @@ from torch import Tensor, nn
 from . import ops
 from .gradient_flow import CANNOT_TRAIN
 from .hypernetwork import POSITIONS
+from .norm_only import NormLayout, NormStack
 
 if TYPE_CHECKING:
-    from .hypernetwork import HyperNetwork
+    from .hypernetwork import AdapterSource
+    from .layout import AdapterLayout
 
 STACKS = ("encoder", "decoder")
 _FLOAT16_MAX = torch.finfo(torch.float16).max
@@ -105,7 +108,7 @@ class Owner:
         """Hook every site; the hypernetworks number them."""
         self.sites = sites
         for site in sites:
-            index = cast("HyperNetwork", hypernetworks[site.stack]).site(site.layer, site.position)
+            index = cast("AdapterSource", hypernetworks[site.stack]).site(site.layer, site.position)
             self.handles.append(site.module.register_forward_hook(_Hook(self, site, index)))
 
     def missing(self, t5: nn.Module) -> Site | None:
@@ -120,22 +123,28 @@ class Owner:
         self.handles.clear()
 
 
+def _stack(packed: Tensor, layout: AdapterLayout, activation: str) -> ops.Stack | NormStack:
+    if isinstance(layout, NormLayout):
+        return NormStack(packed, layout, activation)
+    return ops.Stack(packed, layout, activation)
+
+
 class StackWeights:
-    """The generated weights of one stack in one forward.
+    """The weights of one stack in one forward.
 
     Args:
-        net: the stack's hypernetwork.
-        packed: [S, T, P], what it generated.
+        net: the stack's hypernetwork, or its table of adapters.
+        packed: [S, T, P], what it returned.
         activation: of the adapters.
     """
 
-    def __init__(self, net: HyperNetwork, packed: Tensor, activation: str):
+    def __init__(self, net: AdapterSource, packed: Tensor, activation: str):
         self.num_layers = net.num_layers
         self._ran = 0
         self._packed = packed
-        self._stack = ops.Stack(packed, net.layout, activation)
+        self._stack = _stack(packed, net.layout, activation)
         #: The same weights, and task indices, on other devices, where a T5 is spread over several.
-        self._elsewhere: dict[torch.device, ops.Stack] = {}
+        self._elsewhere: dict[torch.device, ops.Stack | NormStack] = {}
         self._moved: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     @property
@@ -150,11 +159,11 @@ class StackWeights:
             return None
         return next(site for site in range(sites) if not self._ran >> site & 1)
 
-    def _on(self, device: torch.device) -> ops.Stack:
+    def _on(self, device: torch.device) -> ops.Stack | NormStack:
         """The stack on another device: weights copied there once per forward, and their gradient copied back."""
         if device not in self._elsewhere:
             packed = self._packed.to(device)
-            self._elsewhere[device] = ops.Stack(packed, self._stack.layout, self._stack.activation)
+            self._elsewhere[device] = _stack(packed, self._stack.layout, self._stack.activation)
         return self._elsewhere[device]
 
     def _index_on(self, device: torch.device, task_index: Tensor) -> Tensor:
@@ -210,6 +219,13 @@ class ForwardContext:
                 self._repeated[rows] = index.repeat_interleave(rows // samples)
             return self._repeated[rows]
         raise ValueError(f"tasks were given for {samples} samples, but the batch has {rows}")
+
+    def expect_samples(self, given: Mapping[str, Any]) -> None:
+        """ValueError where the tasks are not as many as the samples in the T5's arguments ``given``. The hooks check
+        that on their own, but variant ``"finetuning"`` has none."""
+        first = next((given[name] for name in ("input_ids", "inputs_embeds", "encoder_outputs") if name in given), None)
+        if first is not None:
+            self.index_for("encoder", (first if isinstance(first, Tensor) else first[0]).shape[0])
 
     @property
     def trains(self) -> bool:

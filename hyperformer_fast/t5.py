@@ -25,8 +25,14 @@ def trained_names(t5: nn.Module, config: HyperFormerConfig) -> set[str]:
     not pretrained with (``NEW_HEADS``). The names are those of ``named_parameters``, which lists tied ones once.
 
     Raises:
-        ValueError: ``unfreeze_lm_head`` without such a head, or a head that is to be trained is quantised.
+        ValueError: ``unfreeze_lm_head`` without such a head, or what is to be trained is quantised.
     """
+    if config.variant == "finetuning":
+        if _is_quantised(t5):
+            raise ValueError(
+                "variant 'finetuning' trains the whole T5, but this one is quantised: load it in floating point"
+            )
+        return {name for name, _ in t5.named_parameters()}
     chosen: list[nn.Parameter] = []
     if config.unfreeze_layer_norms:
         # By name, because the class is T5LayerNorm, or apex's FusedRMSNorm where that is installed.
@@ -46,10 +52,14 @@ def trained_names(t5: nn.Module, config: HyperFormerConfig) -> set[str]:
 
 
 def _expect_trainable(head: nn.Module, name: str, why: str) -> list[nn.Parameter]:
-    parameters = list(head.parameters())
-    if any(map(hides_its_weight, head.modules())) or not all(p.is_meta or is_plain(p) for p in parameters):
+    if _is_quantised(head):
         raise ValueError(f"{why}, but this T5's {name} is quantised: quantise the T5 without its {name}")
-    return parameters
+    return list(head.parameters())
+
+
+def _is_quantised(module: nn.Module) -> bool:
+    plain = all(p.is_meta or is_plain(p) for p in module.parameters())
+    return not plain or any(map(hides_its_weight, module.modules()))
 
 
 def place(t5: nn.Module, trained: set[str]) -> tuple[torch.device, torch.dtype]:
@@ -87,6 +97,23 @@ def _execution_device(t5: nn.Module) -> torch.device | None:
             if getattr(part, "offload", False):
                 return torch.device(part.execution_device)
     return None
+
+
+def tied_names(t5: nn.Module) -> list[list[str]]:
+    """The names of parameters that are one tensor, for each such tensor."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in t5.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [group for group in names.values() if len(group) > 1]
+
+
+def tie(t5: nn.Module, groups: list[list[str]]) -> None:
+    """Give all parameters of a group the tensor of its first."""
+    for first, *others in groups:
+        parameter = t5.get_parameter(first)
+        for name in others:
+            path, _, own = name.rpartition(".")
+            setattr(t5.get_submodule(path), own, parameter)
 
 
 class _State(NamedTuple):

@@ -7,6 +7,7 @@ of a batch come again, and a copy to a GPU that has to wait for it stalls the ho
 from __future__ import annotations
 
 import collections
+import itertools
 import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -101,6 +102,13 @@ class _Numbers:
 _numbers = _Numbers()
 
 
+def _are_numbers(task: Any) -> bool:
+    """Whether ``task`` holds what a dataset's ClassLabel column does: integers, in a list, an array or a tensor."""
+    if isinstance(task, Sequence):
+        return bool(task) and all(isinstance(each, int) for each in task)
+    return isinstance(task, int) or hasattr(task, "dtype")
+
+
 class TaskChoice:
     """Task names turned into tensors.
 
@@ -114,6 +122,11 @@ class TaskChoice:
             names, self.samples = [task], None
         elif isinstance(task, Sequence) and task and all(isinstance(name, str) for name in task):
             names, self.samples = list(dict.fromkeys(task)), len(task)
+        elif _are_numbers(task):
+            raise ValueError(
+                f"task takes names, got the numbers {task!r}: pass them as task_index= if they are indices into the "
+                f"model's tasks ({', '.join(config.tasks)}); else turn them into names (a ClassLabel does by int2str)"
+            )
         else:
             raise ValueError(f"task must be a name or a list of names, one per sample, got {task!r}")
         ids = [config.task_id(name) for name in names]
@@ -168,7 +181,8 @@ def choose_outside_the_graph(
     task = kwargs.get("task")
     if task is None or isinstance(task, TaskChoice) or kwargs.get("task_index") is not None or model.t5 is None:
         return None
-    first = next(model.task_embeddings.parameters(), None)
+    task_embeddings = model.task_embeddings
+    first = next(itertools.chain(task_embeddings.parameters(), task_embeddings.buffers()), None)
     if first is None:
         # A replica of nn.DataParallel has plain attributes in place of parameters. Its forward chooses.
         return None

@@ -22,10 +22,10 @@ def _fresh_compiler():
     torch._dynamo.reset()
 
 
-def encoder(tasks=TWELVE):
+def encoder(tasks=TWELVE, **config):
     sizes = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "num_layers": 1}
     torch.manual_seed(0)
-    return tiny_model(t5=T5EncoderModel(T5Config(**sizes)).eval(), tasks=tasks)
+    return tiny_model(t5=T5EncoderModel(T5Config(**sizes)).eval(), tasks=tasks, **config)
 
 
 def inputs():
@@ -69,6 +69,18 @@ def test_twelve_tasks_are_one_graph(in_place):
         torch.testing.assert_close(answers[-1], expected, rtol=1e-5, atol=1e-5)
     assert graphs() == 1
     assert not torch.allclose(answers[0], answers[1]), "the tasks do not differ, so the test shows nothing"
+
+
+@pytest.mark.parametrize(
+    "config", [{"variant": "adapters"}, {"variant": "finetuning"}, {"train_adapters_blocks": False}]
+)
+def test_other_methods_are_one_graph_too(config):
+    model = encoder(TASKS, **config)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for task in (*TASKS, MIXED):
+        expected = model(**inputs(), task=task).last_hidden_state
+        torch.testing.assert_close(compiled(**inputs(), task=task).last_hidden_state, expected, rtol=1e-5, atol=1e-5)
+    assert graphs() == 2, "one for a single task, one for several"
 
 
 def test_mixed_batches_are_one_graph_whatever_is_in_them():

@@ -48,6 +48,21 @@ def test_variant_and_flags_that_disagree_are_an_error(variant, flags):
         HyperFormerConfig(tasks=TASKS, variant=variant, **flags)
 
 
+@pytest.mark.parametrize("variant", ["adapters", "finetuning"])
+def test_the_baselines_survive_a_round_trip_and_a_change(variant):
+    config = HyperFormerConfig(tasks=TASKS, variant=variant)
+    assert HyperFormerConfig.from_dict(config.to_dict()) == config and not config.has_hypernetworks
+    assert config.replace(tasks=["x"]).variant == variant
+    assert config.replace(variant="hyperformer++") == HyperFormerConfig(tasks=TASKS)
+
+
+@pytest.mark.parametrize("variant", ["hyperformer++", "hyperformer-shared"])
+def test_a_switch_without_effect_is_warned_of_and_set_to_what_is_done(variant):
+    with pytest.warns(UserWarning, match=f"conditional_layer_norm=False has no effect: variant '.*{variant[-5:]}") as w:
+        config = HyperFormerConfig(tasks=TASKS, variant=variant, conditional_layer_norm=False)
+    assert config.conditional_layer_norm and config == config.replace() and w[0].filename == __file__
+
+
 def test_efficient_flag_wins_over_the_other():
     config = HyperFormerConfig(
         tasks=TASKS, variant="hyperformer++", unique_hyper_net=True, efficient_unique_hyper_net=True
@@ -74,6 +89,16 @@ def test_efficient_flag_wins_over_the_other():
         ({"task_to_embeddings": {"cola": "x"}}, ["task_to_embeddings", "mnli"]),
         ({"task_to_embeddings": ["x", "y"]}, ["task_to_embeddings"]),
         ({"train_task_embeddings": True, "task_embedding_dim": 32}, ["train_task_embeddings", "64", "32"]),
+        ({"train_task_embeddings": True, "task_projector": False}, ["train_task_embeddings=True", "task_projector"]),
+        ({"variant": "adapters", "task_projector": False}, ["task_projector=False", "'adapters'", "hyperformer++"]),
+        ({"variant": "finetuning", "train_adapters_blocks": False}, ["train_adapters_blocks=False", "'finetuning'"]),
+        ({"variant": "adapters", "freeze_model_but_task_embeddings": True}, ["embeddings=True", "'adapters'"]),
+        ({"train_adapters_blocks": False, "add_layer_norm_after_adapter": False}, ["train_adapters_blocks", "norm"]),
+        (
+            {"variant": "hyperformer", "train_adapters_blocks": False, "conditional_layer_norm": False},
+            ["train_adapters_blocks=False", "conditional_layer_norm=False"],
+        ),
+        ({"variant": "adapters", "unique_hyper_net": True}, ["variant='adapters'", "unique_hyper_net=True"]),
     ],
 )
 def test_every_message_names_field_and_value(fields, names):

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from support.old_files import as_version_0_1_0
 from support.t5s import VARIANTS, batch, bits, tiny_config, tiny_model, tiny_t5
 
 from hyperformer_fast import HyperFormerModel, get_hyperformer_model
-from hyperformer_fast.checkpoint import CONFIG_NAME, DIGEST, WEIGHTS_NAME
 
-PREFIX = "task_embeddings.task_to_embeddings."
+PREFIX = {True: "task_embeddings.task_to_embeddings.", False: "hypernetworks.encoder.adapters."}
 
 
 def embeddings(model) -> list[str]:
-    return [name.removeprefix(PREFIX) for name, _ in model.named_parameters() if name.startswith(PREFIX)]
+    """The tasks' embeddings (or their adapters, where these are learned) in the order of the parameters."""
+    prefix = PREFIX[model.hyperformer_config.has_hypernetworks]
+    return [name.removeprefix(prefix) for name, _ in model.named_parameters() if name.startswith(prefix)]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -27,7 +26,7 @@ def test_the_order_is_the_configurations_whatever_the_history(tmp_path, variant)
     for name in ("cola", "10", "boolq"):
         model.add_task(name)
     model.save_pretrained(tmp_path)
-    loaded = HyperFormerModel.from_pretrained(tiny_t5(), tmp_path)
+    loaded = HyperFormerModel.from_pretrained(tmp_path, t5=tiny_t5())
     fresh = get_hyperformer_model(tiny_t5(), model.hyperformer_config)
     assert embeddings(model) == ["stsb", "mnli", "cola", "10", "boolq"] == model.hyperformer_config.embedding_names
     names = [name for name, _ in model.named_parameters()]
@@ -42,7 +41,7 @@ def test_shared_embeddings_come_in_the_order_of_their_first_task(tmp_path):
     model.add_task("boolq", "cola")
     model.save_pretrained(tmp_path)
     assert embeddings(model) == ["z", "a", "boolq"]
-    assert embeddings(HyperFormerModel.from_pretrained(tiny_t5(), tmp_path)) == ["z", "a", "boolq"]
+    assert embeddings(HyperFormerModel.from_pretrained(tmp_path, t5=tiny_t5())) == ["z", "a", "boolq"]
 
 
 def test_an_optimizers_state_goes_on_after_add_task_and_a_reload(tmp_path):
@@ -63,7 +62,7 @@ def test_an_optimizers_state_goes_on_after_add_task_and_a_reload(tmp_path):
         step(model, optimizer, seed)
     model.save_pretrained(tmp_path)
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
-    again = HyperFormerModel.from_pretrained(tiny_t5(), tmp_path)
+    again = HyperFormerModel.from_pretrained(tmp_path, t5=tiny_t5())
     resumed = optimizer_of(again)
     resumed.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
     step(model, optimizer, 2)
@@ -80,12 +79,7 @@ def test_an_old_optimizer_state_that_counts_in_another_order_is_named(tmp_path, 
     """As files of version 0.1.0 lie in a run's checkpoints: without a digest, beside an optimizer's state."""
     model = tiny_model(tasks=tasks)
     model.save_pretrained(tmp_path)
-    path = tmp_path / WEIGHTS_NAME
-    with safe_open(path, "pt") as file:
-        old = json.loads(file.metadata()["hyperformer"])
-    del old[DIGEST], old["base_model"]["frozen"]
-    save_file(load_file(path), path, {"hyperformer": json.dumps(old)})
-    (tmp_path / CONFIG_NAME).write_text(json.dumps(old))
+    as_version_0_1_0(tmp_path)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         model.load_weights(tmp_path)

@@ -9,6 +9,7 @@ from transformers import T5Config
 
 from hyperformer_fast import HyperFormerConfig, parameters
 from hyperformer_fast.parameters import GLUE, T5_SHAPES, count, published_config
+from hyperformer_fast.variants import HYPERNETWORK_VARIANTS, VARIANTS
 
 
 def test_the_papers_table_is_reproduced():
@@ -28,18 +29,31 @@ def test_the_readme_says_what_the_papers_row_of_hyperformer_needs():
     assert f"trains {count(default, small).percent_per_task:.2f} % of T5-small" in readme
 
 
-def test_counts_are_those_of_a_real_model():
+@pytest.mark.parametrize(
+    ("variant", "changes"),
+    [
+        *((variant, {}) for variant in VARIANTS),
+        *((variant, {"task_projector": False, "train_task_embeddings": False}) for variant in HYPERNETWORK_VARIANTS),
+        *((variant, {"train_adapters_blocks": False}) for variant in HYPERNETWORK_VARIANTS),
+        *((variant, {"freeze_model_but_task_embeddings": True}) for variant in HYPERNETWORK_VARIANTS),
+        ("hyperformer", {"conditional_layer_norm": False}),
+        ("hyperformer", {"conditional_layer_norm": False, "unfreeze_layer_norms": False}),
+        ("adapters", {"unfreeze_layer_norms": False}),
+        ("adapters", {"task_to_embeddings": dict.fromkeys(GLUE, "one")}),
+    ],
+)
+def test_counts_are_those_of_a_real_model(variant, changes):
     from transformers import T5ForConditionalGeneration
 
     from hyperformer_fast import get_hyperformer_model
 
     t5_config = T5Config(d_model=32, d_kv=8, d_ff=16, num_layers=2, num_decoder_layers=1, num_heads=2, vocab_size=40)
-    for variant in ("hyperformer++", "hyperformer-shared", "hyperformer"):
-        config = published_config(variant).replace(reduction_factor=8)
-        counted = count(config, t5_config)
-        model = get_hyperformer_model(T5ForConditionalGeneration(t5_config), config)
-        assert counted.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
-        assert counted.t5_total == sum(p.numel() for p in model.t5.parameters())
+    config = published_config(variant).replace(reduction_factor=8, **changes)
+    counted = count(config, t5_config)
+    model = get_hyperformer_model(T5ForConditionalGeneration(t5_config), config)
+    assert counted.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert counted.t5_total == sum(p.numel() for p in model.t5.parameters())
+    assert counted == model.parameter_count()
 
 
 @pytest.mark.parametrize("name", T5_SHAPES)

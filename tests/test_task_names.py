@@ -40,7 +40,7 @@ def test_a_model_of_odd_names(shared, tmp_path):
     model.add_task("a/b")
     expected = model(**batch(), task=["training", "a.b", "new.one", "_keys"]).logits
     model.save_pretrained(tmp_path)
-    loaded = HyperFormerModel.from_pretrained(tiny_t5(), tmp_path)
+    loaded = HyperFormerModel.from_pretrained(tmp_path, t5=tiny_t5())
     assert loaded.hyperformer_config.tasks == [*tasks, "new.one", "a/b"]
     assert torch.equal(loaded(**batch(), task=["training", "a.b", "new.one", "_keys"]).logits, expected)
     loaded.train(False)

@@ -12,7 +12,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from hyperformer_fast import HyperFormerConfig, get_hyperformer_model
 
 TASKS = ["mnli", "stsb", "cola"]
-VARIANTS = ("hyperformer++", "hyperformer-shared", "hyperformer")
+VARIANTS = ("hyperformer++", "hyperformer-shared", "hyperformer", "adapters")
 # Not equal, so that the two cannot be taken for each other unseen (a deeper decoder breaks the cache of transformers
 # 4.57).
 LAYERS = {"encoder": 3, "decoder": 2}
@@ -98,8 +98,10 @@ def _adapt(module, w):
     plain = module.forward
 
     def adapter(x):
-        z = F.gelu(x @ w["down_weight"].T + w["down_bias"], approximate="tanh")
-        y = z @ w["up_weight"].T + w["up_bias"]
+        y = x
+        if "down_weight" in w:  # absent in the ablation that leaves the norms alone
+            z = F.gelu(x @ w["down_weight"].T + w["down_bias"], approximate="tanh")
+            y = z @ w["up_weight"].T + w["up_bias"]
         y = (y - y.mean(-1, keepdim=True)) / (y.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
         return x + y * w["post_gamma"] + w["post_beta"]
 
