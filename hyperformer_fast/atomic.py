@@ -100,7 +100,7 @@ def write_directory(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def recover_directory(path: str | Path) -> Path:
+def recover_directory(path: str | os.PathLike[str]) -> Path:
     """Repair a kill between the two renames of :func:`write_directory`, and return ``path``.
 
     If ``path`` is absent and the old directory still exists under its temporary name, it is renamed back.

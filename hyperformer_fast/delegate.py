@@ -2,28 +2,50 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from .sites import recompute_contexts
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+    from transformers import GenerationConfig, PretrainedConfig
 
 
-class T5Delegate(nn.Module):
-    """The part of a model that stands for its T5: attributes of the T5, and gradient checkpointing."""
+class T5Delegate(PreTrainedModel):
+    """The part of a model that stands for its T5: attributes of the T5, and gradient checkpointing.
+
+    A ``PreTrainedModel``, because the Trainer asks such a model to save itself (``save_pretrained``), and others for
+    their whole state dict. What a PreTrainedModel keeps as attributes, its T5 answers here, so that the two cannot
+    differ (which mypy cannot know); its initialisation is skipped, because the T5 comes with its weights.
+    """
 
     main_input_name = "input_ids"
-    #: False: otherwise Trainer assumes that forward() normalises the loss by num_items_in_batch, and does not divide it
-    #: by the accumulation steps.
-    accepts_loss_kwargs = False
-
     #: The T5 that holds the adapters; None after ``unload()``.
     t5: PreTrainedModel | None
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+
+    def post_init(self) -> None:
+        """Does nothing: the T5 has done so for itself, and the hypernetworks draw their weights when they are built."""
+
+    init_weights = post_init
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether Trainer is to pass ``num_items_in_batch``, so that the loss is the mean over all labels of a step.
+
+        False with a transformers whose label smoothing does not divide by it, though Trainer assumes that it does
+        (4.57): each micro-batch and process then counts the same, as for a plain T5 there.
+        """
+        from transformers.trainer_pt_utils import LabelSmoother
+
+        return "num_items_in_batch" in inspect.signature(LabelSmoother.__call__).parameters
 
     @property
     def _base(self) -> PreTrainedModel:
@@ -69,7 +91,7 @@ class T5Delegate(nn.Module):
             (getattr(t5, "activation_checkpointing_disable", None) or t5.gradient_checkpointing_disable)()
         self.disable_input_require_grads()
 
-    def activation_checkpointing_enable(
+    def activation_checkpointing_enable(  # type: ignore[override]  # its options are in kwargs here
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
         """Same as :meth:`gradient_checkpointing_enable`, under the name that transformers uses since 5.23."""
@@ -94,7 +116,7 @@ class T5Delegate(nn.Module):
             self._base.disable_input_require_grads()
 
     @property
-    def config(self) -> PretrainedConfig:
+    def config(self) -> PretrainedConfig:  # type: ignore[override]
         """The T5's configuration; ours is ``hyperformer_config``."""
         return self._base.config
 
@@ -117,7 +139,12 @@ class T5Delegate(nn.Module):
         """The T5's dtype. The adapters compute in it; their weights are generated in float32."""
         return self._base.dtype
 
-    def can_generate(self) -> bool:
+    @property
+    def _no_split_modules(self) -> list[str]:  # type: ignore[override]
+        """The classes of the T5's blocks, each of which FSDP and accelerate keep on one device."""
+        return list(self._base._no_split_modules or ())
+
+    def can_generate(self) -> bool:  # type: ignore[override]
         """Whether the T5 has a head to generate with."""
         return self._base.can_generate()
 
@@ -130,16 +157,30 @@ class T5Delegate(nn.Module):
         head: nn.Module | None = self._base.get_output_embeddings()
         return head
 
-    def get_encoder(self) -> nn.Module:
+    def get_encoder(self, *args: Any, **kwargs: Any) -> nn.Module:
         """The T5's encoder. It cannot be called by itself, because its adapters then have no task; the model's forward
         returns its output as ``encoder_last_hidden_state``."""
-        encoder: nn.Module = self._base.get_encoder()
+        encoder: nn.Module = self._base.get_encoder(*args, **kwargs)
         return encoder
 
     def get_decoder(self) -> nn.Module:
         """The T5's decoder. It cannot be called by itself, because its adapters then have no task."""
         decoder: nn.Module = self._base.get_decoder()
         return decoder
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the T5's input embeddings."""
+        self._base.set_input_embeddings(value)
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replace the T5's head."""
+        self._base.set_output_embeddings(value)
+
+    @property
+    def hf_device_map(self) -> dict[str, Any]:
+        """Where the parts of a T5 are that was loaded with ``device_map``; no such attribute otherwise."""
+        device_map: dict[str, Any] = getattr(self._base, "hf_device_map")  # noqa: B009
+        return device_map
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """The number of parameters of the T5, counted as transformers counts them, and of the hypernetworks."""
@@ -148,7 +189,7 @@ class T5Delegate(nn.Module):
         return t5 + sum(p.numel() for p in ours if p.requires_grad or not only_trainable)
 
     @property
-    def name_or_path(self) -> str:
+    def name_or_path(self) -> str:  # type: ignore[override]
         """The name or folder that the T5 was loaded from."""
         return str(self._base.name_or_path)
 

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.jit._trace import is_tracing
 
-from . import pretrained
-from .checkpoint import CheckpointError
 from .config import HyperFormerConfig
-from .delegate import T5Delegate, is_checkpointing
+from .delegate import is_checkpointing
 from .gradient_flow import expect_gradients
-from .hypernetwork import HyperNetwork, TaskEmbeddings
+from .hypernetwork import AdapterSource
+from .loss import as_share
+from .methods import build_parts, freeze_but_task_embeddings
 from .parameters import ParameterCount
+from .saving import SavedModel
+from .sharding import is_fsdp2, separate_embeddings, share_embeddings
 from .sites import ForwardContext, Owner, StackWeights, active, find_sites
-from .t5 import Snapshot, place, trained_names, untied_head_kept
+from .t5 import Snapshot, place, tie, tied_names, trained_names, untied_head_kept
 from .task_choice import choose_outside_the_graph, select
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
 
 #: The names that ``generate`` of transformers has for its first positional arguments.
 _GENERATE_ARGUMENTS = ("inputs", "generation_config", "logits_processor", "stopping_criteria")
@@ -38,7 +40,7 @@ def get_hyperformer_model(t5: nn.Module, config: HyperFormerConfig) -> HyperForm
     return HyperFormerModel(t5, config)
 
 
-class HyperFormerModel(T5Delegate):
+class HyperFormerModel(SavedModel):
     """A frozen T5 with hypernetwork-generated adapters behind self-attention and feed-forward (arXiv 2106.04489).
 
     The T5 is not copied. Its modules get forward hooks, and its parameters ``requires_grad=False``, except for its
@@ -75,19 +77,25 @@ class HyperFormerModel(T5Delegate):
         dtype = torch.promote_types(dtype, torch.float32)
         base = cast("PreTrainedModel", t5)
         self.hyperformer_config = config
-        self.task_embeddings = TaskEmbeddings(config).to(device, dtype)
-        self.hypernetworks = nn.ModuleDict(
-            {name: HyperNetwork(config, base.config.d_model, n) for name, n in layers.items()}
-        ).to(device, dtype)
+        task_embeddings, hypernetworks = build_parts(config, base.config.d_model, layers)
+        self.task_embeddings = task_embeddings.to(device, dtype)
+        #: What makes the adapters' weights of each stack; see :func:`~hyperformer_fast.methods.build_parts`.
+        self.hypernetworks = hypernetworks.to(device, dtype)
         self.t5 = base
         self._snapshot = Snapshot(t5, trained)
+        self._embeddings = share_embeddings(t5)
+        self._tied = tied_names(t5)
+        #: Task -> metric -> value, for the model card that :meth:`save_pretrained` writes.
+        self.card_metrics: Mapping[str, Mapping[str, float]] | None = None
         for name, parameter in t5.named_parameters():
             parameter.requires_grad_(name in trained)
+        if config.freeze_model_but_task_embeddings:
+            freeze_but_task_embeddings(self.task_embeddings, self.hypernetworks, t5)
         # True after a forward that trained, whose autograd graph was checked. A T5 can begin to cut gradients after any
         # inference (bitsandbytes in 4 bits does), so that an inference sets it back.
         self._gradients_flow = False
         self._owner = Owner()
-        self._owner.install(sites, self.hypernetworks)
+        self._owner.install([site for site in sites if site.stack in hypernetworks], hypernetworks)
         self.register_forward_pre_hook(choose_outside_the_graph, with_kwargs=True)
         self.train(t5.training)
 
@@ -103,15 +111,18 @@ class HyperFormerModel(T5Delegate):
         labels: Tensor | None = None,
         task: str | Sequence[str] | None = None,
         task_index: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The T5's forward, with adapters. All arguments except two, and the result, are the T5's.
+        """The T5's forward, with adapters. All arguments except three, and the result, are the T5's.
 
         Args:
             task: one task for the whole batch, or one per sample (B names). Not needed where the model has one only.
             task_index: [B] integers in its place: indices into ``hyperformer_config.tasks``, -1 for no adapters. On the
                 model's device no host synchronisation is needed; an index out of range is an error on a CPU, NaN on a
                 GPU.
+            num_items_in_batch: the number of labels in all micro-batches and processes of an optimizer step, by which
+                the loss is divided, as transformers' Trainer asks for it. None: the mean over this batch's labels.
 
         Raises:
             ValueError: an unknown task, both or neither of ``task`` and ``task_index``, or not as many as samples.
@@ -137,9 +148,12 @@ class HyperFormerModel(T5Delegate):
                 "torch.export"
             )
         context = self._context(task, task_index, "encoder_outputs" in given)
+        if not context.stacks and context.samples is not None:
+            context.expect_samples(given)
         with active(context):
             out = t5(**given)
         context.expect_all_ran()
+        out = as_share(out, labels, num_items_in_batch)
         if not torch.compiler.is_compiling():
             if context.trains and not self._gradients_flow:
                 expect_gradients(out)
@@ -164,6 +178,13 @@ class HyperFormerModel(T5Delegate):
         if twice:
             raise TypeError(f"{twice[0]} is given twice, by position and by name")
         kwargs |= positional
+        if is_fsdp2(self):
+            if "generate" not in vars(self):
+                # FSDP2 gathers the parameters for this method, too, once it is told of it.
+                torch.distributed.fsdp.register_fsdp_forward_method(self, "generate")
+                return self.generate(task=task, task_index=task_index, **kwargs)
+            # Every process takes part in gathering the blocks for each token, even if its own texts have ended.
+            kwargs["synced_gpus"] = True
         context = self._context(task, task_index, kwargs.get("encoder_outputs") is not None, generating=True)
         contexts = [context]
         assistant = kwargs.get("assistant_model")
@@ -213,7 +234,7 @@ class HyperFormerModel(T5Delegate):
             embeddings = embeddings.index_select(0, rows)
         activation = self.hyperformer_config.non_linearity
         stacks = {
-            name: StackWeights(cast(HyperNetwork, net), net(embeddings), activation)
+            name: StackWeights(cast(AdapterSource, net), net(embeddings), activation)
             for name, net in self.hypernetworks.items()
             if not (encoded and name == "encoder")
         }
@@ -235,7 +256,19 @@ class HyperFormerModel(T5Delegate):
         self.task_embeddings.add_task(name, init_from)
         self.hyperformer_config = self.task_embeddings.config
         for net in self.hypernetworks.values():
-            cast(HyperNetwork, net).config = self.hyperformer_config
+            cast(AdapterSource, net).add_task(self.hyperformer_config, name, init_from)
+
+    def train_only_task_embeddings(self) -> None:
+        """Train nothing but the tasks' embeddings from now on (``freeze_model_but_task_embeddings``).
+
+        Raises:
+            ValueError: the model has no task embeddings.
+        """
+        config = self.hyperformer_config.replace(freeze_model_but_task_embeddings=True)
+        freeze_but_task_embeddings(self.task_embeddings, self.hypernetworks, self._base)
+        self.hyperformer_config = self.task_embeddings.config = config
+        for net in self.hypernetworks.values():
+            cast(AdapterSource, net).config = config
 
     def parameter_count(self) -> ParameterCount:
         """How many parameters require a gradient now, by part, and how many the T5 has."""
@@ -255,81 +288,14 @@ class HyperFormerModel(T5Delegate):
             f"{100 * c.trained / c.t5_total:.4f} || per task: {c.percent_per_task:.4f} % ({c.tasks} tasks)"
         )
 
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Save all that is trained: hypernetworks, embeddings, and the T5's parameters that the configuration trains.
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Let parameters that were one tensor when the adapters were put in be one again. Arguments are not read.
 
-        ``hyperformer.safetensors`` holds it all under these names: ``hypernetworks.*``, ``task_embeddings.*``, and
-        ``t5.`` before the T5's own; ``hyperformer_config.json`` is a copy of its description. An old checkpoint there
-        is replaced in one step, other files are left alone.
-
-        Raises:
-            OSError: the directory cannot be written.
-            ValueError: a T5 parameter is trained that the configuration does not train: the checkpoint would lack it;
-                or a value is not finite.
+        transformers' method would tie a head, too, that is none of the T5's ties (T5 v1.1).
         """
-        extra = self._snapshot.trained_beyond(self._base)
-        if extra:
-            raise ValueError(
-                f"{extra[0]} (and {len(extra) - 1} more) of the T5 has requires_grad, but the configuration trains no "
-                "such parameter, so the checkpoint would lack it: freeze it, or see unfreeze_layer_norms and "
-                "unfreeze_lm_head"
-            )
-        pretrained.save(directory, self._trained_tensors(), self.hyperformer_config, self._base, self._snapshot.trained)
+        tie(self._base, self._tied)
 
-    @classmethod
-    def from_pretrained(cls, t5: nn.Module, directory: str | Path) -> HyperFormerModel:
-        """A model around ``t5`` with the configuration and weights of a checkpoint. On any error the T5 stays as it
-        was.
-
-        Raises:
-            FileNotFoundError: no checkpoint there.
-            CheckpointError: (a ValueError) it is broken, or was trained on another T5.
-        """
-        find_sites(t5)
-        checkpoint = pretrained.read(directory, t5)
-        try:
-            trained = trained_names(t5, checkpoint.config)
-            shapes = pretrained.shapes_of(checkpoint.config, t5, trained)
-        except ValueError as error:
-            raise CheckpointError(f"{directory}: config: {error}") from error
-        checkpoint.expect(shapes, t5, trained)
-        model = cls(t5, checkpoint.config)
-        try:
-            model._load(checkpoint)
-        except BaseException:
-            model.unload()
-            raise
-        return model
-
-    def load_weights(self, directory: str | Path) -> None:
-        """Load a checkpoint of this very configuration and T5 into this model: all of it, or, on an error, nothing.
-
-        Raises:
-            FileNotFoundError: no checkpoint there.
-            CheckpointError: naming the first difference, and both sides of it.
-        """
-        checkpoint = pretrained.read(directory, self._base)
-        checkpoint.expect_config(self.hyperformer_config)
-        shapes = {name: target.shape for name, target in self._trained_tensors().items()}
-        checkpoint.expect(shapes, self._base, self._snapshot.trained)
-        checkpoint.warn_of_old_order()
-        self._load(checkpoint)
-
-    @torch.no_grad()
-    def _load(self, checkpoint: pretrained.Checkpoint) -> None:
-        targets = self._trained_tensors()
-        values = checkpoint.values_for(targets)
-        for name, target in targets.items():
-            target.copy_(values[name])
-
-    def _trained_tensors(self) -> dict[str, Tensor]:
-        """All tensors of a checkpoint under their names in it. They share memory with the parameters."""
-        parts = {"task_embeddings": self.task_embeddings, "hypernetworks": self.hypernetworks}
-        ours = {f"{part}.{name}": p.detach() for part, module in parts.items() for name, p in module.named_parameters()}
-        t5 = self._snapshot.trained_parameters(self._base)
-        return ours | {f"t5.{name}": p.detach() for name, p in t5.items()}
-
-    def resize_token_embeddings(
+    def resize_token_embeddings(  # type: ignore[override]  # a quantised T5 may have another class for them
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Module:
         """Resize the T5's embeddings, so that :meth:`unload` knows of it.
@@ -373,6 +339,7 @@ class HyperFormerModel(T5Delegate):
         self._snapshot.restore_values(t5)
         self.gradient_checkpointing_disable()
         self._owner.remove()
+        separate_embeddings(t5, self._embeddings)
         self._snapshot.restore_flags(t5)
         self.t5 = None
         return t5

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -12,16 +14,22 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__, fingerprint
-from .checkpoint import DIGEST, CheckpointError, CheckpointFile, save_checkpoint
+from .checkpoint import DIGEST, CheckpointError, CheckpointFile, LoadedCheckpoint, save_checkpoint
 from .config import HyperFormerConfig
-from .hypernetwork import HyperNetwork, TaskEmbeddings
+from .methods import build_parts
+from .sharding import is_sharded, whole_state
 from .sites import find_sites
+from .tiny import name_of
 
 FORMAT_VERSION = 1
 
 _SAMPLE = "base_sample"
 _RECORD = "frozen"
 _FACTS = ("model_type", "d_model", "num_layers", "num_decoder_layers", "vocab_size")
+#: Fields of a T5's configuration by which the same weights compute something else.
+_COMPUTATION = ("feed_forward_proj", "layer_norm_epsilon", "relative_attention_max_distance")
+#: Fields of a T5's configuration that say how and by what it was loaded, and not what it is.
+_NOT_OF_THE_T5 = ("_name_or_path", "dtype", "quantization_config", "torch_dtype", "transformers_version")
 _SIZES = ("task_embedding_dim", "projected_task_embedding_dim", "task_hidden_dim", "reduction_factor")
 
 #: No tensor of a larger width can exist, and torch computes wrong sizes for one.
@@ -33,11 +41,17 @@ _FLOATS = ("F64", "F32", "BF16", "F16")
 
 @dataclasses.dataclass
 class Checkpoint:
-    """A checkpoint whose description has been checked against a T5's shape, and whose tensors are not read yet."""
+    """A checkpoint whose description has been checked against a T5's shape, and whose tensors are not read yet.
 
-    directory: Path
+    Attributes:
+        directory: where it lies; what stands for that in messages, if its tensors came from elsewhere.
+        config: its configuration.
+        file: its description and tensors.
+    """
+
+    directory: str | Path
     config: HyperFormerConfig
-    file: CheckpointFile
+    file: CheckpointFile | LoadedCheckpoint
 
     def expect_config(self, config: HyperFormerConfig) -> None:
         """Raise CheckpointError, which names the first field that differs, if ``config`` is not the checkpoint's."""
@@ -74,12 +88,14 @@ class Checkpoint:
         for name, dtype in self.file.dtypes.items():
             if dtype not in _FLOATS:
                 raise CheckpointError(f"{self.directory}: {name} has dtype {dtype}; allowed are {', '.join(_FLOATS)}")
-        self._expect_base(fingerprint.frozen(t5, trained))
+        sharded = any(map(is_sharded, t5.parameters()))
+        state = {f"t5.{name}": value for name, value in whole_state(t5, everywhere=True).items()} if sharded else None
+        self._expect_base(frozen_in(state, t5, trained))
 
     def warn_of_old_order(self) -> None:
         """Warn if an optimizer's state beside the checkpoint has the parameter order of an earlier version."""
         names = self.config.embedding_names
-        old = DIGEST not in self.file.description and (self.directory / "optimizer.pt").is_file()
+        old = DIGEST not in self.file.description and Path(self.directory, "optimizer.pt").is_file()
         if old and names != sorted(names):
             warnings.warn(
                 f"{self.directory} was written when task embeddings were in alphabetical order; they are now in the "
@@ -123,11 +139,11 @@ class Checkpoint:
 
 
 def save(
-    directory: str | Path,
+    directory: str | os.PathLike[str],
     tensors: Mapping[str, Tensor],
     config: HyperFormerConfig,
     t5: nn.Module,
-    trained: Collection[str],
+    weights: fingerprint.Weights,
 ) -> None:
     """Save a model's trained tensors, with what identifies the T5 that they were trained on.
 
@@ -136,24 +152,41 @@ def save(
         tensors: the trained tensors by name.
         config: the model's configuration.
         t5: the T5 that the model is built on.
-        trained: names of the T5's parameters that are not frozen.
+        weights: its frozen weights.
 
     Raises:
         OSError: the directory cannot be written.
         ValueError: a value is not finite. Such a checkpoint could not be loaded, and an old one in ``directory`` may
-            be good, so nothing is written.
+            be good, so nothing is written. Or the directory is the T5's own, whose files would be replaced.
     """
-    for name, tensor in tensors.items():
+    name = name_of(t5)
+    if os.path.isdir(name) and os.path.realpath(name) == os.path.realpath(directory):
+        raise ValueError(
+            f"{directory} is the folder that the T5 was loaded from, and the checkpoint's files are named as the T5's "
+            "are: save to another folder"
+        )
+    for tensor_name, tensor in tensors.items():
         if not tensor.isfinite().all():
-            raise ValueError(f"{name} has values that are not finite: nothing was saved, and {directory} is unchanged")
-    weights = fingerprint.frozen(t5, trained)
+            raise ValueError(
+                f"{tensor_name} has values that are not finite: nothing was saved, and {directory} is unchanged"
+            )
     description = {
         "format_version": FORMAT_VERSION,
         "library_version": __version__,
         "config": config.to_dict(),
-        "base_model": {**_facts(t5), _RECORD: fingerprint.record(weights)},
+        "base_model": {**_facts(t5), **_how_to_load(t5), _RECORD: fingerprint.record(weights)},
     }
     save_checkpoint(directory, {**tensors, _SAMPLE: fingerprint.sample(weights)}, description)
+
+
+def frozen_in(state_dict: Mapping[str, Tensor] | None, t5: nn.Module, trained: Collection[str]) -> fingerprint.Weights:
+    """Return the T5's frozen weights, from a model's ``state_dict`` where they are spread over several processes."""
+    weights = fingerprint.frozen(t5, trained)
+    for name, weight in weights.items():
+        value = (state_dict or {}).get(f"t5.{name}")
+        if weight is None and value is not None and fingerprint.is_plain(value):
+            weights[name] = value
+    return weights
 
 
 def read(directory: str | Path, t5: nn.Module) -> Checkpoint:
@@ -163,7 +196,11 @@ def read(directory: str | Path, t5: nn.Module) -> Checkpoint:
         FileNotFoundError: there is no checkpoint.
         CheckpointError: the checkpoint is broken, has another format version, or was trained on a T5 of another shape.
     """
-    file = CheckpointFile(directory)
+    return described(CheckpointFile(directory), directory, t5)
+
+
+def described(file: CheckpointFile | LoadedCheckpoint, directory: str | Path, t5: nn.Module) -> Checkpoint:
+    """Check a checkpoint's description against the shape of ``t5``. Errors are those of :func:`read`."""
     version = file.description.get("format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{directory} has format version {version!r}; this library reads {FORMAT_VERSION}")
@@ -174,6 +211,12 @@ def read(directory: str | Path, t5: nn.Module) -> Checkpoint:
             raise CheckpointError(
                 f"{directory} was trained on another T5: {fact} was {theirs.get(fact)!r}, this one's is {ours[fact]!r}"
             )
+    said, here = _computation(theirs.get("config")), _computation(fingerprint.config_of(t5).to_dict())
+    for field in said:
+        if field in here and said[field] != here[field]:
+            raise CheckpointError(
+                f"{directory} was trained on another T5: {field} was {said[field]!r}, this one's is {here[field]!r}"
+            )
     try:
         config = HyperFormerConfig.from_dict(file.description.get("config", {}))
     except (ValueError, TypeError) as error:
@@ -181,7 +224,7 @@ def read(directory: str | Path, t5: nn.Module) -> Checkpoint:
     for size in _SIZES:
         if getattr(config, size) > _LARGEST_SIZE:
             raise CheckpointError(f"{directory}: {size} must be at most {_LARGEST_SIZE}, got {getattr(config, size)}")
-    return Checkpoint(Path(directory), config, file)
+    return Checkpoint(directory, config, file)
 
 
 def shapes_of(config: HyperFormerConfig, t5: nn.Module, trained: Collection[str]) -> dict[str, torch.Size]:
@@ -193,8 +236,8 @@ def shapes_of(config: HyperFormerConfig, t5: nn.Module, trained: Collection[str]
     layers = {site.stack: site.layer + 1 for site in find_sites(t5)}
     try:
         with torch.device("meta"):
-            nets = {stack: HyperNetwork(config, fingerprint.config_of(t5).d_model, n) for stack, n in layers.items()}
-            parts = {"task_embeddings": TaskEmbeddings(config), "hypernetworks": nn.ModuleDict(nets)}
+            task_embeddings, hypernetworks = build_parts(config, fingerprint.config_of(t5).d_model, layers)
+            parts = {"task_embeddings": task_embeddings, "hypernetworks": hypernetworks}
     except (RuntimeError, OverflowError) as error:
         sizes = ", ".join(f"{size}={getattr(config, size)}" for size in _SIZES)
         raise ValueError(f"the configuration's sizes are too large together: {sizes}") from error
@@ -204,5 +247,32 @@ def shapes_of(config: HyperFormerConfig, t5: nn.Module, trained: Collection[str]
 
 def _facts(t5: nn.Module) -> dict[str, Any]:
     config = fingerprint.config_of(t5)
-    facts = {"class": type(t5).__name__, "name_or_path": str(config.name_or_path)}
+    facts = {"class": type(t5).__name__, "name_or_path": name_of(t5)}
     return facts | {fact: getattr(config, fact) for fact in _FACTS}
+
+
+def _computation(fields: Any) -> dict[str, Any]:
+    """The fields of a T5's configuration, those of ``_COMPUTATION``, that decide what the same weights compute.
+
+    Variant ``"finetuning"`` has no frozen weights by which another T5 would be noticed.
+    """
+    if not isinstance(fields, dict):
+        return {}
+    found = {field: fields[field] for field in _COMPUTATION if field in fields}
+    if fields.get("model_type") == "t5":
+        # transformers 5 has a field of its own for it; 4.57 writes no field that has its default.
+        found["scale_decoder_outputs"] = fields.get("scale_decoder_outputs", fields.get("tie_word_embeddings", True))
+    return found
+
+
+def _how_to_load(t5: nn.Module) -> dict[str, Any]:
+    """What :func:`hyperformer_fast.hub.load_t5` needs besides class and name: revision, dtype, configuration.
+
+    The configuration lacks how the T5 is quantised: transformers would take it for a statement about the file.
+    """
+    config = fingerprint.config_of(t5)
+    fields = json.loads(config.to_json_string())
+    fields = {field: value for field, value in fields.items() if field not in _NOT_OF_THE_T5}
+    dtype = next((p.dtype for p in t5.parameters() if p.is_floating_point()), torch.float32)
+    revision = getattr(config, "_commit_hash", None)
+    return {"revision": revision, "dtype": str(dtype).removeprefix("torch."), "config": fields}

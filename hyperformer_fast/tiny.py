@@ -6,15 +6,24 @@ docs/tiny_t5.md says what the T5 was trained on.
 
 from __future__ import annotations
 
+import os
 from importlib.resources import as_file, files
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import ByT5Tokenizer, T5ForConditionalGeneration
 
+#: The embedded T5's name, in checkpoints and for the command; its folder is another on every machine.
+EMBEDDED = "embedded"
 
-def load_tiny() -> tuple[T5ForConditionalGeneration, ByT5Tokenizer]:
+
+def load_tiny(kind: Any = None, **options: Any) -> tuple[T5ForConditionalGeneration, ByT5Tokenizer]:
     """Load the T5 and the tokenizer from the package; nothing is downloaded.
+
+    Args:
+        kind: another class of T5 to load its weights into.
+        options: keyword arguments of ``from_pretrained``.
 
     Returns:
         The T5 in float32 (its file is float16) and in eval mode, and the tokenizer.
@@ -25,7 +34,7 @@ def load_tiny() -> tuple[T5ForConditionalGeneration, ByT5Tokenizer]:
     import torch
     from transformers import ByT5Tokenizer, T5ForConditionalGeneration
 
-    asset = files("hyperformer_fast") / "assets" / "tiny_t5"
+    asset = _asset()
     for name in ("config.json", "model.safetensors"):
         if not (asset / name).is_file():
             raise FileNotFoundError(
@@ -33,5 +42,21 @@ def load_tiny() -> tuple[T5ForConditionalGeneration, ByT5Tokenizer]:
                 "tools/pretrain_tiny.py"
             )
     with as_file(asset) as folder:
-        t5 = T5ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        options = {"dtype": torch.float32, **options, "local_files_only": True}
+        t5 = (kind or T5ForConditionalGeneration).from_pretrained(folder, **options)
     return t5.eval(), ByT5Tokenizer()
+
+
+def name_of(t5: nn.Module) -> str:
+    """Return the name by which a T5 is loaded again: on the Hub, of its folder, or "embedded"; "" where it has none."""
+    config: Any = t5.config
+    name = str(config.name_or_path or "")
+    if os.path.isdir(name):
+        name = os.path.abspath(name)
+        if os.path.realpath(name) == os.path.realpath(str(_asset())):
+            return EMBEDDED
+    return name
+
+
+def _asset() -> Any:
+    return files("hyperformer_fast") / "assets" / "tiny_t5"

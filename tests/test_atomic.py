@@ -18,6 +18,7 @@ from support.t5s import tiny_model, tiny_t5
 
 from hyperformer_fast import HyperFormerModel, atomic, checkpoint
 from hyperformer_fast.atomic import write_directory, write_file
+from hyperformer_fast.hub import MODEL_FILES
 from hyperformer_fast.training.folder import checkpoints, sweep
 
 ROOT = Path(checkpoint.__file__).resolve().parents[1]
@@ -28,8 +29,8 @@ def save_and_load(folder: Path) -> None:
     model = tiny_model()
     model.save_pretrained(folder / "run")
     model.save_pretrained(folder / "run")
-    HyperFormerModel.from_pretrained(tiny_t5(), folder / "run")
-    assert {path.name for path in (folder / "run").iterdir()} == {checkpoint.WEIGHTS_NAME, checkpoint.CONFIG_NAME}
+    HyperFormerModel.from_pretrained(folder / "run", t5=tiny_t5())
+    assert {path.name for path in (folder / "run").iterdir()} == {*MODEL_FILES}
 
 
 @pytest.mark.parametrize("code", ["ENOSYS", "ENOLCK", "EOPNOTSUPP"])
@@ -123,12 +124,12 @@ import os, sys, warnings
 import torch
 from hyperformer_fast.checkpoint import load_checkpoint, save_checkpoint
 save_checkpoint(sys.argv[1], {"a": torch.ones(2)}, {})
-os.unlink(sys.argv[1] + "/hyperformer_config.json")
-os.mkfifo(sys.argv[1] + "/hyperformer_config.json")
+os.unlink(sys.argv[1] + "/config.json")
+os.mkfifo(sys.argv[1] + "/config.json")
 warnings.simplefilter("ignore")
 print(load_checkpoint(sys.argv[1])[0]["a"].tolist())
-os.unlink(sys.argv[1] + "/hyperformer.safetensors")
-os.mkfifo(sys.argv[1] + "/hyperformer.safetensors")
+os.unlink(sys.argv[1] + "/model.safetensors")
+os.mkfifo(sys.argv[1] + "/model.safetensors")
 try:
     load_checkpoint(sys.argv[1])
 except FileNotFoundError as error:
@@ -146,7 +147,7 @@ def test_sweeping_a_run_removes_what_killed_writers_left_and_nothing_else(tmp_pa
     for folder in (tmp_path, tmp_path / "best"):
         (folder / f".best.{LEFT}").mkdir()
         (folder / f".best.{LEFT}" / "a").write_text("a")
-        (folder / f".hyperformer.safetensors.{LEFT}").write_text("half")
+        (folder / f".model.safetensors.{LEFT}").write_text("half")
     (tmp_path / ".writable-12345").touch()
     mine = ["best", ".notes.partial-2", ".writable-notes", "x.partial-0123456789ab"]
     for name in mine[1:]:
@@ -204,7 +205,7 @@ def _lines(done) -> list[str]:
 
 
 def _assert_said(lines, root: Path, code: int, text: str) -> None:
-    for line, name in zip(lines, ("run", "file", "file", "run/hyperformer.safetensors")):
+    for line, name in zip(lines, ("run", "file", "file", "run/model.safetensors")):
         assert line.startswith(f"{code} [Errno {code}] cannot write {root / name}: {text}"), line
         assert "bytes are free there: free some space, or write to another disk" in line
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from support.t5s import TASKS, VARIANTS, batch, bits, tiny_config, tiny_model, tiny_t5, train
 
 from hyperformer_fast import HyperFormerModel, atomic, checkpoint
-from hyperformer_fast.checkpoint import CheckpointError, recover_directory, write_directory, write_file
+from hyperformer_fast.checkpoint import DESCRIPTION, CheckpointError, recover_directory, write_directory, write_file
 
 
 def trained_model(**changes):
@@ -39,7 +39,7 @@ def test_a_round_trip_is_exact(tmp_path, variant, head):
     model = trained_model(variant=variant, unfreeze_lm_head=head, train_task_embeddings=True)
     model.add_task("rte", ["mnli", "cola"])
     model.save_pretrained(tmp_path / "run")
-    again = HyperFormerModel.from_pretrained(tiny_t5(dtype=torch.float32), tmp_path / "run")
+    again = HyperFormerModel.from_pretrained(tmp_path / "run", t5=tiny_t5(dtype=torch.float32))
     assert again.hyperformer_config == model.hyperformer_config
     mine, theirs = dict(model.named_parameters()), dict(again.named_parameters())
     assert mine.keys() == theirs.keys()
@@ -58,13 +58,16 @@ def test_a_round_trip_is_exact(tmp_path, variant, head):
 def test_it_holds_what_is_trained_and_nothing_else(tmp_path, norms, head, tied):
     model = tiny_model(t5=tiny_t5(tied=tied), unfreeze_layer_norms=norms, unfreeze_lm_head=head)
     model.save_pretrained(tmp_path)
-    with safe_open(tmp_path / "hyperformer.safetensors", "pt") as file:
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
         names = set(file.keys())
-    assert names == {name for name, p in model.named_parameters() if p.requires_grad} | {"base_sample"}
+    assert names == {name for name, p in model.named_parameters() if p.requires_grad} | {
+        "base_sample",
+        DESCRIPTION,
+    }
     own = {name for name in names if name.startswith("t5.")}
     assert ({"t5.shared.weight" if tied else "t5.lm_head.weight"} <= own) == head
     assert ("t5.encoder.final_layer_norm.weight" in own) == norms
-    description = json.loads((tmp_path / "hyperformer_config.json").read_text())
+    description = json.loads((tmp_path / "config.json").read_text())
     assert description["config"] == model.hyperformer_config.to_dict()
     assert (
         description["base_model"]["class"] == "T5ForConditionalGeneration"
@@ -77,26 +80,23 @@ def test_other_files_of_the_directory_stay(saved):
     (directory / "tokenizer.json").write_text("{}")
     train(model)
     model.save_pretrained(directory)
-    assert sorted(p.name for p in directory.iterdir()) == [
-        "hyperformer.safetensors",
-        "hyperformer_config.json",
-        "tokenizer.json",
-    ]
-    assert (directory / "hyperformer.safetensors").stat().st_mode == (directory / "tokenizer.json").stat().st_mode
-    again = HyperFormerModel.from_pretrained(tiny_t5(dtype=torch.float32), directory)
+    written = ["README.md", "config.json", "model.safetensors"]
+    assert sorted(p.name for p in directory.iterdir()) == [*written, "tokenizer.json"]
+    assert (directory / "model.safetensors").stat().st_mode == (directory / "tokenizer.json").stat().st_mode
+    again = HyperFormerModel.from_pretrained(directory, t5=tiny_t5(dtype=torch.float32))
     assert torch.equal(again(**batch(), task="mnli").logits, model(**batch(), task="mnli").logits)
 
 
 def test_a_base_in_another_precision_is_the_same_base(saved):
     directory, model = saved
     for dtype in (torch.bfloat16, torch.float16):
-        half = HyperFormerModel.from_pretrained(tiny_t5(dtype=torch.float32).to(dtype), directory)
+        half = HyperFormerModel.from_pretrained(directory, t5=tiny_t5(dtype=torch.float32).to(dtype))
         a, b = model(**batch(), task="mnli").logits, half(**batch(), task="mnli").logits
         assert (a - b).norm() < 0.03 * a.norm()
 
 
 def _edit(directory, tensors=None, **description):
-    path = directory / "hyperformer.safetensors"
+    path = directory / "model.safetensors"
     with safe_open(path, "pt") as file:
         old = json.loads(file.metadata()["hyperformer"])
     held = load_file(path)
@@ -110,23 +110,23 @@ BROKEN = {
         "no HyperFormer checkpoint",
     ),
     "empty": (
-        lambda d: (d / "hyperformer.safetensors").unlink(),
+        lambda d: (d / "model.safetensors").unlink(),
         FileNotFoundError,
-        "hyperformer.safetensors is not there",
+        "model.safetensors is not there",
     ),
     "truncated": (
-        lambda d: os.truncate(d / "hyperformer.safetensors", 5000),
+        lambda d: os.truncate(d / "model.safetensors", 5000),
         CheckpointError,
-        "hyperformer.safetensors is not a whole safetensors file",
+        "model.safetensors is not a whole safetensors file",
     ),
-    "no bytes": (lambda d: os.truncate(d / "hyperformer.safetensors", 0), CheckpointError, "not a whole safetensors"),
+    "no bytes": (lambda d: os.truncate(d / "model.safetensors", 0), CheckpointError, "not a whole safetensors"),
     "a pickle": (
-        lambda d: torch.save({"a": torch.ones(3)}, d / "hyperformer.safetensors"),
+        lambda d: torch.save({"a": torch.ones(3)}, d / "model.safetensors"),
         CheckpointError,
         "not a whole safetensors file",
     ),
     "someone else's": (
-        lambda d: save_file({"a": torch.ones(3)}, d / "hyperformer.safetensors"),
+        lambda d: save_file({"a": torch.ones(3)}, d / "model.safetensors"),
         CheckpointError,
         "not a HyperFormer checkpoint",
     ),
@@ -144,7 +144,7 @@ BROKEN = {
     "a deep description": (
         lambda d: _edit(d, config=json.loads("[" * 100 + "]" * 100)),
         CheckpointError,
-        "hyperformer.safetensors: the header's 'hyperformer' .*nested more than 16 deep",
+        "model.safetensors: the header's 'hyperformer' .*nested more than 16 deep",
     ),
     "no base": (lambda d: _edit(d, base_model=None), CheckpointError, "another T5: model_type was None"),
     "a missing norm": (
@@ -180,7 +180,7 @@ def test_a_checkpoint_that_does_not_fit_is_named_and_nothing_changes(saved, kind
     t5 = tiny_t5(dtype=torch.float32)
     before, flags = bits(t5), [p.requires_grad for p in t5.parameters()]
     with pytest.raises(error, match=message):
-        HyperFormerModel.from_pretrained(t5, directory)
+        HyperFormerModel.from_pretrained(directory, t5=t5)
     assert all(torch.equal(p, before[name]) for name, p in t5.named_parameters())
     assert [p.requires_grad for p in t5.parameters()] == flags
     assert not any(module._forward_hooks for module in t5.modules())
@@ -195,19 +195,19 @@ def test_a_checkpoint_that_does_not_fit_is_named_and_nothing_changes(saved, kind
 @pytest.mark.parametrize("text", ["[" * 100_000, "[" * 200 + "]" * 200])
 def test_a_deep_copy_of_the_description_is_only_another_one(saved, text):
     directory, _ = saved
-    (directory / "hyperformer_config.json").write_text(text)
-    with pytest.warns(UserWarning, match="hyperformer_config.json is absent or differs"):
+    (directory / "config.json").write_text(text)
+    with pytest.warns(UserWarning, match="config.json is absent or differs"):
         tensors, description = checkpoint.load_checkpoint(directory)
     assert tensors and description["format_version"] == 1
 
 
 def test_another_t5_of_the_same_size_is_refused(saved):
     with pytest.raises(CheckpointError, match=r"another T5: its frozen .* has .* where this one's has"):
-        HyperFormerModel.from_pretrained(tiny_t5(dtype=torch.float32, seed=9), saved[0])
+        HyperFormerModel.from_pretrained(saved[0], t5=tiny_t5(dtype=torch.float32, seed=9))
     with pytest.raises(CheckpointError, match="num_layers was 3, this one's is 2"):
-        HyperFormerModel.from_pretrained(tiny_t5(num_layers=2), saved[0])
-    with pytest.raises(CheckpointError, match=r"another T5: .*DenseReluDense.wi_0.weight is frozen in one"):
-        HyperFormerModel.from_pretrained(tiny_t5(gated=True), saved[0])
+        HyperFormerModel.from_pretrained(saved[0], t5=tiny_t5(num_layers=2))
+    with pytest.raises(CheckpointError, match="feed_forward_proj was 'relu', this one's is 'gated-gelu'"):
+        HyperFormerModel.from_pretrained(saved[0], t5=tiny_t5(gated=True))
 
 
 @pytest.mark.parametrize(
@@ -233,12 +233,33 @@ def test_load_weights_wants_the_same_configuration(saved, changes, message):
 
 def test_the_description_beside_the_weights_is_only_a_copy(saved):
     directory, model = saved
-    copy = directory / "hyperformer_config.json"
+    copy = directory / "config.json"
     for text in ('{"format_version": 1}', "not json", None):
         copy.write_text(text) if text else copy.unlink()
         with pytest.warns(UserWarning, match="absent or differs from the description inside"):
-            again = HyperFormerModel.from_pretrained(tiny_t5(dtype=torch.float32), directory)
+            again = HyperFormerModel.from_pretrained(directory, t5=tiny_t5(dtype=torch.float32))
         assert again.hyperformer_config == model.hyperformer_config
+
+
+def test_a_state_dict_in_place_of_the_parameters(tmp_path):
+    """As processes that share the parameters save: each has a part, and one is given all."""
+    model, other = trained_model(unfreeze_lm_head=True), tiny_model(t5=tiny_t5(dtype=torch.float32))
+    whole = {name: value.clone() for name, value in model.state_dict().items()}
+    tied = whole.pop("t5.shared.weight")
+    assert torch.equal(whole["t5.lm_head.weight"], tied), "which has the tensor under another name"
+    train(model)
+    model.save_pretrained(tmp_path, state_dict=whole)
+    held = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(held["t5.shared.weight"], tied)
+    assert all(torch.equal(held[name], value) for name, value in whole.items() if name in held)
+    with pytest.raises(ValueError, match=r"the state dict lacks .*stsb, which this model trains: nothing was"):
+        other.save_pretrained(tmp_path, state_dict={"task_embeddings.task_to_embeddings.mnli": torch.ones(6)})
+    for nothing in ({"state_dict": {}}, {"is_main_process": False}):
+        other.save_pretrained(tmp_path / "not", **nothing)
+    assert not (tmp_path / "not").exists()
+    with pytest.raises(ValueError, match="saved as safetensors only"):
+        other.save_pretrained(tmp_path, safe_serialization=False)
+    assert all(torch.equal(value, held[name]) for name, value in load_file(tmp_path / "model.safetensors").items())
 
 
 AS_NOBODY = """

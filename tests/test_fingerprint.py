@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from support.old_files import as_version_0_1_0
 from support.t5s import batch, bits, tiny_config, tiny_model, tiny_t5
 
 from hyperformer_fast import HyperFormerModel, fingerprint, get_hyperformer_model
-from hyperformer_fast.checkpoint import DIGEST, WEIGHTS_NAME, CheckpointError
+from hyperformer_fast.checkpoint import CheckpointError
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -56,7 +54,7 @@ CHANGES |= {"shared.weight ": swap_rows, "DenseReluDense.wo.weight": negate_rows
 def test_a_few_other_values_make_another_t5(saved, name):
     message = f"another T5: its frozen .*{name.strip()} has other values"
     with pytest.raises(CheckpointError, match=message):
-        HyperFormerModel.from_pretrained(base(change=CHANGES[name]), saved)
+        HyperFormerModel.from_pretrained(saved, t5=base(change=CHANGES[name]))
     with pytest.raises(CheckpointError, match=message):
         get_hyperformer_model(base(change=CHANGES[name]), tiny_config()).load_weights(saved)
 
@@ -68,14 +66,14 @@ def test_a_t5_is_itself_in_every_precision_and_eight_rows_make_another(tmp_path,
     incomparable = {here, there} == {torch.bfloat16, torch.float16}
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        HyperFormerModel.from_pretrained(base(here), tmp_path)
+        HyperFormerModel.from_pretrained(tmp_path, t5=base(here))
     assert len(said) == incomparable and all("make sure that this is the T5" in str(w.message) for w in said)
     if incomparable:  # neither holds all that the other has; no digest can tell, and that is said
         with pytest.warns(UserWarning, match="cannot be compared value by value"):
-            HyperFormerModel.from_pretrained(base(here, retrain_rows), tmp_path)
+            HyperFormerModel.from_pretrained(tmp_path, t5=base(here, retrain_rows))
     else:
         with pytest.raises(CheckpointError, match="another T5: its frozen shared.weight has"):
-            HyperFormerModel.from_pretrained(base(here, retrain_rows), tmp_path)
+            HyperFormerModel.from_pretrained(tmp_path, t5=base(here, retrain_rows))
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
@@ -83,10 +81,10 @@ def test_rounded_and_widened_again_is_the_same_t5_on_either_side(tmp_path, half)
     rounded = lambda: base().to(half).float()  # noqa: E731
     for name, there, here in (("a", base, rounded), ("b", rounded, base), ("c", lambda: base(half), rounded)):
         tiny_model(t5=there()).save_pretrained(tmp_path / name)
-        HyperFormerModel.from_pretrained(here(), tmp_path / name)
+        HyperFormerModel.from_pretrained(tmp_path / name, t5=here())
         other = base(change=retrain_rows).to(half).float()
         with pytest.raises(CheckpointError, match="another T5"):
-            HyperFormerModel.from_pretrained(other, tmp_path / name)
+            HyperFormerModel.from_pretrained(tmp_path / name, t5=other)
 
 
 def test_half_precision_with_some_weights_kept_in_float32(saved):
@@ -99,10 +97,10 @@ def test_half_precision_with_some_weights_kept_in_float32(saved):
                 module.weight.data = dict(base(change=change).named_modules())[name].weight.data
         return t5
 
-    HyperFormerModel.from_pretrained(mixed(), saved)
+    HyperFormerModel.from_pretrained(saved, t5=mixed())
     for change in (retrain_rows, negate_rows, one_value):
         try:
-            HyperFormerModel.from_pretrained(mixed(change), saved)
+            HyperFormerModel.from_pretrained(saved, t5=mixed(change))
         except CheckpointError as error:
             assert "another T5" in str(error)
         else:
@@ -110,23 +108,18 @@ def test_half_precision_with_some_weights_kept_in_float32(saved):
 
 
 def test_an_old_file_has_one_number_per_weight_and_is_checked_by_that(saved):
-    path = saved / WEIGHTS_NAME
-    with safe_open(path, "pt") as file:
-        old = json.loads(file.metadata()["hyperformer"])
-    del old[DIGEST], old["base_model"]["frozen"]
-    save_file(load_file(path), path, {"hyperformer": json.dumps(old)})
-    (saved / "hyperformer_config.json").write_text(json.dumps(old))
-    HyperFormerModel.from_pretrained(base(), saved)
-    HyperFormerModel.from_pretrained(base(change=retrain_rows), saved)
+    as_version_0_1_0(saved)
+    HyperFormerModel.from_pretrained(saved, t5=base())
+    HyperFormerModel.from_pretrained(saved, t5=base(change=retrain_rows))
     with pytest.raises(CheckpointError, match=r"another T5: its frozen .* has .* where this one's has"):
-        HyperFormerModel.from_pretrained(base(seed=9), saved)
+        HyperFormerModel.from_pretrained(saved, t5=base(seed=9))
 
 
 def test_the_t5s_trained_parameters_do_not_matter(saved):
     def trained(t5):
         t5.encoder.final_layer_norm.weight += 1
 
-    HyperFormerModel.from_pretrained(base(change=trained), saved)
+    HyperFormerModel.from_pretrained(saved, t5=base(change=trained))
 
 
 def quantised(t5):
@@ -239,7 +232,7 @@ def test_digests_are_computed_once_until_a_weight_changes(tmp_path, read):
 
 def test_loading_in_the_same_precision_reads_each_weight_once(saved, read):
     t5 = base()
-    HyperFormerModel.from_pretrained(t5, saved)
+    HyperFormerModel.from_pretrained(saved, t5=t5)
     assert set(read) == {torch.float32} and len(read) == len(set(read)) * (len(list(t5.parameters())) - norms(t5))
 
 
@@ -252,7 +245,7 @@ def test_rows_written_past_the_version_are_seen_by_a_process_that_knows_the_old_
     t5.shared.weight.data[3:5, 1:] = torch.randn_like(t5.shared.weight[3:5, 1:])
     assert t5.shared.weight._version == version
     with pytest.raises(CheckpointError, match="shared.weight"):
-        HyperFormerModel.from_pretrained(t5, tmp_path)
+        HyperFormerModel.from_pretrained(tmp_path, t5=t5)
 
 
 def test_an_observer_is_no_hidden_weight(saved):
@@ -287,11 +280,11 @@ def test_a_large_t5_shows_progress(monkeypatch, saved):
 
     made = logging.tqdm
     monkeypatch.setattr(logging, "tqdm", bar)
-    HyperFormerModel.from_pretrained(base(), saved)
+    HyperFormerModel.from_pretrained(saved, t5=base())
     assert [options["disable"] for options in bars] == [True], "a small one is done before a bar is drawn"
     monkeypatch.setattr(fingerprint, "_SHOW_PROGRESS", 1000)
     t5 = base()
-    HyperFormerModel.from_pretrained(t5, saved)
+    HyperFormerModel.from_pretrained(saved, t5=t5)
     assert bars[-1]["disable"] is None, "drawn on a terminal"
     frozen = [p for name, p in t5.named_parameters() if not name.endswith("layer_norm.weight")]
     assert bars[-1]["total"] == sum(p.numel() * 4 for p in frozen)

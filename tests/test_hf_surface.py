@@ -25,7 +25,7 @@ def test_what_trainer_asks_of_a_model():
     model = tiny_model()
     names = list(inspect.signature(model.forward).parameters)
     assert {"input_ids", "attention_mask", "decoder_input_ids", "labels", "task", "task_index"} <= set(names)
-    assert HyperFormerModel.accepts_loss_kwargs is False and HyperFormerModel.main_input_name == "input_ids"
+    assert HyperFormerModel.main_input_name == "input_ids"
     assert model.config is model.t5.config and model.generation_config is model.t5.generation_config
     assert model.device.type == "cpu" and model.dtype == torch.float64 and model.can_generate()
     labels = batch()["labels"]
@@ -86,7 +86,7 @@ def test_a_new_head_is_trained_saved_and_given_back(head, tmp_path):
     assert model.parameter_count().t5_trained == sum(p.numel() for p in t5.parameters() if p.requires_grad)
 
     model.save_pretrained(tmp_path)
-    loaded = HyperFormerModel.from_pretrained(t5_with(head), tmp_path).eval()
+    loaded = HyperFormerModel.from_pretrained(tmp_path, t5=t5_with(head)).eval()
     assert torch.equal(loaded(**inputs).loss, model(**inputs).loss)
     assert all(torch.equal(p, before[name]) for name, p in model.unload().named_parameters())
     with pytest.raises(ValueError, match="has no lm_head"):
@@ -230,3 +230,45 @@ def test_a_replica_without_parameters_takes_task_names(monkeypatch):
     expected = model(**batch(), task=TASKS[0]).logits
     monkeypatch.setattr(model.task_embeddings, "parameters", lambda recurse=True: iter(()))
     assert torch.equal(model(**batch(), task=TASKS[0]).logits, expected)
+
+
+@pytest.mark.parametrize("task", [torch.tensor([0, 1, 2, 0]), [0, 1, 2, 0], 1], ids=["tensor", "list", "one"])
+def test_numbers_for_names_are_refused_with_the_cure(task):
+    """As a ClassLabel column named task gives them."""
+    model = tiny_model()
+    for call in (lambda: model(**batch(), task=task), lambda: model.generate(IDS, task=task)):
+        with pytest.raises(
+            ValueError, match="task takes names, got the numbers .*task_index=.*mnli, stsb, cola.*int2str"
+        ):
+            call()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_ties_come_back(tied):
+    """After accelerate has put other tensors in the T5's place, as its FSDP does."""
+    model = tiny_model(t5=tiny_t5(tied=tied), unfreeze_lm_head=True)
+    t5 = model.t5
+    for module in (t5.shared, t5.encoder.embed_tokens, t5.decoder.embed_tokens, t5.lm_head):
+        module.weight = torch.nn.Parameter(module.weight.detach().clone())
+    model.tie_weights()
+    assert t5.encoder.embed_tokens.weight is t5.shared.weight is t5.decoder.embed_tokens.weight
+    assert (t5.lm_head.weight is t5.shared.weight) is tied
+    again = copy.deepcopy(model)
+    assert (again.t5.lm_head.weight is again.t5.shared.weight) is tied
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_ties_stay_where_a_state_dict_is_assigned(tied):
+    model = tiny_model("finetuning", t5=tiny_t5(tied=tied))
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    t5 = model.t5
+    assert t5.encoder.embed_tokens.weight is t5.shared.weight is t5.decoder.embed_tokens.weight
+    assert (t5.lm_head.weight is t5.shared.weight) is tied
+
+
+def test_nothing_initialises_the_model_again():
+    model = tiny_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.init_weights()
+    model.post_init()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -170,7 +170,7 @@ def test_which_task_must_be_clear():
         ({"task": ["mnli"]}, "for 1 samples, but the batch has 4"),
         ({"task": ["mnli", "cola"]}, "for 2 samples, but the batch has 4"),
         ({"task": []}, "one per sample"),
-        ({"task": 3}, "task must be a name"),
+        ({"task": 3}, "task takes names"),
         ({"task_index": torch.zeros(3, dtype=torch.long)}, "for 3 samples, but the batch has 4"),
         ({"task_index": torch.zeros(4)}, "int32 or int64, got torch.float32"),
         ({"task_index": torch.zeros(4, 1, dtype=torch.long)}, r"\[B\].*\[4, 1\]"),

@@ -169,7 +169,7 @@ def test_checkpoints_go_between_a_t5_and_its_quantised_forms(tmp_path, there, he
     served = tiny_model(t5=make(here))
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        loaded = HyperFormerModel.from_pretrained(base, tmp_path)
+        loaded = HyperFormerModel.from_pretrained(tmp_path, t5=base)
         served.load_weights(tmp_path)
     assert len(said) == 2 and all("make sure that this is the T5 it was trained on" in str(w.message) for w in said)
     for model in (loaded, served):
@@ -178,7 +178,7 @@ def test_checkpoints_go_between_a_t5_and_its_quantised_forms(tmp_path, there, he
         model.generate(batch()["input_ids"], task="mnli", max_new_tokens=2)
         model.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="another T5"):
-        HyperFormerModel.from_pretrained(other, tmp_path)
+        HyperFormerModel.from_pretrained(tmp_path, t5=other)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -190,7 +190,7 @@ def test_a_head_that_is_to_be_trained_must_not_be_quantised(form, tmp_path):
         get_hyperformer_model(FORMS[form](t5()), config)
     get_hyperformer_model(t5(), config).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=message):
-        HyperFormerModel.from_pretrained(FORMS[form](t5()), tmp_path)
+        HyperFormerModel.from_pretrained(tmp_path, t5=FORMS[form](t5()))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
