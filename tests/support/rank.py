@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -9,16 +10,16 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from hyperformer_fast.training.trainer import training_arguments
 from support import runs
 
 
 def main() -> None:
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
-    gloo = {"use_cpu": True, "ddp_backend": "gloo"}
-    runs.training_arguments = lambda run, **_: training_arguments(run, **gloo)
-    trainer = runs.small_trainer(folder / "two", steps=3, batch_size=2, save_steps=3, eval_steps=3)
+    options = json.loads(sys.argv[2])
+    # Two processes on one machine with an accelerator would need two of them.
+    options |= {"use_cpu": True, "ddp_backend": "gloo"}
+    trainer = runs.small_trainer(folder / "two", per_device_train_batch_size=2, **options)
     assert trainer.args.world_size == 2
     trainer.train()
     save_file(runs.trained(trainer.model), folder / f"rank{os.environ['RANK']}.safetensors")
