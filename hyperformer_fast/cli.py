@@ -6,78 +6,18 @@ Heavy modules are imported by the subcommand that needs them, so that --help is 
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
+from . import __version__
 from .extras import MissingPackage, require
+from .name_lists import Names
 
 USAGE, FAILURE, INTERRUPTED = 2, 1, 130
-
-#: Options of ``train`` that set a field of RunConfig, which has their defaults; each has its metavar and help text.
-_TEXT = {
-    "model": ("PATH_OR_NAME", "folder or Hub name of the T5 (default: the embedded tiny T5)"),
-    "data-dir": ("DIR", "folder of <task>/{train,validation,test}.jsonl, or hub:glue (default: the built-in tasks)"),
-    "output-dir": ("DIR", "run folder (default: hyperformer-output)"),
-    "schedule": ("NAME", "learning rate schedule: linear, cosine or constant"),
-}
-_WHOLE = {
-    "steps": "number of optimizer steps",
-    "batch-size": "examples per micro-batch and process",
-    "gradient-accumulation": "micro-batches per optimizer step",
-    "warmup-steps": "optimizer steps over which the learning rate warms up",
-    "max-source-length": "longest source, in tokens; longer ones are truncated",
-    "max-train-rows": "use at most N training rows of each task",
-    "max-eval-rows": "evaluate on at most N rows of each task",
-    "eval-batch-size": "batch size of every evaluation",
-    "eval-steps": "evaluate on validation every N optimizer steps (0: never)",
-    "eval-rows": "validation rows of each task in these evaluations",
-    "logging-steps": "log the training loss every N optimizer steps",
-    "save-steps": "save a checkpoint every N optimizer steps (0: never)",
-    "save-total-limit": "keep only the newest N checkpoints",
-    "seed": "random seed of the new parameters, the task sampling and dropout",
-}
-_NUMBERS = {
-    "learning-rate": "AdamW's peak learning rate",
-    "weight-decay": "AdamW's weight decay",
-    "label-smoothing": "label smoothing of the cross-entropy",
-    "temperature": "a task of n rows is sampled with probability proportional to n^(1/X)",
-}
-_SWITCHES = {
-    "keep-best": "keep the weights of the best evaluation instead of the last ones",
-    "gradient-checkpointing": "recompute activations in the backward pass: less memory, more time",
-    "bf16": "train under autocast in bfloat16",
-}
-
-
-class _Names(argparse.Action):
-    """Accepts both ``--tasks a b --tasks c`` and ``--tasks a,b,c``."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: str | Sequence[Any] | None,
-        option_string: str | None = None,
-    ) -> None:
-        names = [name.strip() for value in values or () for name in value.split(",")]
-        if not all(names):
-            parser.error(f"{option_string}: an empty name in {' '.join(values or ())!r}")
-        setattr(namespace, self.dest, [*(getattr(namespace, self.dest) or []), *names])
-
-
-def _setting(text: str) -> tuple[str, Any]:
-    """Parse ``KEY=VALUE``. A value that is not JSON is taken as text."""
-    key, equals, value = text.partition("=")
-    if not key or not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
-    try:
-        return key, json.loads(value)
-    except ValueError:
-        return key, value
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -92,40 +32,32 @@ def _parser() -> argparse.ArgumentParser:
         each.add_argument(
             "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
         )
+    parser.add_argument("--version", action="version", version=f"hyperformer-fast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, short: str, longer: str | None = None) -> argparse.ArgumentParser:
         return commands.add_parser(name, help=short, description=longer or short, parents=[common], allow_abbrev=False)
 
-    longer = "Without arguments, trains the embedded tiny T5 on the built-in tasks."
-    _train_options(command("train", "train, evaluate, report", longer))
-    evaluate = command("evaluate", "evaluate a saved run")
-    evaluate.add_argument("run_dir", metavar="RUN_DIR")
-    evaluate.add_argument(
-        "--split",
-        choices=("train", "validation", "test"),
-        help="split to evaluate (default: test if there is one, else validation)",
+    # Its flags, which are dataclasses, and those that fewshot takes from it are parsed by training/parser.py.
+    command("train", "train, evaluate, report")
+    _evaluate_options(command("evaluate", "evaluate a saved run"))
+    _predict_options(
+        command(
+            "predict",
+            "label new rows with a saved run",
+            "Writes each row with two more columns, 'prediction' and the generated 'prediction_text'. If the rows "
+            "already have such a column, it is kept, and the new one's name begins with 'hyperformer_'.",
+        )
     )
-    evaluate.add_argument(
-        "--tasks", nargs="+", action=_Names, metavar="TASK", help="tasks to evaluate (default: all of the run's)"
+    _fewshot_options(
+        command(
+            "fewshot",
+            "transfer trained runs to a new task with few examples",
+            "Trains each run further on a few examples of a task that it has not seen, for each number of examples and "
+            "several seeds, and reports mean and deviation in a table and a plot. Flags of `train`, such as "
+            "--max_steps and --learning_rate, override the run's own.",
+        )
     )
-    evaluate.add_argument("--model", metavar="PATH_OR_NAME", help="where the run's T5 is now")
-    evaluate.add_argument("--data-dir", metavar="DIR", help="where the run's data is now")
-
-    predict = command(
-        "predict",
-        "label new rows with a saved run",
-        "Writes each row with two more columns, 'prediction' and the generated 'text'. If the rows already have such a "
-        "column, it is kept, and the new one is named 'hyperformer_prediction' or 'hyperformer_text'.",
-    )
-    predict.add_argument("run_dir", metavar="RUN_DIR")
-    predict.add_argument("--task", required=True, help="one of the run's tasks")
-    source = predict.add_mutually_exclusive_group(required=True)
-    source.add_argument("--input", metavar="FILE.jsonl", help="rows with the task's columns")
-    source.add_argument("--text", nargs="+", metavar="TEXT", help="a single row, as the text of each column in order")
-    predict.add_argument("--output", metavar="FILE.jsonl", help="default: standard output")
-    predict.add_argument("--model", metavar="PATH_OR_NAME", help="where the run's T5 is now")
-
     command("params", "parameter counts of each variant on T5-small and T5-base")
     tune = command("tune", "find the fastest Triton tiles on this GPU", "Writes a table of tiles that later runs read.")
     tune.add_argument("--d", type=int, nargs="+", default=[768], metavar="N", help="widths of the T5 (default: 768)")
@@ -144,66 +76,94 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _train_options(train: argparse.ArgumentParser) -> None:
-    train.add_argument(
-        "config", nargs="?", metavar="CONFIG.json", help="a run's configuration; the options below override it"
+def _evaluate_options(evaluate: argparse.ArgumentParser) -> None:
+    evaluate.add_argument("run_dir", metavar="RUN_DIR", help="folder of a run")
+    evaluate.add_argument(
+        "--split",
+        choices=("train", "validation", "test"),
+        help="split to evaluate (default: test if there is one, else validation)",
     )
-    for name, (metavar, text) in _TEXT.items():
-        train.add_argument(f"--{name}", metavar=metavar, help=text)
-    train.add_argument(
-        "--tasks", nargs="+", action=_Names, metavar="TASK", help="tasks to train (default: all tasks in the data)"
+    evaluate.add_argument(
+        "--tasks", nargs="+", action=Names, metavar="TASK", help="tasks to evaluate (default: all of the run's)"
     )
-    for options, kind in ((_WHOLE, int), (_NUMBERS, float)):
-        for name, text in options.items():
-            train.add_argument(f"--{name}", type=kind, metavar="N" if kind is int else "X", help=text)
-    for name, text in _SWITCHES.items():
-        train.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=None, help=text)
-    train.add_argument("--variant", help="one of hyperformer++, hyperformer-shared and hyperformer")
-    train.add_argument(
-        "--reduction-factor", type=int, metavar="N", help="the adapters' bottleneck is the T5's width // N"
+    _base_option(evaluate)
+    evaluate.add_argument("--data_dir", "--data-dir", metavar="DIR", help="where the run's data is now")
+
+
+def _predict_options(predict: argparse.ArgumentParser) -> None:
+    predict.add_argument("run_dir", metavar="RUN_DIR", help="folder of a run")
+    predict.add_argument(
+        "--task", help="the rows' task (default: the run's only one, or as the rows' column 'task' says)"
     )
-    train.add_argument(
-        "--hyperformer",
-        nargs="+",
-        type=_setting,
-        action="extend",
-        metavar="KEY=VALUE",
-        help="other fields of HyperFormerConfig",
+    source = predict.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--input", metavar="FILE", help="rows with the tasks' columns: .jsonl, .json, .csv, .tsv or .parquet"
     )
-    train.add_argument("--resume", action="store_true", help="continue the run in the output folder")
-    train.add_argument("--overwrite", action="store_true", help="replace the run in the output folder")
+    source.add_argument("--text", nargs="+", metavar="TEXT", help="a single row, as the text of each column in order")
+    predict.add_argument(
+        "--output",
+        metavar="FILE",
+        help="a .jsonl, .csv, .tsv or .parquet file (default: JSON lines to standard output)",
+    )
+    _base_option(predict)
 
 
-def _train(options: argparse.Namespace) -> None:
-    from .training import arguments
+def _fewshot_options(fewshot: argparse.ArgumentParser) -> None:
+    fewshot.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="folders of trained runs to compare")
+    fewshot.add_argument("--task", required=True, help="the new task")
+    fewshot.add_argument(
+        "--samples", type=int, nargs="+", default=[4, 16, 32, 100], metavar="N",
+        help="numbers of training examples (default: 4 16 32 100)",
+    )  # fmt: skip
+    fewshot.add_argument("--seeds", type=int, default=5, metavar="N", help="runs for each of them (default: 5)")
+    fewshot.add_argument(
+        "--init_from", "--init-from", default="auto", metavar="auto|TASK",
+        help="the trained task whose embedding the new one starts from; auto: the one that the paper takes for a task "
+        "of this kind, else the one with the lowest loss on the examples (default: auto)",
+    )  # fmt: skip
+    fewshot.add_argument(
+        "--train", choices=("all", "embedding"), default="all",
+        help="train all that the run trained, or the new task's embedding alone (default: all)",
+    )  # fmt: skip
+    fewshot.add_argument("--data_dir", "--data-dir", metavar="DIR", help="folder with the new task's data")
+    fewshot.add_argument("--task_file", "--task-file", metavar="FILE", help="YAML or JSON file with the task's entry")
+    fewshot.add_argument(
+        "--output_dir", "--output-dir", default="fewshot-output", metavar="DIR",
+        help="where the table and the plot are written (default: fewshot-output)",
+    )  # fmt: skip
+    _base_option(fewshot)
 
-    named = [name.replace("-", "_") for group in (_TEXT, _WHOLE, _NUMBERS, _SWITCHES) for name in group] + ["tasks"]
-    changes = {name: value for name in named if (value := getattr(options, name)) is not None}
-    adapters = dict(options.hyperformer or ())
-    adapters |= {n: v for n in ("variant", "reduction_factor") if (v := getattr(options, n)) is not None}
-    if adapters:
-        changes["hyperformer"] = adapters
-    if options.resume and options.overwrite:
-        raise arguments.RunConfigError("--resume and --overwrite exclude each other")
-    given = arguments.merge(arguments.read_fields(options.config), changes) if options.config else changes
-    if options.resume:
-        from .training.folder import read_run
 
-        folder = Path(given.get("output_dir", arguments.RunConfig.output_dir))
-        # Options that are not given keep the run's values. train_run refuses those that differ from the run's.
-        given = arguments.merge(read_run(folder)[0].to_dict(), {**given, "output_dir": str(folder)})
-    run = arguments.RunConfig.from_dict(given)
+def _base_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--model_name_or_path", "--model-name-or-path", metavar="PATH_OR_NAME", help="where the run's T5 is now"
+    )
+    command.add_argument("--model", dest="old_model", help=argparse.SUPPRESS)
 
-    from .training import train_run
+
+def _base(options: argparse.Namespace) -> str | None:
+    """Return where the T5 is now, also by the flag's older name."""
+    if options.old_model is not None:
+        warnings.warn("arguments have new names: model is now model_name_or_path", DeprecationWarning, stacklevel=2)
+    where: str | None = options.model_name_or_path or options.old_model
+    return where
+
+
+def _train(argv: Sequence[str]) -> None:
+    from .training import RunArguments, train_run
 
     _quiet()
+    with _own_warnings():
+        run = RunArguments.from_args(argv)
     try:
-        train_run(run, options.resume, options.overwrite)
+        train_run(run)
     except KeyboardInterrupt:
         from .training.folder import newest_checkpoint
 
-        newest, _ = newest_checkpoint(Path(run.output_dir))
-        then = "nothing was saved yet" if newest is None else f"--resume goes on from {newest.name}"
+        newest, _ = newest_checkpoint(Path(str(run.training.output_dir)))
+        then = (
+            "nothing was saved yet" if newest is None else f"--resume_from_checkpoint true goes on from {newest.name}"
+        )
         raise KeyboardInterrupt(f"interrupted; {then}") from None
 
 
@@ -211,43 +171,62 @@ def _evaluate(options: argparse.Namespace) -> None:
     from .training import evaluate_run
 
     _quiet()
-    evaluate_run(options.run_dir, options.split, options.tasks, options.model, options.data_dir)
+    with _own_warnings():
+        base = _base(options)
+    evaluate_run(options.run_dir, options.split, options.tasks, base, options.data_dir)
 
 
 def _predict(options: argparse.Namespace) -> None:
-    from rich.console import Console
-
-    from .atomic import write_file
-    from .training.predict import predict_run, row_of_texts
-    from .training.progress import say
+    from .training.predict import predict_file
 
     _quiet()
-    console = Console(stderr=True)
-    rows: Any = [row_of_texts(options.run_dir, options.task, options.text)] if options.text else options.input
-    labelled = predict_run(options.run_dir, options.task, rows, options.model, console)
-    encoding = "utf-8" if options.output else sys.stdout.encoding or "utf-8"
-    text = "".join(_line(row, encoding) for row in labelled)
-    if options.output is None:
-        sys.stdout.write(text)
-        return
-    output = Path(options.output)
-    if output.exists() and not (output.is_file() or output.is_dir()):
-        # A device or a pipe, such as /dev/stdout, is written to, where a file would be replaced.
-        output.write_text(text, encoding=encoding)
-    else:
-        with write_file(output) as partial:
-            Path(partial).write_text(text, encoding=encoding)
-    say(console, f"{len(labelled)} rows in {options.output}")
+    with _own_warnings():
+        base = _base(options)
+    predict_file(options.run_dir, options.input, options.output, options.task, options.text, base)
 
 
-def _line(row: dict[str, Any], encoding: str) -> str:
-    """One line of JSON, with escapes only if the encoding cannot represent its text."""
-    line = json.dumps(row, ensure_ascii=False)
-    try:
-        line.encode(encoding)
-    except UnicodeEncodeError:
-        line = json.dumps(row)
-    return line + "\n"
+def _fewshot(options: argparse.Namespace) -> None:
+    from .training.fewshot import fewshot_run
+    from .training.parser import parse_flags
+    from .training.translate import today
+
+    _quiet()
+    with _own_warnings():
+        _, training = parse_flags(options.rest, with_config=False)
+        training, base = today(training), _base(options)
+    fewshot_run(
+        options.run_dirs,
+        options.task,
+        samples=options.samples,
+        seeds=options.seeds,
+        init_from=options.init_from,
+        train=options.train,
+        data_dir=options.data_dir,
+        task_file=options.task_file,
+        output_dir=options.output_dir,
+        model=base,
+        **training,
+    )
+
+
+@contextlib.contextmanager
+def _own_warnings() -> Iterator[None]:
+    """Print this package's warnings as lines of the command, each once and on the first process only."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            yield
+        finally:
+            _print_warnings(caught)
+
+
+def _print_warnings(caught: Sequence[warnings.WarningMessage]) -> None:
+    here = os.path.dirname(os.path.abspath(__file__))
+    for each in {str(each.message): each for each in caught}.values():
+        if not each.filename.startswith(here):
+            warnings.showwarning(each.message, each.category, each.filename, each.lineno)
+        elif os.environ.get("RANK", "0") == "0":
+            print(f"hyperformer-fast: warning: {each.message}", file=sys.stderr)
 
 
 def _quiet() -> None:
@@ -284,7 +263,8 @@ def _tune(options: argparse.Namespace) -> None:
 
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
-    "train": _train, "evaluate": _evaluate, "predict": _predict, "params": _params, "doctor": _doctor, "tune": _tune,
+    "evaluate": _evaluate, "predict": _predict, "fewshot": _fewshot, "params": _params, "tune": _tune,
+    "doctor": _doctor,
 }  # fmt: skip
 
 
@@ -293,8 +273,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     The exit code is 0 for success, 1 for an error (reported in one message), 2 for wrong usage and 130 for Ctrl-C.
     """
-    options = _parser().parse_args(arguments)
+    argv = list(sys.argv[1:] if arguments is None else arguments)
+    leading = next((place for place, token in enumerate(argv) if token != "--debug"), len(argv))
+    debug = "--debug" in argv
     try:
+        if argv[leading : leading + 1] == ["train"]:
+            _train(argv[leading + 1 :])
+            return 0
+        parser = _parser()
+        options, rest = parser.parse_known_args(argv)
+        options.rest = rest
+        if rest and options.command != "fewshot":
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
         return _COMMANDS[options.command](options) or 0
     except KeyboardInterrupt as error:
         print(f"\nhyperformer-fast: {str(error) or 'interrupted'}", file=sys.stderr)
@@ -307,7 +297,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"hyperformer-fast: error: {error}", file=sys.stderr)
         return FAILURE
     except Exception as error:
-        if getattr(options, "debug", False):
+        if debug:
             raise
         rank = os.environ.get("RANK", "0")
         print(f"hyperformer-fast: error{'' if rank == '0' else f' (rank {rank})'}: {_message(error)}", file=sys.stderr)
@@ -342,13 +332,16 @@ def _is_users(error: Exception) -> bool:
     from .data import DataError, UnknownTask
     from .training.arguments import RunConfigError
     from .training.folder import RunError
+    from .training.ranks import OtherProcessFailed
     from .training.trainer import TrainingDiverged
 
     documented = RunError, RunConfigError, DataError, UnknownTask, CheckpointError, TrainingDiverged, BackendError
-    if isinstance(error, (MemoryError, OutOfMemoryError, *documented)):
+    if isinstance(error, (MemoryError, OutOfMemoryError, OtherProcessFailed, *documented)):
         return True
     if isinstance(error, OSError):
         return bool(str(error))
+    if isinstance(error, ImportError):
+        return "install" in str(error)  # how transformers names the package that an argument needs
     return isinstance(error, ValueError) and _raised_here(error)
 
 

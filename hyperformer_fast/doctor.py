@@ -149,7 +149,7 @@ def _describe(library: dict[str, Any], built: dict[str, Any] | None) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns 0 if no live check failed, else 1."""
     parser = argparse.ArgumentParser(
-        prog="python -m hyperformer_fast",
+        prog="hyperformer-fast doctor",
         description="Show the versions, built libraries and backends of this installation.",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -74,11 +75,24 @@ def test_runs_at_the_root_beside_the_folder_kernels(path):
     code = (
         "from transformers import T5Config, T5ForConditionalGeneration as T5; import runpy, sys;"
         "T5(T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=8));"
-        "sys.argv[1:] = ['--json']; runpy.run_module('hyperformer_fast', run_name='__main__')"
+        "sys.argv[1:] = ['doctor', '--json']; runpy.run_module('hyperformer_fast', run_name='__main__')"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["ok"]
+
+
+def test_it_is_a_command_and_still_answers_to_its_earlier_call(monkeypatch, capsys):
+    reports = []
+    for argv in (["doctor", "--json", "--no-check"], ["--json", "--no-check"]):
+        monkeypatch.setattr(sys, "argv", ["hyperformer_fast", *argv])
+        with pytest.raises(SystemExit) as exit:
+            runpy.run_module("hyperformer_fast", run_name="__main__")
+        assert exit.value.code == 0
+        said = capsys.readouterr()
+        reports.append(json.loads(said.out))
+        assert ("add the word doctor" in said.err) == (argv[0] != "doctor")
+    assert reports[0].keys() == reports[1].keys() and reports[0]["ok"]
 
 
 def test_kernels_is_a_namespace():

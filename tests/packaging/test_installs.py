@@ -117,7 +117,7 @@ class Environment:
 
     def doctor(self, **environ: str) -> dict:
         """The doctor's report, from a folder that is not the sources'."""
-        words = self.run(self.python, "-W", "ignore", "-m", "hyperformer_fast", "--json", **environ)
+        words = self.run(self.python, "-W", "ignore", "-m", "hyperformer_fast", "doctor", "--json", **environ)
         return json.loads(words[words.index("{") :])
 
 

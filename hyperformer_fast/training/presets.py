@@ -1,0 +1,52 @@
+"""Named sets of arguments to start from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..nearest import did_you_mean
+from .field_checks import RunConfigError
+
+#: What suits the embedded T5, whose width is 128, on the built-in tasks: some minutes on two cores.
+_DEMO: dict[str, Any] = {
+    "reduction_factor": 4,
+    "task_embedding_dim": 16,
+    "projected_task_embedding_dim": 16,
+    "task_hidden_dim": 32,
+    "max_steps": 1200,
+    "learning_rate": 1e-3,
+    "warmup_steps": 50,
+    "per_device_eval_batch_size": 128,
+    "eval_strategy": "steps",
+    "eval_steps": 300,
+    "max_eval_samples": 100,
+    "save_steps": 300,
+    "logging_steps": 10,
+}
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {"demo": _DEMO}
+
+#: The defaults of the first release for a T5 that is named; those for the embedded one are the preset "demo".
+FIRST_RELEASE: dict[str, Any] = {
+    name: value for name, value in _DEMO.items() if not name.endswith(("_dim", "reduction_factor"))
+} | {"max_steps": 2000, "warmup_steps": 100, "per_device_eval_batch_size": 64}
+
+
+def with_preset(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``given`` on top of the preset that it names.
+
+    Raises:
+        RunConfigError: there is no such preset.
+    """
+    name = given.get("preset")
+    if name is None:
+        return dict(given)
+    if name not in PRESETS:
+        raise RunConfigError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}{did_you_mean(name, PRESETS)}")
+    preset = dict(PRESETS[name])
+    if "num_train_epochs" in given and "max_steps" not in given:
+        del preset["max_steps"]  # it would silently win over the epochs that were asked for
+    if given.get("warmup_ratio") and "warmup_steps" not in given:
+        del preset["warmup_steps"]  # as it would over the ratio, which transformers 5 no longer has
+    return {**preset, **given}
