@@ -148,8 +148,47 @@ def gpu_report(results: dict, where: Mapping[str, str], path: Path) -> None:
         plain_logarithmic(axis.xaxis, sorted({r["N"] for r in found}))
 
 
+def real_text(results: dict, where: Mapping[str, str], path: Path) -> None:
+    """The score of each method on each task of real text, with its deviation over seeds, above the majority class."""
+    most, methods = results["majority"], results["methods"]
+    groups = [*most["tasks"], "average"]
+    with panels(1, path, where) as (axis,):
+        for i, (name, method) in enumerate(methods.items()):
+            found = [*(task["score"] for task in method["tasks"].values()), method["average_metrics"]]
+            places = [group + (i - (len(methods) - 1) / 2) * 0.8 / len(methods) for group in range(len(groups))]
+            axis.bar(
+                places,
+                [one["mean"] for one in found],
+                width=0.8 / len(methods),
+                yerr=[one["deviation"] or 0.0 for one in found],
+                capsize=2,
+                label=name,
+            )
+        for group, score in enumerate([*(task["score"] for task in most["tasks"].values()), most["average_metrics"]]):
+            label = "majority class" if group == 0 else None
+            axis.hlines(score, group - 0.42, group + 0.42, color="black", linestyle=":", label=label)
+        axis.set_xticks(range(len(groups)), groups)
+        steps, batch = results["settings"]["steps"], results["settings"]["batch"]
+        axis.set(ylabel="mean of the task's metrics, percent", title=f"real text, {steps} steps of {batch} rows")
+        axis.grid(axis="x", visible=False)
+
+
+def fewshot(results: dict, where: Mapping[str, str], path: Path) -> None:
+    """The score on a new task over the number of its rows that are trained."""
+    from hyperformer_fast.training.fewshot_report import draw_scores
+
+    with panels(1, path, where) as (axis,):
+        draw_scores(axis, results)
+
+
 #: By the start of a result's file name.
-PLOTS = {"adapter": adapter, "training": training, "gpu-report": gpu_report}
+PLOTS = {
+    "adapter": adapter,
+    "training": training,
+    "gpu-report": gpu_report,
+    "real-text": real_text,
+    "fewshot": fewshot,
+}
 
 
 def draw(path: Path) -> Path | None:
