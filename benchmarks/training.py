@@ -6,24 +6,22 @@ python benchmarks/training.py [--steps 50] [--learning-rate X] [--layers 4] [--r
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import tempfile
 
 import torch
+from datasets import concatenate_datasets
 from plots import apart, draw
 from rich.progress import track
 from step import BARE, steps
 from timing import arguments, interleaved, machine, show, write
-from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers import TrainerCallback, set_seed
 
-from hyperformer_fast import get_hyperformer_model
 from hyperformer_fast.backends import use_backend
 from hyperformer_fast.backends.reference import ReferenceBackend
-from hyperformer_fast.data import load_tasks
-from hyperformer_fast.training.arguments import RunConfig
-from hyperformer_fast.training.base import load_base
-from hyperformer_fast.training.evaluate import limited
-from hyperformer_fast.training.trainer import HyperFormerTrainer
+from hyperformer_fast.data import encode, load_tasks
+from hyperformer_fast.training import HyperFormerTrainer, RunArguments
+from hyperformer_fast.training.progress import quiet
+from hyperformer_fast.training.start import build_model
 
 BACKENDS = ("reference", "cpu")
 CONTROL = "reference, weights one ulp off"
@@ -73,17 +71,20 @@ def losses(
 
     The learning rate follows the schedule of the whole run.
     """
-    run = RunConfig(output_dir=output, eval_steps=0, save_steps=0)
+    fields = {"preset": "demo", "output_dir": output, "eval_strategy": "no", "save_strategy": "no"}
     if learning_rate is not None:
-        run = dataclasses.replace(run, learning_rate=learning_rate)
-    run = run.located()
-    data = limited(load_tasks(run.data_dir, run.tasks), run)
-    set_seed(run.seed)
-    t5, tokenizer = load_base(run.model)
-    model = get_hyperformer_model(t5, run.hyperformer_config(list(data)))
-    trainer = Recording(model, run, data, tokenizer)
+        fields["learning_rate"] = learning_rate
+    run = RunArguments.from_dict(fields)
+    data = load_tasks(run.data)
+    set_seed(run.training.seed)
+    model, tokenizer = build_model(run, list(data))
+    rows = [
+        encode(task, "train", tokenizer, run.data.max_source_length, index=index)
+        for index, task in enumerate(data.values())
+    ]
+    trainer = Recording(model, run.training, train_dataset=concatenate_datasets(rows), processing_class=tokenizer)
     trainer.losses, trainer.beside = [], []
-    trainer.remove_callback(PrinterCallback)
+    quiet(trainer)
     trainer.add_callback(StopAfter(steps))
     with use_backend(backend):
         trainer.train()

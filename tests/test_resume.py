@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 
 import numpy as np
 import pytest
 import torch
-from support.runs import data_folder, losses, saved_t5, small_trainer, trained
+from rich.console import Console
+from support.runs import SMALL, data_folder, losses, same_weights, saved_t5, small_run, small_trainer, trained
+from transformers import EarlyStoppingCallback
 
 from hyperformer_fast.checkpoint import CheckpointError
 from hyperformer_fast.cli import main
+from hyperformer_fast.training import HyperFormerTrainer, checkpointing, task_evaluation, train_run
+from hyperformer_fast.training import run as run_module
 from hyperformer_fast.training.folder import checkpoints
 from hyperformer_fast.training.resume import read_saved
 
 STEPS, KEPT = 4, 2
 
 
+@pytest.fixture(autouse=True)
+def _no_plot(monkeypatch):
+    """Plotting takes most of such a small run's time."""
+    monkeypatch.setattr(run_module, "plot_curves", lambda *_: None)
+
+
 def trainer_of(folder, **changes):
-    return small_trainer(folder, dropout=0.1, steps=STEPS, **{"save_steps": KEPT, **changes})
+    return small_trainer(folder, dropout=0.1, max_steps=STEPS, **{"save_steps": KEPT, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -185,11 +196,10 @@ BROKEN = {
     "half a schedule": ("scheduler.pt", lambda path: path.write_bytes(path.read_bytes()[:99]), "cannot be read"),
     "half an optimizer": ("optimizer.pt", lambda path: path.write_bytes(path.read_bytes()[:-99]), "cannot be read"),
     "no optimizer": ("optimizer.pt", lambda path: path.write_bytes(b""), "cannot be read"),
-    "no random numbers": ("rng_state.pth", lambda path: path.unlink(), "there is none: .* become a different run"),
-    "those of two processes": (
+    "no random numbers": (
         "rng_state.pth",
-        lambda path: [path.rename(path.with_name("rng_state_0.pth")), path.with_name("rng_state_1.pth").touch()],
-        "1 process resumes from rng_state.pth, but there is rng_state_0.pth, rng_state_1.pth",
+        lambda path: path.unlink(),
+        "without saved RNG states .* become a different run",
     ),
     "half of them": ("rng_state.pth", lambda path: path.write_bytes(path.read_bytes()[:-99]), "cannot be read"),
     "NumPy's beyond the end": ("rng_state.pth", edit_saved(numpy_state), "the RNG state of NumPy"),
@@ -211,29 +221,164 @@ def test_other_settings_of_the_optimizer_are_refused(checkpoint):
     for changes, message in (
         ({"weight_decay": 0.1}, "has weight_decay 0.0, this optimizer 0.1"),
         ({"learning_rate": 0.5}, "has initial_lr 0.01, this optimizer 0.5"),
-        ({"schedule": "cosine"}, "the learning rate at step 2 is"),
+        ({"lr_scheduler_type": "cosine"}, "the learning rate at step 2 is"),
     ):
         with pytest.raises(CheckpointError, match=message):
             trainer_of(checkpoint.parent, warmup_steps=1, **changes).train(resume_from_checkpoint=str(checkpoint))
 
 
 def test_the_command_resumes_with_dropout_or_says_what_is_missing(tmp_path, capsys):
-    run = tmp_path / "run"
-    train = ["train", "--model", saved_t5(tmp_path / "t5", dropout=0.1), "--data-dir", data_folder(tmp_path / "data")]
-    train += ["--steps", "4", "--batch-size", "4", "--save-steps", "2", "--eval-steps", "3", "--reduction-factor", "4"]
-    train += ["--hyperformer", "task_embedding_dim=4", "projected_task_embedding_dim=4", "task_hidden_dim=5"]
-    assert main([*train, "--output-dir", str(run)]) == 0
-    weights = (run / "hyperformer.safetensors").read_bytes()
-    (run / "hyperformer.safetensors").unlink()
+    run, resume = tmp_path / "run", ["train", "--resume_from_checkpoint", "true"]
+    train = ["train", "--model_name_or_path", saved_t5(tmp_path / "t5", dropout=0.1)]
+    train += ["--data_dir", data_folder(tmp_path / "data"), "--save_steps", "2", "--eval_steps", "3"]
+    train += [f"--{name}={value}" for name, value in SMALL.items()]
+    train += ["--max_steps", "4", "--per_device_train_batch_size", "4", "--output_dir", str(run)]
+    assert main(train) == 0
+    shutil.copytree(run, tmp_path / "whole")
+    (run / "model.safetensors").unlink()
     (run / "checkpoint-4" / "rng_state.pth").unlink()
     capsys.readouterr()
-    assert main(["train", "--resume", "--output-dir", str(run)]) == 0
+    assert main([*resume, "--output_dir", str(run)]) == 0
     out = capsys.readouterr().out
     assert "skipped an incomplete checkpoint: checkpoint-4 lacks rng_state*.pth" in out
     assert "resuming from checkpoint-2" in out
-    assert (run / "hyperformer.safetensors").read_bytes() == weights
+    assert same_weights(run, tmp_path / "whole")
     edit_json(lambda state: state.update(global_step=1))(run / "checkpoint-4" / "trainer_state.json")
-    assert main(["train", "--resume", "--output-dir", str(run)]) == 1
+    assert main([*resume, "--output_dir", str(run)]) == 1
     err = capsys.readouterr().err
     assert "checkpoint-4/trainer_state.json: global_step is 1, but the checkpoint was saved at step 4" in err
     assert "unexpected" not in err and len(checkpoints(run)) == 2
+
+
+class Stopped(BaseException):
+    """What no handler of the library stops, as a kill."""
+
+
+def at_call(monkeypatch, owner, name, number):
+    """Stop a run at the given call of a function, counted from 1."""
+    plain, calls = getattr(owner, name), []
+
+    def act(*arguments, **named):
+        calls.append(1)
+        if len(calls) == number:
+            raise Stopped
+        return plain(*arguments, **named)
+
+    monkeypatch.setattr(owner, name, act)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    return {"model_name_or_path": saved_t5(folder / "t5", dropout=0.1), "data_dir": data_folder(folder / "data")}
+
+
+def whole_run(inputs, folder, **changes):
+    fields = {"max_steps": 7, "save_steps": 2, "eval_steps": 2, "load_best_model_at_end": True, **inputs, **changes}
+    return train_run(small_run(folder, **fields), Console(quiet=True))
+
+
+#: Runs that are interrupted. An epoch of the second ends after three steps, between two checkpoints.
+RUNS = {
+    "steps": {"gradient_accumulation_steps": 4},
+    "mixed epochs": {
+        "gradient_accumulation_steps": 4, "mixed_batches": True, "num_train_epochs": 2.0, "max_steps": -1
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def undisturbed(inputs, tmp_path_factory):
+    """A function that returns (the folder, the results) of one of the runs."""
+
+    @functools.cache
+    def finished(name):
+        folder = tmp_path_factory.mktemp("undisturbed")
+        return folder, whole_run(inputs, folder, **RUNS[name])
+
+    return finished
+
+
+PLACES = {
+    "before the first checkpoint": (HyperFormerTrainer, "training_step", 5),
+    "between two checkpoints": (HyperFormerTrainer, "training_step", 22),
+    "in an evaluation": (HyperFormerTrainer, "evaluate_task", 4),
+    "while a checkpoint is written": (checkpointing, "write_directory", 2),
+    "in the final evaluation": (HyperFormerTrainer, "evaluate_task", 8),
+    "at the very end": (run_module, "_report", 1),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "place"), [("steps", place) for place in PLACES] + [("mixed epochs", "between two checkpoints")]
+)
+def test_an_interrupted_run_ends_as_if_it_had_not_been(undisturbed, inputs, tmp_path, monkeypatch, name, place):
+    changes, (folder, results) = RUNS[name], undisturbed(name)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        at_call(patch, *PLACES[place])
+        whole_run(inputs, tmp_path, **changes)
+    again = whole_run(inputs, tmp_path, resume_from_checkpoint="true", **changes)
+    assert {**again, "train_seconds": 0} == {**results, "train_seconds": 0}
+    histories = [json.loads((each / "history.json").read_text()) for each in (folder, tmp_path)]
+    for key in ("loss", "eval_average_metrics", "eval_cola_loss", "learning_rate"):
+        one, other = ([(entry["step"], entry[key]) for entry in history if key in entry] for history in histories)
+        assert one == other and one
+    assert same_weights(folder, tmp_path)
+
+
+def test_a_run_grows_in_steps_and_in_epochs(tmp_path):
+    """Under a constant rate a run that grows is the longer run; under another the rate follows the longer schedule."""
+    for name, short, longer in (("steps", {"max_steps": 4}, {"max_steps": 7}), (
+        "epochs", {"max_steps": -1, "num_train_epochs": 1.0}, {"max_steps": -1, "num_train_epochs": 2.0}
+    )):  # fmt: skip
+        constant = {"lr_scheduler_type": "constant", "gradient_accumulation_steps": 3, "save_steps": 2, "dropout": 0.1}
+        small_trainer(tmp_path / name, **constant, **short).train()
+        grown = small_trainer(tmp_path / name, **constant, **longer)
+        grown.train(resume_from_checkpoint=True)
+        long = small_trainer(tmp_path / f"long {name}", **constant, **longer)
+        long.train()
+        assert losses(grown) == losses(long) and len(losses(grown)) == (7 if name == "steps" else 8)
+    small_trainer(tmp_path / "linear", max_steps=4, save_steps=2).train()
+    grown = small_trainer(tmp_path / "linear", max_steps=12, save_steps=2)
+    grown.train(resume_from_checkpoint=True)
+    rates = [entry["learning_rate"] for entry in grown.state.log_history if "loss" in entry]
+    assert rates[4:] == pytest.approx([0.01 * (12 - step) / 10 for step in range(4, 12)])
+
+
+def test_a_shorter_run_does_not_go_back(checkpoint):
+    with pytest.raises(CheckpointError, match="saved at step 2, beyond the run's 1 steps"):
+        small_trainer(checkpoint.parent, max_steps=1).train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_early_stopping_goes_on_where_it_was(tmp_path, monkeypatch):
+    """One patience counts across an interruption, and a run that had stopped early stays stopped."""
+
+    def trainer(folder, scores, **changes):
+        values = iter(scores)
+        monkeypatch.setattr(task_evaluation, "score", lambda *_: {"matthews": (value := next(values)), "score": value})
+        fields = {"tasks": ("cola",), "max_steps": 10, "eval_steps": 1, "save_steps": 1, "save_total_limit": None}
+        early = [EarlyStoppingCallback(early_stopping_patience=2)]
+        return small_trainer(folder, load_best_model_at_end=True, callbacks=early, **{**fields, **changes})
+
+    found = [10.0, 30.0, 20.0, 20.0, 20.0]
+    stopped = trainer(tmp_path, found)
+    stopped.train()
+    assert stopped.state.global_step == 4 and stopped.state.best_global_step == 2
+    for step, rest in ((3, found[3:]), (4, [])):
+        again = trainer(tmp_path, rest)
+        again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert again.state.global_step == 4
+        assert all(torch.equal(value, trained(stopped.model)[name]) for name, value in trained(again.model).items())
+
+
+def test_a_moved_run_finds_its_best_checkpoint(tmp_path, monkeypatch):
+    values = iter([30.0, 10.0, 10.0])
+    monkeypatch.setattr(task_evaluation, "score", lambda *_: {"matthews": (value := next(values)), "score": value})
+    fields = {"tasks": ("cola",), "eval_steps": 2, "save_steps": 2, "load_best_model_at_end": True}
+    before = small_trainer(tmp_path / "before", **fields)
+    before.train()
+    (tmp_path / "before").rename(tmp_path / "after")
+    after = small_trainer(tmp_path / "after", **fields)
+    after.train(resume_from_checkpoint=True)
+    assert after.state.best_model_checkpoint == str(tmp_path / "after" / "checkpoint-2")
+    assert all(torch.equal(value, trained(before.model)[name]) for name, value in trained(after.model).items())

@@ -12,14 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.runs import losses, small_run, small_t5, small_trainer, trained
+from support.runs import losses, small_t5, small_trainer, trained
 from transformers import TrainerCallback
 
 import hyperformer_fast
 from hyperformer_fast import HyperFormerModel
 from hyperformer_fast.checkpoint import CheckpointError
-from hyperformer_fast.training import TrainingDiverged
-from hyperformer_fast.training import trainer as trainer_module
+from hyperformer_fast.training import TrainingDiverged, task_evaluation
 from hyperformer_fast.training.folder import checkpoints
 
 ROOT = Path(hyperformer_fast.__file__).resolve().parents[1]
@@ -53,8 +52,8 @@ def test_accumulated_micro_batches_are_one_batch(tmp_path, label_smoothing):
     tolerance = {"rtol": 1e-4, "atol": 1e-6}
     results = []
     for accumulation, batch_size in ((4, 2), (1, 8)):
-        cut = {"batch_size": batch_size, "gradient_accumulation": accumulation}
-        trainer = small_trainer(tmp_path, steps=3, label_smoothing=label_smoothing, **cut)
+        cut = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+        trainer = small_trainer(tmp_path, max_steps=3, label_smoothing_factor=label_smoothing, **cut)
         start = trained(trainer.model)
         trainer.train()
         results.append((trained(trainer.model), losses(trainer)))
@@ -64,13 +63,13 @@ def test_accumulated_micro_batches_are_one_batch(tmp_path, label_smoothing):
 
 
 def test_resuming_is_not_having_stopped(tmp_path):
-    whole = small_trainer(tmp_path / "whole", dropout=0.1, steps=7, gradient_accumulation=2)
+    whole = small_trainer(tmp_path / "whole", dropout=0.1, max_steps=7, gradient_accumulation_steps=2)
     whole.train()
-    first = small_trainer(tmp_path / "cut", dropout=0.1, steps=7, gradient_accumulation=2, save_steps=3)
+    first = small_trainer(tmp_path / "cut", dropout=0.1, max_steps=7, gradient_accumulation_steps=2, save_steps=3)
     first.add_callback(StopAt(4))
     first.train()
     assert [path.name for path in checkpoints(tmp_path / "cut")] == ["checkpoint-3"]
-    again = small_trainer(tmp_path / "cut", dropout=0.1, steps=7, gradient_accumulation=2, save_steps=3)
+    again = small_trainer(tmp_path / "cut", dropout=0.1, max_steps=7, gradient_accumulation_steps=2, save_steps=3)
     torch.manual_seed(77)
     again.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
     assert losses(again) == losses(whole)
@@ -80,12 +79,15 @@ def test_resuming_is_not_having_stopped(tmp_path):
 
 
 def test_two_processes_train_as_one_with_the_doubled_batch(tmp_path):
+    options = {"max_steps": 3, "save_steps": 3, "eval_steps": 3, "mixed_batches": True, "loss_reduction": "sum"}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = [run_script("rank.py", tmp_path, RANK=str(r), LOCAL_RANK=str(r), **group) for r in range(2)]
-    one = small_trainer(tmp_path / "one", steps=3, batch_size=4, save_steps=3, eval_steps=3)
+    ranks = [
+        run_script("rank.py", tmp_path, json.dumps(options), RANK=str(r), LOCAL_RANK=str(r), **group) for r in range(2)
+    ]
+    one = small_trainer(tmp_path / "one", per_device_train_batch_size=4, **options)
     start = trained(one.model)
     one.train()
     try:
@@ -98,7 +100,7 @@ def test_two_processes_train_as_one_with_the_doubled_batch(tmp_path):
     assert any((start[name] - p).abs().max() > 1e-3 for name, p in trained(one.model).items()), "nothing was trained"
     saved = tmp_path / "two" / "checkpoint-3"
     assert {"rng_state_0.pth", "rng_state_1.pth", "optimizer.pt"} <= {path.name for path in saved.iterdir()}
-    scores = [[e["eval_average"] for e in history if "eval_average" in e] for history in (
+    scores = [[e["eval_average_metrics"] for e in history if "eval_average_metrics" in e] for history in (
         one.state.log_history, json.loads((saved / "trainer_state.json").read_text())["log_history"]
     )]  # fmt: skip
     assert scores[0] == scores[1] and len(scores[0]) == 1
@@ -111,7 +113,7 @@ def test_a_kill_at_any_moment_leaves_whole_checkpoints(tmp_path):
     assert process.returncode == 0, out
     reached = [int(step) for step in out.split()]
     assert len(reached) == 10 and reached == sorted(reached) and reached[-1] >= 10
-    reference = small_trainer(tmp_path / "reference", dropout=0.1, steps=1000)
+    reference = small_trainer(tmp_path / "reference", dropout=0.1, max_steps=1000)
     wanted = {step: None for step in reached}
     reference.add_callback(Snapshot(wanted, stop=reached[-1]))
     reference.train()
@@ -158,7 +160,7 @@ def test_what_is_not_finite_is_never_saved(tmp_path, save_steps, message):
     with pytest.raises(TrainingDiverged, match=message + ".*Lower learning_rate .now 0.01."):
         trainer.train()
     assert [path.name for path in checkpoints(tmp_path)][-1] == "checkpoint-2"
-    good = HyperFormerModel.from_pretrained(small_t5(), checkpoints(tmp_path)[-1])
+    good = HyperFormerModel.from_pretrained(checkpoints(tmp_path)[-1], t5=small_t5())
     assert all(p.isfinite().all() for p in good.parameters())
 
 
@@ -182,7 +184,7 @@ def test_checkpoints_hold_what_resuming_needs_and_nothing_pickled_freely(tmp_pat
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-4"]
 
 
-@pytest.mark.parametrize("file", ["hyperformer.safetensors", "optimizer.pt"])
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt"])
 def test_a_broken_checkpoint_is_named(tmp_path, file):
     small_trainer(tmp_path, save_steps=3).train()
     broken = tmp_path / "checkpoint-3" / file
@@ -193,20 +195,31 @@ def test_a_broken_checkpoint_is_named(tmp_path, file):
 
 def test_a_checkpoint_of_another_size_is_refused(tmp_path):
     small_trainer(tmp_path, save_steps=3).train()
-    other = small_trainer(tmp_path, hyperformer={**small_run(tmp_path).hyperformer, "task_hidden_dim": 7})
+    other = small_trainer(tmp_path, task_hidden_dim=7)
     before = trained(other.model)
     with pytest.raises(CheckpointError, match="task_hidden_dim is 5 in the checkpoint, 7 in this model"):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert_same(before, trained(other.model), rtol=0, atol=0)
 
 
+def scores_of(monkeypatch, values):
+    """Let the evaluations of the single task cola find these scores in turn."""
+    scores = iter(values)
+    monkeypatch.setattr(task_evaluation, "score", lambda *_: {"matthews": (value := next(scores)), "score": value})
+
+
+def evaluations(trainer):
+    return [entry["eval_average_metrics"] for entry in trainer.state.log_history if "eval_average_metrics" in entry]
+
+
 def test_the_best_evaluation_is_kept(tmp_path, monkeypatch):
-    scores = iter([10.0, 30.0, 20.0])
-    monkeypatch.setattr(trainer_module, "evaluate_examples", lambda *_: ({"score": next(scores)}, 0))
-    trainer = small_trainer(tmp_path, tasks=("cola",), eval_steps=2, keep_best=True)
+    scores_of(monkeypatch, [10.0, 30.0, 20.0])
+    trainer = small_trainer(tmp_path, tasks=("cola",), eval_steps=2, save_steps=2, load_best_model_at_end=True)
+    assert trainer.args.metric_for_best_model == "average_metrics" and trainer.args.greater_is_better
     wanted = {4: None}
     trainer.add_callback(Snapshot(wanted, stop=6))
     trainer.train()
-    model = HyperFormerModel.from_pretrained(small_t5(), tmp_path / "best")
-    assert_same(trained(model), wanted[4], rtol=0, atol=0)
-    assert [e["eval_average"] for e in trainer.state.log_history if "eval_average" in e] == [10.0, 30.0, 20.0]
+    assert_same(trained(trainer.model), wanted[4], rtol=0, atol=0)
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-4")
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-6"]
+    assert evaluations(trainer) == [10.0, 30.0, 20.0]

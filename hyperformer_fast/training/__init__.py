@@ -2,17 +2,20 @@
 
 from ..extras import require
 
-require("training", "accelerate", "numpy", "rich", "scipy", "sklearn")
+require("training", "accelerate", "datasets", "numpy", "rich", "scipy", "sklearn")
 
-from .arguments import RunConfig
+from .arguments import HyperFormerTrainingArguments, RunArguments
 from .evaluate import evaluate_run
 from .folder import RunError
 from .predict import predict_run
 from .run import train_run
+from .run_config import RunConfig
 from .trainer import HyperFormerTrainer, TrainingDiverged
 
 __all__ = [
     "HyperFormerTrainer",
+    "HyperFormerTrainingArguments",
+    "RunArguments",
     "RunConfig",
     "RunError",
     "TrainingDiverged",

@@ -3,43 +3,52 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import ByT5Tokenizer
 
+from ..tiny import load_tiny
+from .arguments import EMBEDDED, ModelArguments
 from .folder import RunError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, T5ForConditionalGeneration
 
 
-def load_base(model: str | None) -> tuple[T5ForConditionalGeneration, PreTrainedTokenizerBase]:
-    """Load (T5 in float32, tokenizer) from a folder or from the Hub.
+def load_base(
+    arguments: ModelArguments, name: str | None = None
+) -> tuple[T5ForConditionalGeneration, PreTrainedTokenizerBase]:
+    """Load (T5 in float32, tokenizer) from a folder or from the Hub, or the embedded tiny T5.
 
     Args:
-        model: a folder, or a name on the Hub; None for the embedded tiny T5.
+        arguments: which T5, and how the Hub is asked for it.
+        name: a folder, or a name on the Hub, that takes precedence.
 
     Raises:
         RunError: the model does not exist, is not a T5, or lacks weights.
     """
-    if model is None:
-        from ..tiny import load_tiny
+    model = name or arguments.model_name_or_path
+    if model is None or model == EMBEDDED:
+        return load_tiny()[0], load_tokenizer(arguments, EMBEDDED)
+    from transformers import AutoConfig, T5ForConditionalGeneration
 
-        return load_tiny()
-    from transformers import AutoConfig, AutoTokenizer, T5ForConditionalGeneration
-
+    hub = _hub(arguments)
     looks_local = os.sep in model and (model.count(os.sep) > 1 or model[0] in "./~")
     if looks_local and not Path(model).is_dir():
         raise RunError(f"the model {model!r} is not a folder")
     try:
-        kind = AutoConfig.from_pretrained(model).model_type
+        kind = AutoConfig.from_pretrained(model, **hub).model_type
         if kind != "t5":
             raise RunError(f"the model {model!r} is a {kind}, not a T5")
         # transformers declares only the result without loading information.
-        loaded: Any = T5ForConditionalGeneration.from_pretrained(model, dtype=torch.float32, output_loading_info=True)
+        loaded: Any = T5ForConditionalGeneration.from_pretrained(
+            model, dtype=torch.float32, output_loading_info=True, **hub
+        )
         t5, info = loaded
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer = load_tokenizer(arguments, model)
     except RunError:
         raise
     except Exception as error:  # OSError, ValueError, SafetensorError or an error of the network
@@ -48,3 +57,20 @@ def load_base(model: str | None) -> tuple[T5ForConditionalGeneration, PreTrained
     if missing:
         raise RunError(f"the model {model!r} lacks weights: {missing[0]} (and {len(missing) - 1} more)")
     return t5, tokenizer
+
+
+def load_tokenizer(arguments: ModelArguments, model: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a T5 that is loaded by this name."""
+    if model == EMBEDDED:
+        if arguments.tokenizer_name is not None:
+            warnings.warn(
+                f"tokenizer_name={arguments.tokenizer_name!r} is not the embedded T5's: ignored", stacklevel=3
+            )
+        return ByT5Tokenizer()
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(arguments.tokenizer_name or model, **_hub(arguments))
+
+
+def _hub(arguments: ModelArguments) -> dict[str, Any]:
+    return {"cache_dir": arguments.cache_dir, "revision": arguments.model_revision, "token": arguments.token}

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from ..checkpoint import WEIGHTS_NAME
-from ..data import TaskData, TaskSpec, load_tasks
+from ..data import TaskData, TaskSpec, encode, load_tasks
 from ..model import HyperFormerModel
-from .arguments import RunConfig
+from .arguments import RunArguments
 from .base import load_base
-from .folder import EVALUATION_NAME, RunError, checkpoints, read_run, write_json
-from .generation import evaluate_examples
-from .metrics import average, majority_score
-from .progress import progress_bars, say
+from .folder import EVALUATION_NAME, RunError, checkpoints, has_weights, read_run, write_json
+from .metrics import average_metrics, average_tasks, majority_score
+from .progress import EvaluationProgress, progress_bars, quiet, say
+from .ranks import process_group, rank_and_size
 from .report import notes, results_table
+from .trainer import HyperFormerTrainer
 
 
 def evaluate_run(
@@ -32,7 +33,8 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Evaluate a saved run: print the results, write them to ``evaluation.json`` in the run folder, and return them.
 
-    If the file cannot be written, a warning is printed instead.
+    If the file cannot be written, a warning is printed instead. The processes of a ``torchrun`` share the rows, and
+    the first one prints and writes.
 
     Args:
         run_dir: the run folder. The newest checkpoint of an unfinished run is used.
@@ -44,97 +46,140 @@ def evaluate_run(
     Raises:
         RunError, CheckpointError, DataError, OSError: the run, its weights, its data or a file cannot be used.
     """
-    console = console or Console()
-    run, specs, _ = read_run(run_dir)
-    chosen = known_tasks(tasks, specs)
-    data = load_tasks(data_dir or run.data_dir, chosen, specs=specs)
-    adapted, tokenizer = load_model(run_dir, run, model, console)
-    results = evaluate_model(adapted, tokenizer, limited(data, run), run, split, console)
-    show(results, console)
-    try:
-        write_json(Path(run_dir) / EVALUATION_NAME, results)
-    except OSError as error:
-        say(console, f"warning: the results above were not written to {EVALUATION_NAME}: {error}")
+    with process_group():
+        first = rank_and_size()[0] == 0
+        console = console or Console(quiet=not first)
+        run, specs, content = read_run(run_dir)
+        chosen = known_tasks(tasks or run.data.eval_tasks, specs)
+        if data_dir is not None:
+            run.data.data_dir = data_dir
+        adapted, tokenizer = load_model(run_dir, run, model, console)
+        data = load_data(run, chosen, console, specs, selecting=content.get("selecting", False))
+        trainer = HyperFormerTrainer(
+            adapted, run.training, processing_class=tokenizer, tasks={name: task.spec for name, task in data.items()}
+        )
+        quiet(trainer)
+        results = evaluate_tasks(trainer, data, run, split, console)
+    if first:
+        show(results, console)
+        try:
+            write_json(Path(run_dir) / EVALUATION_NAME, results)
+        except OSError as error:
+            say(console, f"warning: the results above were not written to {EVALUATION_NAME}: {error}")
     return results
 
 
-def evaluate_model(
-    model: HyperFormerModel,
-    tokenizer: PreTrainedTokenizerBase,
+def load_data(
+    run: RunArguments,
+    tasks: Sequence[str] | None,
+    console: Console | None,
+    specs: Mapping[str, TaskSpec] | None = None,
+    selecting: bool = False,
+) -> dict[str, TaskData]:
+    """Load tasks as the run's arguments say; on several processes the first one fills the cache."""
+    chosen = dataclasses.replace(run.data, add_prefix=run.adds_prefix)
+    with run.training.main_process_first(local=False, desc="loading data"):
+        return load_tasks(
+            chosen, tasks, specs=specs, selecting=selecting, cache_dir=run.model.cache_dir, console=console
+        )
+
+
+def evaluate_tasks(
+    trainer: HyperFormerTrainer,
     data: Mapping[str, TaskData],
-    run: RunConfig,
+    run: RunArguments,
     split: str | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a model on whole splits and return the content of metrics.json.
+    """Evaluate a trainer's model on whole splits and return the content of metrics.json.
 
     For each task the content has the split, the number of rows, the metrics of the model and of the majority class, and
-    the number of generated texts that are no label. It also has the averages over tasks.
+    the number of generated texts that are no label. It also has the averages.
     """
     for name, task in data.items():
         if split is not None and split not in task.splits:
             raise RunError(f"task {name!r} has no split {split!r}; it has {', '.join(task.splits)}")
     tasks: dict[str, dict[str, Any]] = {}
+    trainer.max_target_length = run.data.test_max_target_length or run.data.max_target_length
     with progress_bars(console or Console(quiet=True)) as progress:
-        for name, task in data.items():
-            chosen = split or task.report_split
-            examples = task.splits[chosen]
-            bar = progress.add_task(f"evaluating {name}", total=len(examples), note=chosen)
-            metrics, unparsed = evaluate_examples(
-                model,
-                tokenizer,
-                task.spec,
-                examples,
-                run.eval_batch_size,
-                run.max_source_length,
-                functools.partial(progress.advance, bar),
-            )
-            tasks[name] = {
-                "split": chosen,
-                "rows": len(examples),
-                "metrics": metrics,
-                "majority": majority(task, chosen),
-                "unparsed": unparsed,
-            }
+        follower = EvaluationProgress(progress)
+        trainer.add_callback(follower)
+        try:
+            for name, task in data.items():
+                chosen = split or task.report_split
+                lengths = run.data.max_source_length, run.data.max_predict_samples
+                rows = tokenised(task, chosen, trainer.processing_class, trainer.task_names, *lengths)
+                follower.begin(f"evaluating {name}", len(rows), chosen)
+                outcome = trainer.evaluate_task(name, rows, metric_key_prefix="test")
+                assert outcome.texts is not None  # every task here has a specification
+                tasks[name] = {
+                    "split": chosen,
+                    "rows": len(rows),
+                    "metrics": outcome.scores,
+                    "majority": majority(task, chosen, run.data.max_predict_samples),
+                    "unparsed": [task.spec.parse(text) for text in outcome.texts].count(None),
+                }
+        finally:
+            trainer.remove_callback(follower)
+    model, most = ({name: task[which] for name, task in tasks.items()} for which in ("metrics", "majority"))
     return {
-        "variant": model.hyperformer_config.variant,
-        "average": average({name: task["metrics"] for name, task in tasks.items()}),
-        "majority_average": average({name: task["majority"] for name, task in tasks.items()}),
+        "variant": trainer.accelerator.unwrap_model(trainer.model).hyperformer_config.variant,
+        "average_metrics": average_metrics(model),
+        "average_tasks": average_tasks(model),
+        "majority_average_metrics": average_metrics(most),
+        "majority_average_tasks": average_tasks(most),
         "tasks": tasks,
     }
 
 
+def tokenised(
+    task: TaskData,
+    split: str,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    max_source_length: int,
+    limit: int | None = None,
+) -> Dataset:
+    """Return the first ``limit`` rows of a split with their tokens and labels, as a HyperFormerTrainer takes them.
+
+    ``tasks`` are all of the model's.
+    """
+    index = list(tasks).index(task.spec.name)
+    tokens = encode(task, split, tokenizer, max_source_length, limit=limit, index=index)
+    return tokens.add_column("label", task.splits[split][: len(tokens)]["label"])
+
+
 def majority(task: TaskData, split: str, rows: int | None = None) -> dict[str, float]:
     """Return the metrics of always answering train's most frequent label, on the first ``rows`` rows of a split."""
-    train, labels = ([example.label for example in task.splits[name]] for name in ("train", split))
+    train, labels = (list(task.splits[name]["label"]) for name in ("train", split))
     return majority_score(task.spec, train, labels[:rows])
 
 
-def limited(data: dict[str, TaskData], run: RunConfig) -> dict[str, TaskData]:
-    """Truncate the splits in ``data`` to as many rows as the run uses, and return ``data``."""
-    for task in data.values():
-        for split, examples in task.splits.items():
-            task.splits[split] = examples[: run.max_train_rows if split == "train" else run.max_eval_rows]
-    return data
-
-
 def load_model(
-    run_dir: str | Path, run: RunConfig, model: str | None, console: Console
+    run_dir: str | Path, run: RunArguments, model: str | None, console: Console
 ) -> tuple[HyperFormerModel, PreTrainedTokenizerBase]:
     """Load (model in eval mode, tokenizer) of a saved run."""
-    weights = Path(run_dir)
-    if not (weights / WEIGHTS_NAME).is_file():
-        whole = checkpoints(weights)
-        if not whole:
-            raise RunError(f"{run_dir} has no weights and no complete checkpoint yet")
-        weights = whole[-1]
-        say(console, f"the run is not finished: using {weights.name}")
-    t5, tokenizer = load_base(model or run.model)
-    return HyperFormerModel.from_pretrained(t5, weights).eval(), tokenizer
+    weights = weights_folder(run_dir, console)
+    t5, tokenizer = load_base(run.model, model)
+    return HyperFormerModel.from_pretrained(weights, t5=t5).eval(), tokenizer
+
+
+def weights_folder(run_dir: str | Path, console: Console) -> Path:
+    """Return the folder with the weights of a run: its own, or that of its newest checkpoint if it is not finished."""
+    folder = Path(run_dir)
+    if has_weights(folder):
+        return folder
+    whole = checkpoints(folder)
+    if not whole:
+        raise RunError(f"{run_dir} has no weights and no complete checkpoint yet")
+    say(console, f"the run in {run_dir} is not finished: using {whole[-1].name}")
+    return whole[-1]
 
 
 def known_tasks(tasks: Sequence[str] | None, specs: Mapping[str, TaskSpec]) -> list[str]:
     """Return ``tasks``, or all of the run's if None. Raises RunError for a task that the run was not trained on."""
+    if not specs:
+        raise RunError("this folder holds runs of single tasks: name that of a task in it")
     for task in tasks or ():
         if task not in specs:
             raise RunError(f"unknown task {task!r}; this run has {', '.join(specs)}")

@@ -10,12 +10,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
+from .. import __version__, model_card
 from ..atomic import recover_directory, sweep_leftovers, write_file
-from ..checkpoint import CONFIG_NAME, WEIGHTS_NAME
+from ..checkpoint import CONFIG_NAME, OLD_CONFIG_NAME, OLD_WEIGHTS_NAME, WEIGHTS_NAME
 from ..data import TaskData, TaskSpec
-from ..json_files import parse
-from .arguments import MAY_CHANGE, RunConfig
+from ..json_files import parse, read_object
+from .arguments import RunArguments
 
 RUN_NAME = "run.json"
 HISTORY_NAME = "history.json"
@@ -27,10 +27,34 @@ STAGING = ".saving"
 
 FORMAT_VERSION = 1
 
-#: Files that a checkpoint must have. Without one of them a resumed run would silently train something else.
-NEEDED = ("trainer_state.json", "optimizer.pt", "scheduler.pt", WEIGHTS_NAME)
+#: What a checkpoint must have, each under one of these names (those of a single process and DDP, of FSDP, and of
+#: DeepSpeed). Without one of them a resumed run would silently train something else.
+NEEDED = (
+    ("trainer_state.json",),
+    ("optimizer.pt", "optimizer.bin", "optimizer_0", "latest"),
+    ("scheduler.pt", "latest"),
+    (WEIGHTS_NAME, OLD_WEIGHTS_NAME, "pytorch_model_fsdp_0", "latest"),
+)
 
-_FILES = (RUN_NAME, WEIGHTS_NAME, CONFIG_NAME, METRICS_NAME, HISTORY_NAME, CURVES_NAME, EVALUATION_NAME)
+_WEIGHTS = (WEIGHTS_NAME, OLD_WEIGHTS_NAME)
+_OF_THE_MODEL = (*_WEIGHTS, CONFIG_NAME, OLD_CONFIG_NAME, model_card.NAME)
+_FILES = (RUN_NAME, *_OF_THE_MODEL, METRICS_NAME, HISTORY_NAME, CURVES_NAME, EVALUATION_NAME)
+
+#: Arguments that may differ when a run is resumed, because they do not change what is trained; and those of its length
+#: and of how a batch is divided, which are compared by themselves.
+MAY_CHANGE = frozenset(
+    """output_dir cache_dir token overwrite_cache preprocessing_num_workers overwrite_output_dir resume_from_checkpoint
+    preset eval_tasks max_eval_samples max_predict_samples val_max_target_length test_max_target_length
+    generation_max_length generation_num_beams per_device_eval_batch_size eval_accumulation_steps eval_delay
+    eval_strategy eval_steps eval_on_start save_strategy save_steps save_total_limit save_only_model logging_strategy
+    logging_steps logging_first_step logging_nan_inf_filter logging_dir log_level log_on_each_node report_to run_name
+    project disable_tqdm push_to_hub hub_model_id hub_strategy hub_private_repo hub_always_push hub_revision
+    load_best_model_at_end metric_for_best_model greater_is_better early_stopping_patience early_stopping_threshold
+    dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
+    restore_callback_states_from_checkpoint ddp_backend ddp_timeout use_cpu local_rank skip_memory_metrics
+    include_num_input_tokens_seen
+    max_steps num_train_epochs per_device_train_batch_size gradient_accumulation_steps""".split()
+)
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
@@ -63,7 +87,7 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
 
 def missing_files(checkpoint: Path) -> list[str]:
     """Return the names of the files that resuming needs and the checkpoint lacks."""
-    missing = [name for name in NEEDED if not (checkpoint / name).is_file()]
+    missing = [names[0] for names in NEEDED if not any((checkpoint / name).exists() for name in names)]
     return missing if rng_files(checkpoint) else [*missing, "rng_state*.pth"]
 
 
@@ -94,9 +118,15 @@ def remove_checkpoint(path: Path) -> None:
     remove(doomed)
 
 
-def rotate(folder: Path, limit: int) -> None:
-    """Delete all but the newest ``limit`` checkpoints."""
-    for old in checkpoints(folder)[:-limit]:
+def rotate(folder: Path, limit: int | None, best: str | None = None) -> None:
+    """Delete the oldest checkpoints, so that ``limit`` remain; the newest and the best always do. None deletes none."""
+    if not limit or limit < 1:
+        return
+    # Those of save_only_model lack what resuming needs.
+    whole = [path for path in _numbered(folder) if (path / "trainer_state.json").is_file()]
+    kept = {whole[-1].name if whole else "", Path(best).name if best else ""}
+    doomed = [old for old in whole if old.name not in kept]
+    for old in doomed[: max(0, len(whole) - max(limit, len(whole) - len(doomed)))]:
         remove_checkpoint(old)
 
 
@@ -112,19 +142,34 @@ def check_free(folder: Path) -> None:
     """Raise RunError if the folder holds a run."""
     if holds_run(folder):
         raise RunError(
-            f"{folder} holds another run: continue it (--resume), replace it (--overwrite), or choose another "
-            "--output-dir"
+            f"{folder} holds another run: continue it (--resume_from_checkpoint true), replace it "
+            "(--overwrite_output_dir), or choose another --output_dir"
         )
 
 
 def holds_run(folder: Path) -> bool:
-    """Return whether the folder has weights of a run. A ``run.json`` alone does not count: nothing would be lost."""
-    return (folder / WEIGHTS_NAME).exists() or (folder / BEST).exists() or any(folder.glob("checkpoint-*"))
+    """Return whether the folder has weights or results. A ``run.json`` alone does not count: nothing would be lost."""
+    return (
+        has_weights(folder)
+        or (folder / METRICS_NAME).is_file()
+        or (folder / BEST).exists()
+        or any(folder.glob("checkpoint-*"))
+    )
+
+
+def has_weights(folder: Path) -> bool:
+    """Return whether trained weights lie in this very folder."""
+    return any((folder / name).is_file() for name in _WEIGHTS)
 
 
 def clear(folder: Path) -> None:
     """Remove all files of a run, so that none is mistaken for the next run's. Other files in the folder stay."""
+    card = folder / model_card.NAME
+    # A README.md that is somebody's own is no file of a run; the new run's card leaves it alone, too.
+    own = card.is_file() and not model_card.is_ours(card.read_text(encoding="utf-8", errors="replace"))
     for name in _FILES:
+        if own and name == card.name:
+            continue
         (folder / name).unlink(missing_ok=True)
     remove(folder / BEST)
     for path in folder.glob("checkpoint-*"):
@@ -145,20 +190,52 @@ def sweep(folder: Path) -> None:
         sweep_leftovers(place)
 
 
-def write_run(folder: Path, run: RunConfig, data: dict[str, TaskData]) -> None:
+def write_run(folder: Path, run: RunArguments, data: dict[str, TaskData], world_size: int = 1) -> None:
     """Write ``run.json``: the arguments, the tasks' specifications, the data's fingerprints and library versions."""
     content = {
         "format_version": FORMAT_VERSION,
-        "arguments": {**run.to_dict(), "tasks": list(data)},
+        "arguments": run.to_dict(),
         "tasks": {name: task.spec.to_dict() for name, task in data.items()},
+        "kept_tasks": {name: spec.to_dict() for name, spec in tasks_before(run).items() if name not in data},
         "data": {name: task.fingerprint() for name, task in data.items()},
+        "selecting": run.selects,
+        "examples_per_step": examples_per_step(run, world_size),
         "versions": {"hyperformer_fast": __version__, **_versions("torch", "transformers")},
     }
     write_json(folder / RUN_NAME, content)
 
 
-def read_run(folder: str | Path) -> tuple[RunConfig, dict[str, TaskSpec], dict[str, Any]]:
-    """Read (arguments, specifications, data fingerprints) from ``run.json``.
+def tasks_before(run: RunArguments) -> dict[str, TaskSpec]:
+    """Return the tasks of the run that this one starts from: its weights still serve them."""
+    content = content_before(run)
+    tasks = {} if content is None else content["tasks"]
+    return {name: TaskSpec.from_dict(fields) for name, fields in tasks.items()} | kept_tasks(content or {})
+
+
+def content_before(run: RunArguments) -> dict[str, Any] | None:
+    """Return the content of ``run.json`` of the run that this one starts from, if there is one."""
+    start = Path(run.model.init_from or "")
+    for folder in (start, start.parent) if run.model.init_from else ():
+        if (folder / RUN_NAME).is_file():
+            # Not by read_run, whose training arguments would reset accelerate's state while this run trains.
+            return read_object(folder / RUN_NAME)
+    return None
+
+
+def kept_tasks(content: dict[str, Any]) -> dict[str, TaskSpec]:
+    """Return the tasks of earlier runs that a run's model has beside its own, by the content of its ``run.json``."""
+    return {name: TaskSpec.from_dict(fields) for name, fields in content.get("kept_tasks", {}).items()}
+
+
+def examples_per_step(run: RunArguments, world_size: int) -> int:
+    """Return how many examples an optimizer step takes, in all processes."""
+    return run.training.per_device_train_batch_size * run.training.gradient_accumulation_steps * world_size
+
+
+def read_run(folder: str | Path) -> tuple[RunArguments, dict[str, TaskSpec], dict[str, Any]]:
+    """Read (arguments, specifications, the whole content) from ``run.json``.
+
+    The training arguments are only those that an evaluation needs, because others may not suit this machine.
 
     Raises:
         RunError: the file is absent or cannot be read, or its content is not a run's.
@@ -176,22 +253,47 @@ def read_run(folder: str | Path) -> tuple[RunConfig, dict[str, TaskSpec], dict[s
                 f"{path} has format version {content['format_version']}; this library reads {FORMAT_VERSION}"
             )
         specs = {name: TaskSpec.from_dict(fields) for name, fields in content["tasks"].items()}
-        return RunConfig.from_dict(content["arguments"]), specs, content["data"]
+        content["data"].items()
+        run = RunArguments.from_dict(content["arguments"], for_training=False)
+        # The folder may have been moved.
+        run.training.output_dir = str(folder)
+        return run, specs, content
     except (KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{path} does not describe a run: {error!r}") from error
 
 
-def check_same(folder: Path, run: RunConfig, data: dict[str, TaskData]) -> None:
+def check_same(folder: Path, run: RunArguments, data: dict[str, TaskData], world_size: int) -> None:
     """Raise RunError if ``run`` on ``data`` would train something else than the run in ``folder``."""
-    before, _, prints = read_run(folder)
-    theirs, ours = before.to_dict(), {**run.to_dict(), "tasks": list(data)}
-    for name in ours:
-        if name not in MAY_CHANGE and theirs[name] != ours[name]:
-            raise RunError(f"cannot resume {folder}: {name} was {theirs[name]!r} and is now {ours[name]!r}")
+    before, _, content = read_run(folder)
+    theirs, ours = before.to_dict(), run.to_dict()
+    defaults = RunArguments.from_dict({}, for_training=False)
+    for name in sorted(theirs.keys() | ours.keys()):
+        one, other = (flat[name] if name in flat else _default(defaults, name) for flat in (theirs, ours))
+        if name not in MAY_CHANGE and one != other:
+            raise RunError(f"cannot resume {folder}: {name} was {one!r} and is now {other!r}")
+    size, was = examples_per_step(run, world_size), content.get("examples_per_step")
+    if was is not None and size != was:
+        raise RunError(
+            f"cannot resume {folder}: an optimizer step took {was} examples and would now take {size} "
+            f"(per_device_train_batch_size x gradient_accumulation_steps x processes): {_cure(run, was, world_size)}"
+        )
     for name, task in data.items():
-        train = task.fingerprint()["train"]
-        if prints.get(name, {}).get("train") != train:
+        if not task.unchanged("train", content["data"].get(name, {}).get("train")):
             raise RunError(f"cannot resume {folder}: the training rows of {name!r} have changed since it started")
+
+
+def _cure(run: RunArguments, examples: int, world_size: int) -> str:
+    batches = run.training.gradient_accumulation_steps * world_size
+    if examples % world_size:
+        return f"{examples} examples do not divide by {world_size} processes; start a number that divides it"
+    if examples % batches:
+        return f"set per_device_train_batch_size to {examples // world_size} and gradient_accumulation_steps to 1"
+    return f"set per_device_train_batch_size to {examples // batches}"
+
+
+def _default(run: RunArguments, name: str) -> Any:
+    groups = (run.model, run.data, run.adapters, run.training)
+    return next((getattr(group, name) for group in groups if hasattr(group, name)), None)
 
 
 def _versions(*names: str) -> dict[str, str | None]:

@@ -15,7 +15,15 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 
 def say(console: Console, line: str) -> None:
@@ -36,6 +44,29 @@ def progress_bars(console: Console) -> Progress:
         console=console,
         disable=not console.is_terminal,
     )
+
+
+def quiet(trainer: Trainer) -> None:
+    """Take away the Trainer's own output, in whose place ours is shown."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+
+
+class EvaluationProgress(TrainerCallback):
+    """Shows a bar for each part of an evaluation."""
+
+    def __init__(self, progress: Progress):
+        self.progress = progress
+        self.bar: TaskID | None = None
+
+    def begin(self, description: str, rows: int, note: str) -> None:
+        self.bar = self.progress.add_task(description, total=rows, note=note)
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.bar is not None:
+            self.progress.advance(self.bar, args.per_device_eval_batch_size * args.world_size)
 
 
 class TrainingProgress(TrainerCallback):
@@ -72,7 +103,13 @@ class TrainingProgress(TrainerCallback):
             if not self.console.is_terminal and state.global_step >= self.said + state.max_steps / 10:
                 self.said = state.global_step
                 say(self.console, f"step {state.global_step}/{state.max_steps}: loss {logs['loss']:.3f}")
-        scores = {name.removeprefix("eval_"): value for name, value in logs.items() if name.startswith("eval_")}
+        scores = {
+            name.removeprefix("eval_").removesuffix("_score"): value for name, value in logs.items() if _shown(name)
+        }
         if scores:
             line = ", ".join(f"{name} {value:.1f}" for name, value in scores.items())
             say(self.console, f"step {state.global_step}: {line}")
+
+
+def _shown(name: str) -> bool:
+    return name.startswith("eval_") and name.endswith(("_score", "eval_average_metrics", "eval_average_tasks"))

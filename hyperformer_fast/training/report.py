@@ -14,7 +14,13 @@ from ..atomic import write_file
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-TITLES = {"hyperformer++": "HyperFormer++", "hyperformer": "HyperFormer", "hyperformer-shared": "HyperFormer (shared)"}
+TITLES = {
+    "hyperformer++": "HyperFormer++",
+    "hyperformer": "HyperFormer",
+    "hyperformer-shared": "HyperFormer (shared)",
+    "adapters": "adapters",
+    "finetuning": "fine-tuning",
+}
 
 
 def results_table(results: Mapping[str, Any]) -> Table:
@@ -33,7 +39,9 @@ def results_table(results: Mapping[str, Any]) -> Table:
                 # rich would take brackets in a plain string for markup.
                 table.add_row(Text(name), metric, f"{task['majority'][metric]:.1f}", f"{value:.1f}")
     table.add_section()
-    table.add_row("average", "", f"{results['majority_average']:.1f}", f"{results['average']:.1f}", style="bold")
+    for name, over in (("average", "of metrics"), ("", "of tasks")):
+        key = f"average_{over.removeprefix('of ')}"
+        table.add_row(name, over, f"{results[f'majority_{key}']:.1f}", f"{results[key]:.1f}", style="bold")
     return table
 
 
@@ -59,7 +67,7 @@ def plot_curves(
     """Plot the training loss, and each task's validation score beside that of its majority class, into a PNG.
 
     Args:
-        history: the Trainer's log, whose entries have ``step`` and ``loss``, or ``step`` and ``eval_<task>``.
+        history: the Trainer's log, whose entries have ``step`` and ``loss``, or ``step`` and ``eval_<task>_score``.
         majority: score of the majority class on the same rows, by task.
         path: path of the PNG, which is replaced atomically.
         title: name of the model.
@@ -118,11 +126,12 @@ def _plot_loss(axis: Axes, points: list[tuple[int, float]]) -> None:
 def _plot_scores(axis: Axes, history: Sequence[Mapping[str, Any]], majority: Mapping[str, float], title: str) -> None:
     axis.set_title(f"{title}: validation score (dotted: majority class)", loc="left")
     axis.set_ylabel("mean of the task's metrics, percent")
-    for i, task in enumerate([*majority, "average"]):
-        points = [(entry["step"], entry[f"eval_{task}"]) for entry in history if f"eval_{task}" in entry]
+    lines = {task: f"eval_{task}_score" for task in majority} | {"average": "eval_average_metrics"}
+    for i, (task, key) in enumerate(lines.items()):
+        points = [(entry["step"], entry[key]) for entry in history if key in entry]
         if not points:
             continue
-        is_average = task == "average"
+        is_average = key == "eval_average_metrics"
         color = "black" if is_average else f"C{i % 10}"
         axis.plot(
             *zip(*points, strict=True),

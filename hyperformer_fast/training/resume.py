@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,12 +36,11 @@ def read_saved(path: Path) -> Any:
         raise CheckpointError(f"{path} cannot be read: {str(error).strip() or type(error).__name__}") from error
 
 
-def check_trainer_state(checkpoint: Path, steps: int) -> int:
-    """Check ``trainer_state.json`` and return the step at which it was written.
+def check_trainer_state(checkpoint: Path) -> dict[str, Any]:
+    """Check ``trainer_state.json`` and return its content.
 
     Raises:
-        CheckpointError: the file is not a Trainer's state, or its step differs from the one in the checkpoint's name or
-            is beyond ``steps``.
+        CheckpointError: the file is not a Trainer's state, or its step differs from the one in the checkpoint's name.
     """
     path = checkpoint / STATE_NAME
     try:
@@ -57,12 +57,10 @@ def check_trainer_state(checkpoint: Path, steps: int) -> int:
     number = re.fullmatch(r"checkpoint-(\d+)", checkpoint.name)
     if number and step != int(number[1]):
         raise CheckpointError(f"{path}: global_step is {step}, but the checkpoint was saved at step {int(number[1])}")
-    if step > steps:
-        raise CheckpointError(f"{path}: global_step is {step}, beyond the run's {steps} steps")
     history = state.get("log_history", [])
     if not all(isinstance(entry, dict) and type(entry.get("step")) is int for entry in history):
         raise CheckpointError(f"{path}: log_history must be a list of objects, each with a whole number as step")
-    return step
+    return state
 
 
 def _check_state_field(path: Path, field: str, value: Any) -> None:
@@ -79,21 +77,32 @@ def _check_state_field(path: Path, field: str, value: Any) -> None:
         raise CheckpointError(f"{path}: {field} has the wrong type, {type(value).__name__}")
 
 
-def check_rng_states(checkpoint: Path, rank: int, world_size: int) -> None:
-    """Raise CheckpointError unless the RNG state of every process is there and this process's is valid."""
+def check_rng_states(checkpoint: Path, rank: int, world_size: int) -> bool:
+    """Return whether as many processes saved the checkpoint as now resume from it; if not, warn.
+
+    Raises:
+        CheckpointError: there is no RNG state, or this process's is not valid.
+    """
     wanted = {"rng_state.pth"} if world_size == 1 else {f"rng_state_{i}.pth" for i in range(world_size)}
     there = rng_files(checkpoint)
-    if there != wanted:
+    if not there:
         raise CheckpointError(
-            f"{checkpoint}: a run of {world_size} process{'es' * (world_size > 1)} resumes from "
-            f"{', '.join(sorted(wanted))}, but there is {', '.join(sorted(there)) or 'none'}: without the "
-            "saved RNG states it would become a different run. Resume with as many processes as before"
+            f"{checkpoint}: without saved RNG states (rng_state*.pth) it would become a different run"
         )
+    if there != wanted:
+        if rank == 0:
+            warnings.warn(
+                f"{checkpoint} was saved by {len(there)} process{'es' * (len(there) > 1)} and {world_size} resume"
+                f"{'s' * (world_size == 1)}: the batches are those of the same run, but dropout draws other numbers",
+                stacklevel=2,
+            )
+        return False
     path = checkpoint / ("rng_state.pth" if world_size == 1 else f"rng_state_{rank}.pth")
     state = read_saved(path)
     if not isinstance(state, dict) or not {"python", "numpy", "cpu"} <= state.keys():
         raise CheckpointError(f"{path} does not hold the RNG states of Python, NumPy and torch")
     _check_numpy_state(path, state["numpy"])
+    return True
 
 
 def _check_numpy_state(path: Path, state: Any) -> None:
@@ -114,7 +123,7 @@ def _check_numpy_state(path: Path, state: Any) -> None:
 def read_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Read a saved state of ``optimizer``, which has not stepped yet, for its ``load_state_dict``.
 
-    Everything in a state of Adam or AdamW is checked. Of other optimizers only the parameter groups are.
+    Everything in a state of Adam or AdamW is checked. Of other optimizers only the number of parameter groups is.
 
     Raises:
         CheckpointError: the state does not fit; the message names the file and the parameter.
@@ -126,11 +135,11 @@ def read_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> dict[str, An
         raise CheckpointError(
             f"{path} has {len(saved['param_groups'])} parameter groups, this optimizer {len(fresh['param_groups'])}"
         )
+    if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
+        return saved
     for i, (theirs, ours) in enumerate(zip(saved["param_groups"], fresh["param_groups"], strict=True)):
         _check_group(f"{path}: group {i}", theirs, ours)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
-        return saved
     odd = set(saved["state"]) ^ set(range(len(parameters)))
     if odd:
         raise CheckpointError(
@@ -171,7 +180,8 @@ def _check_adam_state(where: str, state: Any, parameter: Tensor, moments: set[st
         step = step.item() if step.dim() == 0 and step.is_floating_point() else None
     if not _is_number(step):
         raise CheckpointError(f"{where}: step must be one finite number >= 0, got {_short(state['step'])}")
-    expected = torch.empty_like(parameter, device="meta")
+    # Not empty_like, which gives the part of a sharded parameter.
+    expected = torch.empty_strided(parameter.shape, parameter.stride(), dtype=parameter.dtype, device="meta")
     for name in sorted(moments):
         moment = state[name]
         if not isinstance(moment, Tensor) or moment.is_meta or _form(moment) != _form(expected):
@@ -189,7 +199,7 @@ def _check_adam_state(where: str, state: Any, parameter: Tensor, moments: set[st
 
 
 def read_scheduler(
-    path: Path, scheduler: Any, optimizer_state: Mapping[str, Any], step: int, may_lag: bool
+    path: Path, scheduler: Any, optimizer_state: Mapping[str, Any], step: int, may_lag: bool, other_length: bool
 ) -> dict[str, Any]:
     """Read a saved state of ``scheduler``, for its ``load_state_dict``.
 
@@ -197,6 +207,8 @@ def read_scheduler(
         path: path of ``scheduler.pt``.
         scheduler: the scheduler, which has not stepped yet. Unless it is a ``LambdaLR``, the state is not checked.
         optimizer_state: what :func:`read_optimizer` returned. Its learning rates must be the schedule's.
+        other_length: the run now has another number of steps. The learning rates are then set to those of the new
+            schedule, in ``optimizer_state`` too.
         step: the Trainer's step at which the checkpoint was saved.
         may_lag: allow a schedule that is behind ``step``, because a gradient scaler may skip steps.
 
@@ -221,6 +233,10 @@ def read_scheduler(
     if type(saved["_step_count"]) is not int:
         raise CheckpointError(f"{path}: _step_count must be a whole number, got {_short(saved['_step_count'])}")
     expected = [base * rule(at) for base, rule in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    if other_length:
+        for group, rate in zip(optimizer_state["param_groups"], expected, strict=True):
+            group["lr"] = rate
+        return {**saved, "_last_lr": expected}
     rates = [group["lr"] for group in optimizer_state["param_groups"]]
     for file, found in ((path.name, saved["_last_lr"]), (OPTIMIZER_NAME, rates)):
         if not _same(found, expected):

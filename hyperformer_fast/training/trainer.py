@@ -1,180 +1,234 @@
-"""HyperFormerTrainer: Hugging Face's Trainer with task sampling, our weight files and atomic checkpoints."""
+"""HyperFormerTrainer: Hugging Face's Seq2SeqTrainer with sampled tasks, scores per task and atomic checkpoints."""
 
 from __future__ import annotations
 
-import dataclasses
-import os
-from collections.abc import Sequence
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
+import numpy as np
 import torch
-from torch import nn
-from torch.utils.data import DataLoader
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import (
-    PreTrainedTokenizerBase,
-    Trainer,
+    Seq2SeqTrainingArguments,
     TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
 )
 
-from ..atomic import explain_full_disk
-from ..checkpoint import CheckpointError, write_directory
-from ..data import Collator, EncodedExamples, TaskBatchSampler, TaskData
-from ..model import HyperFormerModel
-from .arguments import SCHEDULES, RunConfig, RunConfigError
-from .folder import BEST, STAGING, remove, rotate
-from .generation import evaluate_examples
-from .metrics import average
-from .resume import (
-    OPTIMIZER_NAME,
-    SCHEDULER_NAME,
-    check_rng_states,
-    check_trainer_state,
-    read_optimizer,
-    read_scheduler,
-)
+from ..data import HyperFormerDataCollator, TaskBatchSampler, TaskSpec
+from ..sharding import local
+from . import ranks
+from .batches import EpochBatches, class_names, task_of_rows
+from .checkpointing import CheckpointingTrainer
 
 
 class TrainingDiverged(RuntimeError):
     """The loss or a weight is no longer finite. Earlier checkpoints are intact."""
 
 
-def training_arguments(run: RunConfig, **changes: Any) -> TrainingArguments:
-    """Make the TrainingArguments of a run, using only names that transformers 4.57 and 5 share.
-
-    Under torchrun this starts the process group; without an accelerator it runs on the CPU with gloo.
-
-    Args:
-        run: the configuration of the run.
-        changes: TrainingArguments that override those of the run.
-
-    Raises:
-        RunConfigError: the Trainer refuses a setting on this machine.
-    """
-    fields = {
-        "output_dir": run.output_dir,
-        "max_steps": run.steps,
-        "per_device_train_batch_size": run.batch_size,
-        "per_device_eval_batch_size": run.eval_batch_size,
-        "gradient_accumulation_steps": run.gradient_accumulation,
-        "learning_rate": run.learning_rate,
-        "warmup_steps": run.warmup_steps,
-        "lr_scheduler_type": SCHEDULES[run.schedule],
-        "weight_decay": run.weight_decay,
-        "max_grad_norm": run.max_grad_norm,
-        "label_smoothing_factor": run.label_smoothing,
-        "logging_steps": run.logging_steps,
-        "logging_first_step": True,
-        "logging_nan_inf_filter": False,
-        "eval_strategy": "steps" if run.eval_steps else "no",
-        "eval_steps": run.eval_steps or None,
-        "save_strategy": "steps" if run.save_steps else "no",
-        "save_steps": run.save_steps or 500,
-        "seed": run.seed,
-        "bf16": run.bf16,
-        "report_to": [],
-        "disable_tqdm": True,
-        "remove_unused_columns": False,
-        "ddp_find_unused_parameters": False,
-    }
-    if run.gradient_checkpointing:
-        # transformers 5.23 renamed the argument.
-        new = "activation_checkpointing" in {field.name for field in dataclasses.fields(TrainingArguments)}
-        fields["activation_checkpointing" if new else "gradient_checkpointing"] = True
-    if not torch.accelerator.is_available():
-        # Without use_cpu the Trainer refuses bf16 and treats each process of torchrun as a separate run.
-        fields["use_cpu"] = True
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            fields["ddp_backend"] = "gloo"
-    try:
-        arguments = TrainingArguments(**{**fields, **changes})
-    except ValueError as error:
-        raise RunConfigError(f"the Trainer refuses these settings here: {error}") from error
-    if arguments.n_gpu > 1:
-        # DataParallel would scatter a batch but not its task. Several GPUs need torchrun.
-        arguments._n_gpu = 1
-    return arguments
-
-
-class _ArgumentsHold(TrainerCallback):
-    """Makes a resumed Trainer log, evaluate and save at the arguments' intervals, not at the checkpoint's."""
+class _RunContinues(TrainerCallback):
+    """Makes a resumed training behave as if it had never stopped, where the stock Trainer would not."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        ranks.expect_all_sharded(kwargs.get("model"))
+        # The checkpoint's state has the intervals and, after a move, the folder of the run that wrote it.
         state.compute_steps(args, state.max_steps)
+        best = Path(str(args.output_dir)) / f"checkpoint-{state.best_global_step}"
+        if state.best_global_step and best.is_dir():
+            state.best_model_checkpoint = str(best)
+        # The checkpoint was written while these were set.
+        control.should_log = control.should_evaluate = control.should_save = False
 
 
-class HyperFormerTrainer(Trainer):
-    """Trains a :class:`HyperFormerModel` on temperature-sampled tasks, one per optimizer step.
+class HyperFormerTrainer(CheckpointingTrainer):
+    """Trains a :class:`~hyperformer_fast.HyperFormerModel` on several tasks.
+
+    It takes the arguments of ``Seq2SeqTrainer``, and behaves like it except for this:
+
+    - A batch has the examples of one task, which is drawn anew for each optimizer step with a probability
+      proportional to n^(1/``temperature``); with ``mixed_batches`` each example's task is drawn. An epoch has as many
+      steps as the rows fill batches.
+    - Evaluation takes the tasks one by one. It reports ``eval_<task>_<metric>``, the mean of all of these numbers as
+      ``eval_average_metrics`` (the paper's average), and the mean of the tasks' means as ``eval_average_tasks``.
+    - The loss is the mean over all tokens of an optimizer step, whatever accumulation and processes divide it, or
+      their sum with ``loss_reduction="sum"``. A gradient clipped to ``max_grad_norm`` is then nearly always clipped,
+      because a sum is longer than a mean by the number of tokens.
+    - A checkpoint appears in one step, nothing that is not finite is saved, and a resumed run has the bits of one that
+      was never interrupted.
 
     Args:
-        model: the HyperFormerModel. Only the parameters that its configuration trains are saved.
-        run: the configuration of the run.
-        data: the tasks of the run.
-        tokenizer: the T5's tokenizer.
-        args: the Trainer's arguments; None for :func:`training_arguments` of the run.
-        callbacks: further callbacks of the Trainer.
+        model: the model. Only the parameters that its configuration trains are saved.
+        args: the arguments. A plain ``Seq2SeqTrainingArguments`` has temperature 10, no mixed batches and the mean.
+        data_collator: None for :class:`HyperFormerDataCollator`.
+        train_dataset: tokenised rows, with a column ``task`` or ``task_index`` if the model has several tasks.
+        eval_dataset: such rows, or a dictionary of them by task. A column ``label`` holds the label that a prediction
+            is compared with; without it that is the decoded ``labels``.
+        tasks: specifications of the tasks. Each decodes and scores its task's texts; a task without one has only the
+            scores of ``compute_metrics``.
+        kwargs: the other arguments of ``Seq2SeqTrainer``.
+
+    Raises:
+        ValueError: a row's task is unknown to the model, or the arguments contradict each other.
     """
+
+    args: Seq2SeqTrainingArguments
+    #: Rows by number; its declared type allows others.
+    train_dataset: Any
 
     def __init__(
         self,
-        model: HyperFormerModel,
-        run: RunConfig,
-        data: dict[str, TaskData],
-        tokenizer: PreTrainedTokenizerBase,
-        args: TrainingArguments | None = None,
+        model: nn.Module | None = None,
+        args: Seq2SeqTrainingArguments | None = None,
+        data_collator: Callable[..., Any] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        *,
+        tasks: Mapping[str, TaskSpec] | None = None,
         callbacks: Sequence[TrainerCallback] | None = None,
+        compute_loss_func: Callable[..., Any] | None = None,
+        **kwargs: Any,
     ):
-        self.run, self.data, self.text_tokenizer = run, data, tokenizer
-        self._staging: Path | None = None
-        self._not_finite: torch.Tensor | None = None
-        train = [example for task in data.values() for example in task.splits["train"]]
+        if args is not None and not isinstance(args, TrainingArguments):
+            raise TypeError(
+                f"args must be Seq2SeqTrainingArguments, got {type(args).__name__}: HyperFormerTrainer takes the "
+                "arguments of Seq2SeqTrainer now, and train_run takes those of a whole run"
+            )
+        args = args or Seq2SeqTrainingArguments(output_dir="hyperformer-output", predict_with_generate=bool(tasks))
+        if isinstance(train_dataset, IterableDataset | datasets.IterableDataset):
+            raise ValueError(
+                "train_dataset must have a length and rows by number: tasks are drawn from all of its rows"
+            )
+        by_parts = args.batch_eval_metrics or not args.eval_do_concat_batches
+        if tasks and (not args.predict_with_generate or args.prediction_loss_only or by_parts):
+            raise ValueError(
+                "the tasks' metrics are those of all generated texts: set predict_with_generate=True and "
+                "eval_do_concat_batches=True, and neither prediction_loss_only nor batch_eval_metrics"
+            )
+        if model is not None and not hasattr(model, "hyperformer_config"):
+            raise TypeError(f"HyperFormerTrainer trains a HyperFormerModel, got {type(model).__name__}")
+        by_length = getattr(args, "group_by_length", False) or getattr(args, "sortish_sampler", False)
+        if by_length or getattr(args, "train_sampling_strategy", "random") != "random":
+            warnings.warn("rows are not grouped by length: the tasks' sampler chooses them", stacklevel=2)
+        if args.n_gpu > 1:
+            # DataParallel would scatter a batch but not its task. Several GPUs need torchrun.
+            args._n_gpu = 1
+        # Otherwise a resumed run would forget how long early stopping has been patient.
+        args.restore_callback_states_from_checkpoint = True
+        # We stop at a loss that is not finite; the filter would hide it, and synchronise with the device at each step.
+        args.logging_nan_inf_filter = False
+        self.tasks: dict[str, TaskSpec] = dict(tasks or {})
+        self._start_of(None)
         super().__init__(
             model=model,
-            args=args or training_arguments(run),
-            train_dataset=EncodedExamples(train, tokenizer, run.max_source_length),
-            eval_dataset=[],
-            data_collator=Collator(tokenizer.pad_token_id),
-            callbacks=[_ArgumentsHold(), *(callbacks or ())],
+            args=args,
+            data_collator=data_collator
+            or HyperFormerDataCollator(processing_class, model=model, task_names=class_names(train_dataset)),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=[_RunContinues(), *(callbacks or ())],
+            compute_loss_func=compute_loss_func or self._loss,
+            **kwargs,
         )
+
+    def create_accelerator_and_postprocess(self) -> None:
+        ranks.expect_one_run(self.args.world_size)
+        ranks.expect_fsdp2(self.args)
+        super().create_accelerator_and_postprocess()
+        ranks.shard_on_cpus(self)
+
+    # Batches
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Return a loader whose single pass is the whole run, so that a resumed run only has to skip batches.
-
-        Each rank samples its own share of a batch, so accelerate does not prepare the loader.
-        """
+        """Return a loader of this process's share of the batches, which accelerate therefore does not prepare."""
+        args, rows = self.args, self.train_dataset
+        if rows is None or not len(rows):
+            raise ValueError("training needs a train_dataset with rows")
+        index = task_of_rows(rows, self.task_names)
+        sizes = np.bincount(index)
+        per_epoch, total = self._steps()
         sampler = TaskBatchSampler(
-            [len(task.splits["train"]) for task in self.data.values()],
-            self.args.per_device_train_batch_size,
-            self.args.max_steps,
-            temperature=self.run.temperature,
-            seed=self.args.seed,
-            accumulation=self.args.gradient_accumulation_steps,
-            rank=self.args.process_index,
-            world_size=self.args.world_size,
+            sizes[sizes > 0].tolist(),
+            self._batch_size,
+            total,
+            temperature=getattr(args, "temperature", 10.0),
+            mixed=getattr(args, "mixed_batches", False),
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            accumulation=args.gradient_accumulation_steps,
+            rank=args.process_index,
+            world_size=args.world_size,
         )
-        pin = self.args.device.type == "cuda"
-        examples: Any = self.train_dataset  # declared as optional, but __init__ always sets it
-        return DataLoader(examples, batch_sampler=sampler, collate_fn=self.data_collator, pin_memory=pin)
+        batches = EpochBatches(sampler, np.argsort(index, kind="stable"), per_epoch, self._next_step)
+        collate = self.data_collator
+        if isinstance(rows, datasets.Dataset):
+            rows = self._remove_unused_columns(rows, description="training")
+        else:
+            collate = self._get_collator_with_removed_columns(collate, description="training")
+        return DataLoader(
+            rows,
+            batch_sampler=batches,
+            collate_fn=collate,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+
+    @property
+    def _batch_size(self) -> int:
+        args = self.args
+        return self._train_batch_size if args.auto_find_batch_size else args.per_device_train_batch_size
+
+    def _steps(self) -> tuple[int, int]:
+        """Return the optimizer steps (of an epoch, of the run)."""
+        args = self.args
+        step_size = self._batch_size * args.gradient_accumulation_steps * args.world_size
+        per_epoch = math.ceil(len(self.train_dataset) / step_size)
+        return per_epoch, args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
+
+    def _next_step(self) -> int | None:
+        # The Trainer would begin another step of a run that ended within an epoch.
+        return None if self._ended_at == self.state.global_step else self.state.global_step
+
+    # The loss
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        if self.label_smoother is not None:
-            # The label smoother removes the labels, from which T5 would derive the decoder's input.
-            inner = self.accelerator.unwrap_model(model)
-            inputs["decoder_input_ids"] = inner.prepare_decoder_input_ids_from_labels(inputs["labels"])
+        if "decoder_input_ids" not in inputs and "labels" in inputs:
+            # The Trainer removes the labels, from which T5 would derive the decoder's input.
+            inputs["decoder_input_ids"] = self.adapted.prepare_decoder_input_ids_from_labels(inputs["labels"])
         return super().compute_loss(model, inputs, *args, **kwargs)
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        task = inputs["task"]
-        loss = super().training_step(model, inputs, *args, **kwargs)
+    def _loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """Return the label-smoothed cross-entropy; each of V tokens has eps/V of the smoothing, as in fairseq."""
+        logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+        total = functional.cross_entropy(
+            logits.flatten(0, -2).float(),
+            labels.flatten(),
+            reduction="sum",
+            label_smoothing=self.args.label_smoothing_factor,
+        )
+        if getattr(self.args, "loss_reduction", "mean") == "sum" and torch.is_grad_enabled():
+            return total
+        return total / ((labels != -100).sum() if num_items_in_batch is None else num_items_in_batch)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        task = inputs.get("task")
+        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
         if loss.device.type == "cpu":
             if not torch.isfinite(loss):
+                on = f", on {task!r}" if isinstance(task, str) else ""
                 raise TrainingDiverged(
-                    self._advice(f"the loss is {loss.item()} at step {self.state.global_step + 1}, on {task!r}")
+                    self._advice(f"the loss is {loss.item()} at step {self.state.global_step + 1}{on}")
                 )
         else:
             # Reading a value from a device synchronises: accumulate there, and read it before logging and saving.
@@ -182,118 +236,19 @@ class HyperFormerTrainer(Trainer):
             self._not_finite = bad if self._not_finite is None else self._not_finite | bad
         return loss
 
-    @property
-    def _adapted(self) -> HyperFormerModel:
-        """The model, without the wrappers of accelerate."""
-        model: HyperFormerModel = self.accelerator.unwrap_model(self.model)
-        return model
-
-    @property
-    def _folder(self) -> Path:
-        """The run folder."""
-        assert self.args.output_dir is not None  # its type allows None; TrainingArguments replaces it by a default
-        return Path(self.args.output_dir)
-
     def _check_finite(self, weights: bool) -> None:
         if self._not_finite is not None and self._not_finite.item():
             raise TrainingDiverged(self._advice(f"the loss was not finite at or before step {self.state.global_step}"))
-        if weights and not all(bool(p.isfinite().all()) for p in self._adapted.parameters() if p.requires_grad):
+        parameters = (local(p) for p in self.adapted.parameters() if p.requires_grad)
+        if weights and not all(bool(p.isfinite().all()) for p in parameters):
             raise TrainingDiverged(self._advice(f"weights are not finite at step {self.state.global_step}"))
 
     def _advice(self, what: str) -> str:
         return (
             f"{what}: training stopped; earlier checkpoints are intact. Lower learning_rate (now "
-            f"{self.run.learning_rate}), or look for unusual rows in the data"
+            f"{self.args.learning_rate}), or look for unusual rows in the data"
         )
-
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """Return the scores of all tasks on the first ``eval_rows`` rows of validation, and their average."""
-        model = self._adapted
-        scores = {}
-        for name, task in self.data.items():
-            rows = task.splits["validation"][: self.run.eval_rows]
-            scores[name], _ = evaluate_examples(
-                model, self.text_tokenizer, task.spec, rows, self.run.eval_batch_size, self.run.max_source_length
-            )
-        results = {f"{metric_key_prefix}_{name}": values["score"] for name, values in scores.items()}
-        results[f"{metric_key_prefix}_average"] = average(scores)
-        if self.run.keep_best and self.args.should_save:
-            self._keep_best(model, results[f"{metric_key_prefix}_average"], f"{metric_key_prefix}_average")
-        self.log(results)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, results)
-        return results
-
-    def _keep_best(self, model: HyperFormerModel, value: float, name: str) -> None:
-        if all(value > entry[name] for entry in self.state.log_history if name in entry):
-            self._check_finite(weights=True)
-            model.save_pretrained(self._folder / BEST)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         self._check_finite(weights=False)
         super().log(logs, *args, **kwargs)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if self.args.should_save:
-            self._adapted.save_pretrained(output_dir or self._folder)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        checkpoint = Path(resume_from_checkpoint)
-        check_trainer_state(checkpoint, self.args.max_steps)
-        check_rng_states(checkpoint, self.args.process_index, self.args.world_size)
-        self.accelerator.unwrap_model(model or self.model).load_weights(checkpoint)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Check and load the states. The Trainer's own method does not check, and fails on several CPUs in 4.57."""
-        if checkpoint is None:
-            return
-        folder, optimizer, scheduler = Path(checkpoint), self.optimizer, self.lr_scheduler
-        assert optimizer is not None and scheduler is not None
-        # accelerate wraps the optimizer, which the check has to see itself.
-        moments = read_optimizer(folder / OPTIMIZER_NAME, getattr(optimizer, "optimizer", optimizer))
-        step = check_trainer_state(folder, self.args.max_steps)
-        scaled = self.accelerator.scaler is not None
-        schedule = read_scheduler(folder / SCHEDULER_NAME, scheduler, moments, step, may_lag=scaled)
-        optimizer.load_state_dict(moments)
-        scheduler.load_state_dict(schedule)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        try:
-            super()._load_rng_state(checkpoint)
-        except Exception as error:  # Python, NumPy and torch raise different classes
-            raise CheckpointError(f"{checkpoint}: the RNG states cannot be set: {error}") from error
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:
-        """Save the Trainer's files and ours in a staging folder, which is renamed once it is complete."""
-        self._check_finite(weights=True)
-        name = f"checkpoint-{self.state.global_step}"
-        folder = self._folder
-        staging = folder / STAGING
-        if self.args.should_save:
-            remove(staging)
-            (staging / name).mkdir(parents=True)
-        self.accelerator.wait_for_everyone()
-        self._staging = staging
-        try:
-            with explain_full_disk(folder / name):
-                super()._save_checkpoint(model, trial, *args, **kwargs)
-        except Exception:
-            if self.args.should_save:
-                remove(staging)
-            raise
-        finally:
-            self._staging = None
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            if (folder / name).is_symlink():
-                # The link's target does not belong to the run and may be on another file system.
-                (folder / name).unlink()
-            with write_directory(folder / name) as whole:
-                for path in sorted((staging / name).iterdir()):
-                    os.rename(path, Path(whole) / path.name)
-            remove(staging)
-            rotate(folder, self.run.save_total_limit)

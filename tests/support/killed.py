@@ -25,7 +25,7 @@ from support.runs import small_t5, small_trainer, trained
 
 def train(folder: Path) -> None:
     whole = checkpoints(folder)
-    trainer = small_trainer(folder, dropout=0.1, steps=1000, save_steps=1)
+    trainer = small_trainer(folder, dropout=0.1, max_steps=1000, save_steps=1)
     trainer.train(resume_from_checkpoint=str(whole[-1]) if whole else None)
 
 
@@ -63,7 +63,7 @@ def main() -> None:
         for path in checkpoints(folder):
             for name in ("optimizer.pt", "scheduler.pt"):
                 torch.load(path / name, weights_only=True)
-            model = HyperFormerModel.from_pretrained(small_t5(), path)
+            model = HyperFormerModel.from_pretrained(path, t5=small_t5())
         if not (left / f"{step}.safetensors").exists():
             save_file(trained(model), left / f"{step}.safetensors")
         print(step)

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 from pathlib import Path
 
 import torch
-from transformers import ByT5Tokenizer, PrinterCallback, T5Config, T5ForConditionalGeneration, set_seed
+from datasets import concatenate_datasets
+from safetensors.torch import load_file
+from transformers import ByT5Tokenizer, T5Config, T5ForConditionalGeneration, set_seed
 
 from hyperformer_fast import get_hyperformer_model
 from hyperformer_fast.data import TaskData
-from hyperformer_fast.data.sources import examples
-from hyperformer_fast.data.tasks import KNOWN
-from hyperformer_fast.training import HyperFormerTrainer, RunConfig
-from hyperformer_fast.training.trainer import training_arguments
+from hyperformer_fast.data.registry import KNOWN, find_task
+from hyperformer_fast.training import HyperFormerTrainer, RunArguments
+from hyperformer_fast.training.evaluate import tokenised
+from hyperformer_fast.training.progress import quiet
+
+# Each training begins with a full garbage collection, which would go through all that was imported.
+gc.freeze()
+atexit.register(gc.unfreeze)
 
 SMALL = {"reduction_factor": 4, "task_embedding_dim": 4, "projected_task_embedding_dim": 4, "task_hidden_dim": 5}
 
@@ -26,7 +34,7 @@ def small_t5(dropout: float = 0.0, **changes) -> T5ForConditionalGeneration:
 
 
 def saved_t5(folder: Path, **changes) -> str:
-    """A small T5 with its tokenizer, as --model takes it."""
+    """A small T5 with its tokenizer, as --model_name_or_path takes it."""
     small_t5(**changes).save_pretrained(folder)
     ByT5Tokenizer().save_pretrained(folder)
     return str(folder)
@@ -48,32 +56,39 @@ def data_folder(folder: Path, tasks=("cola", "stsb"), n: int = 24) -> str:
     return str(folder)
 
 
-def small_run(output_dir: Path, **changes) -> RunConfig:
-    fields = {"output_dir": str(output_dir), "hyperformer": SMALL, "steps": 6, "batch_size": 4, "warmup_steps": 2}
-    fields |= {
-        "eval_steps": 0,
-        "save_steps": 0,
-        "logging_steps": 1,
-        "eval_batch_size": 8,
-        "learning_rate": 0.01,
-        "seed": 3,
-    }
-    return RunConfig(**{**fields, **changes})
+def small_run(output_dir: Path, **changes) -> RunArguments:
+    """Arguments of a run of six steps; evaluations and checkpoints are off unless their steps are given."""
+    fields = {"output_dir": str(output_dir), **SMALL, "max_steps": 6, "warmup_steps": 2, "logging_steps": 1}
+    fields |= {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 8, "learning_rate": 0.01, "seed": 3}
+    fields |= {f"{what}_strategy": "steps" if f"{what}_steps" in changes else "no" for what in ("eval", "save")}
+    return RunArguments.from_dict({**fields, **changes})
 
 
 def small_data(tasks=("cola", "stsb"), n: int = 24) -> dict[str, TaskData]:
-    def split(task, count):
-        return examples(KNOWN[task], [(f"{task}:{i}", row) for i, row in enumerate(rows(task, count))])
-
-    return {task: TaskData(KNOWN[task], {"train": split(task, n), "validation": split(task, 6)}) for task in tasks}
+    return {
+        task: TaskData.from_dataset(find_task(task), train=rows(task, n), validation=rows(task, 6)) for task in tasks
+    }
 
 
 def small_trainer(output_dir: Path, dropout: float = 0.0, tasks=("cola", "stsb"), **changes) -> HyperFormerTrainer:
-    run, data = small_run(output_dir, **changes), small_data(tasks)
-    set_seed(run.seed)
+    callbacks = changes.pop("callbacks", None)
+    run, data, tokenizer = small_run(output_dir, **changes), small_data(tasks), ByT5Tokenizer()
+    set_seed(run.training.seed)
     model = get_hyperformer_model(small_t5(dropout), run.hyperformer_config(list(data)))
-    trainer = HyperFormerTrainer(model, run, data, ByT5Tokenizer(), training_arguments(run, use_cpu=True))
-    trainer.remove_callback(PrinterCallback)
+
+    def encoded(split):
+        return {name: tokenised(task, split, tokenizer, list(data), 64) for name, task in data.items()}
+
+    trainer = HyperFormerTrainer(
+        model,
+        run.training,
+        train_dataset=concatenate_datasets([rows.remove_columns("label") for rows in encoded("train").values()]),
+        eval_dataset=encoded("validation"),
+        processing_class=tokenizer,
+        tasks={name: task.spec for name, task in data.items()},
+        callbacks=callbacks,
+    )
+    quiet(trainer)
     return trainer
 
 
@@ -83,3 +98,9 @@ def losses(trainer: HyperFormerTrainer) -> list[float]:
 
 def trained(model) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    """Whether two folders hold the same weights, bit by bit. (safetensors writes metadata in any order.)"""
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (one, other))
+    return ours.keys() == theirs.keys() and all(torch.equal(value, theirs[name]) for name, value in ours.items())
