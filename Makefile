@@ -33,7 +33,7 @@ WITH_TRITONS := $(PYTEST) HYPERFORMER_FAST_TEST_TRITONS="$$(test -e $(OTHER_TRIT
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.built
-	$(VENV)/bin/hyperformer-fast train --overwrite
+	$(VENV)/bin/hyperformer-fast train --overwrite_output_dir
 
 test: $(VENV)/.built other-triton
 	$(WITH_TRITONS) $(VENV)/bin/pytest $(PYTEST_FLAGS) -m "not packaging"
