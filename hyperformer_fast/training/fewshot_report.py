@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..atomic import write_file
-from .report import TITLES
+from .report import PLOT_STYLE, TITLES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -87,13 +87,7 @@ def plot(results: Mapping[str, Any], path: str | Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    settings: dict[Any, Any] = {
-        "font.size": 10,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "text.parse_math": False,
-    }
-    with plt.rc_context(settings):
+    with plt.rc_context(PLOT_STYLE):
         figure, axis = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
         draw_scores(axis, results)
         axis.grid(alpha=0.25)

@@ -14,6 +14,14 @@ from ..atomic import write_file
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+#: matplotlib's settings of every plot. parse_math: dollar signs in a task's name do not begin a formula.
+PLOT_STYLE: dict[Any, Any] = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "text.parse_math": False,
+}
+
 TITLES = {
     "hyperformer++": "HyperFormer++",
     "hyperformer": "HyperFormer",
@@ -78,14 +86,7 @@ def plot_curves(
     from matplotlib import pyplot as plt
     from matplotlib.ticker import MaxNLocator
 
-    # parse_math: dollar signs in a task's name do not begin a formula.
-    settings: dict[Any, Any] = {
-        "font.size": 10,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "text.parse_math": False,
-    }
-    with plt.rc_context(settings):
+    with plt.rc_context(PLOT_STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(11.5, 4.4), width_ratios=(1, 1.25), layout="constrained")
         _plot_loss(left, [(entry["step"], entry["loss"]) for entry in history if "loss" in entry])
         _plot_scores(right, history, majority, title)
