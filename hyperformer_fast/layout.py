@@ -242,3 +242,26 @@ class Saved(NamedTuple):
     def empty(cls, like: Tensor, layout: AdapterLayout, save: bool = True) -> Saved:
         """Uninitialised, for x = ``like``."""
         return cls(*(spec.empty(like) for spec in cls.table(layout, like.shape[:-1], like.dtype, save)))
+
+
+#: The arguments of a registered op that carry a dropout.
+DROPOUT_SCHEMA = "float p, Tensor? seed, int stream"
+
+
+class Dropout(NamedTuple):
+    """One dropout: which elements it drops follows from these three alone (philox.py), so no mask is stored.
+
+    Make one with ``philox.draw``, or use ``NO_DROPOUT``.
+    """
+
+    p: float  #: the probability of dropping an element; it is rounded to a multiple of 1/65536
+    seed: Tensor | None  #: int64 [1] on the device of the tensors; None where p is 0
+    stream: int  #: separates processes that have the same seed: it is the rank in torch.distributed
+
+
+NO_DROPOUT = Dropout(0.0, None, 0)
+
+
+def normed_dtype(x: torch.dtype, weight: torch.dtype) -> torch.dtype:
+    """The dtype of T5's layer norm of an x: that of the weight if it is half precision, the accumulator's otherwise."""
+    return weight if weight in (torch.float16, torch.bfloat16) else accumulator_dtype(x, weight)

@@ -14,6 +14,7 @@ import torch
 from hyperformer_fast import backends, doctor, native, ops
 from hyperformer_fast.backends import choice, registry, selftest, trust
 from hyperformer_fast.backends.cpu import CpuBackend
+from hyperformer_fast.backends.reference import ReferenceBackend
 from hyperformer_fast.layout import AdapterLayout
 
 pytestmark = pytest.mark.skipif(native.cpu_library() is None, reason=str(native.status()["reason"]))
@@ -40,6 +41,7 @@ class Library:
             many = isinstance(result, (list, tuple))
             return [t * 1.03 for t in result] if many else result * 1.03
 
+        call.default = call  # as an op has an overload of that name
         return call
 
 
@@ -156,10 +158,13 @@ def test_the_callers_modes_do_not_reach_the_test(backend):
 
 
 def test_the_tolerance_leaves_room():
-    """A right library is nowhere near it, so that no machine's rounding takes it for a wrong one."""
+    """A right library is nowhere near it, so that no machine's rounding takes it for a wrong one. Where a T5 rounds
+    several times to 16 bits, the reference in this dtype is as far off, and a library no farther."""
     for dtype, tolerance in selftest.TOLERANCE.items():
+        rounding = selftest.errors(ReferenceBackend(), dtype)
         for op, error in selftest.errors(CpuBackend(), dtype).items():
-            assert error < tolerance / 4, (op, dtype)
+            assert error < max(tolerance / 4, 1.1 * rounding[op]), (op, dtype)
+            assert error < tolerance / 3, (op, dtype)
 
 
 def test_a_library_that_switches_subnormal_numbers_off_is_refused_and_they_are_on_again(monkeypatch):

@@ -1,7 +1,7 @@
 """Backends: the sets of kernels that serve the ops, and the choice among them."""
 
 from .base import Backend, BackendError, Request, Support
-from .choice import Explanation, current_backend, explain, select, serving, use_backend
+from .choice import Explanation, current_backend, explain, select, serving, serving_piece, use_backend
 from .registry import backend_names, backend_report, live_check, register, unregister
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "register",
     "select",
     "serving",
+    "serving_piece",
     "unregister",
     "use_backend",
 ]

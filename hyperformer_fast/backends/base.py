@@ -10,10 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..layout import AdapterLayout, AdapterSpec, Folded, Saved
+from ..layout import AdapterLayout, AdapterSpec, Dropout, Folded, Saved
+from .pieces import PIECE_OPS, PieceKernels
 
-#: The names of the ops. Each is a method of :class:`Backend`.
-OPS = ("generate_weights", "fold", "adapter_forward", "adapter_backward", "hyper_adapter")
+#: The names of the ops that make and apply adapters.
+ADAPTER_OPS = ("generate_weights", "fold", "adapter_forward", "adapter_backward", "hyper_adapter")
+
+#: The names of all ops. Each is a method of :class:`Backend`.
+OPS = (*ADAPTER_OPS, *PIECE_OPS)
 
 #: The largest bottleneck that the GPU kernels support. For a larger one R h~, which takes b^2 multiplications a row, is
 #: no longer cheap beside the two projections, which take 2 d b. csrc/cuda has the same limit.
@@ -63,6 +67,17 @@ class Nodes(NamedTuple):
     adapter: Callable[[Tensor, Tensor, Folded, AdapterSpec, Tensor | None], Tensor]
     #: x, E, G, g0, spec, task_index -> out; None where the backend does not serve these inputs in one call
     hyper_adapter: Callable[[Tensor, Tensor, Tensor, Tensor, AdapterSpec, Tensor | None], Tensor | None]
+
+
+class SiteCall(NamedTuple):
+    """One site's forwards where nothing is saved for a backward, each with the site's weights bound to it. They take as
+    little of the host's time as possible, check their arguments themselves, and raise RuntimeError where these do not
+    fit."""
+
+    #: x, task_index -> out
+    adapter: Callable[[Tensor, Tensor | None], Tensor]
+    #: hidden, y, task_index, weight, eps -> hidden + adapter(y), and its norm if there is a weight
+    residual: Callable[[Tensor, Tensor, Tensor | None, Tensor | None, float], tuple[Tensor, Tensor]]
 
 
 class StackKernels(abc.ABC):
@@ -118,21 +133,21 @@ class StackKernels(abc.ABC):
         what was returned. None where there is nothing. Called once, after all backwards of the pass."""
 
 
-class Backend(abc.ABC):
+class Backend(PieceKernels, abc.ABC):
     """A set of kernels.
 
     The methods get checked inputs, whose shapes, dtypes and devices fit together. They return new tensors with the
     shapes and dtypes of ``Folded.table`` and ``Saved.table``. They do not deal with autograd.
 
     A backend that has kernels for only some of the ops inherits the other ops from ``ReferenceBackend``, and lists its
-    own in ``serves``.
+    own in ``serves``. The pieces of a T5 (``PieceKernels``) have defaults in plain PyTorch.
     """
 
     name: str
     #: The type of the device on which its kernels run, as "cuda"; None for any device.
     device: str | None = None
     #: The ops for which it may be chosen.
-    serves: Sequence[str] = OPS
+    serves: Sequence[str] = ADAPTER_OPS
     #: Whether its kernels failed their self-test. Such a backend is not available.
     wrong: bool = False
 
@@ -204,10 +219,54 @@ class Backend(abc.ABC):
             empty tensor in place of one that is not needed. Every run gives the same bits.
         """
 
+    @torch.no_grad()
+    def adapter_residual_forward(
+        self,
+        hidden: Tensor,
+        y: Tensor,
+        folded: Folded,
+        spec: AdapterSpec,
+        task_index: Tensor | None,
+        dropout: Dropout,
+        weight: Tensor | None,
+        eps: float,
+        save: bool,
+    ) -> tuple[Tensor, Saved, Tensor, Tensor]:
+        """Compute ``hidden + dropout(adapter(y))``, and its layer norm if there is a ``weight``.
+
+        This default calls the other ops in turn. The backward is ``residual_backward``, then ``adapter_backward``.
+
+        Args:
+            hidden: of y's shape and dtype.
+            y: the adapter's input; this, ``folded``, ``spec`` and ``task_index`` are as in :meth:`adapter_forward`.
+            dropout: as in ``residual_forward``, as are ``weight`` and ``eps``.
+            save: whether a backward will follow.
+
+        Returns:
+            ``out``, what :meth:`adapter_backward` needs, and ``normed`` and ``rstd`` of ``residual_forward``.
+        """
+        adapted, saved = self.adapter_forward(y, folded, spec, task_index, save)
+        out, normed, rstd = self.residual_forward(hidden, adapted, dropout, weight, eps, save)
+        return out, saved, normed, rstd
+
     def stack(self, packed: Tensor, spec: AdapterSpec, dtype: torch.dtype) -> StackKernels | None:
         """A way of its own to run the adapters of a stack, whose packed weights [S, T, P] these are, for inputs of
         ``dtype`` on their device. None, the default: each adapter is run by itself."""
         return None
+
+    def prepare(self, folded: Sequence[Folded], spec: AdapterSpec) -> Sequence[Tensor] | None:
+        """The weights of a stack's sites, each [T, ...], in the form that :meth:`site_call` takes: one tensor for each
+        site. None, the default: there is nothing faster than :meth:`adapter_forward`."""
+        return None
+
+    def site_call(self, weights: Tensor, task: int) -> SiteCall:
+        """The forwards of one site.
+
+        Args:
+            weights: of the site, from :meth:`prepare`.
+            task: of all rows; negative for those that a task index names.
+        """
+        raise NotImplementedError(f"backend {self.name!r} prepares no weights")
 
     @torch.no_grad()
     def hyper_adapter(

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from . import registry
 from .base import OPS, Backend, BackendError, Request
+from .pieces import PIECE_OPS
 from .registry import AUTO
 
 ENVIRONMENT_VARIABLE = "HYPERFORMER_FAST_BACKEND"
@@ -153,6 +154,32 @@ def serving(op: str, device: str, dtype: torch.dtype, d: int = 0, b: int = 0, im
     return _select(chosen() if impl is None else impl, op, device, dtype, d, b)
 
 
+def serving_piece(op: str, device: torch.device, dtype: torch.dtype, impl: str | None = None) -> Backend:
+    """:func:`serving` for a piece of a T5 (``pieces.PIECE_OPS``).
+
+    A backend may have no kernels for these. One that was chosen for all ops (:class:`use_backend`, or the environment
+    variable without an op's name) then leaves them to the ranked order; asked for by ``impl`` or the op's variable, it
+    raises BackendError.
+    """
+    return _select_piece(impl, None if impl is not None else chosen(), op, device, dtype)
+
+
+@functools.lru_cache(maxsize=4096)
+def _select_piece(
+    impl: str | None, of_thread: str | None, op: str, device: torch.device, dtype: torch.dtype
+) -> Backend:
+    asked, source = _asked(op, impl) if impl is not None or of_thread is None else (of_thread, "use_backend")
+    if _left_to_others(op, asked, source):
+        asked = AUTO
+    return _select(asked, op, device.type, dtype, 0, 0)
+
+
+def _left_to_others(op: str, asked: str, source: str) -> bool:
+    """Whether ``op`` is a piece for which the backend that was chosen for all ops has no kernels."""
+    general = source in ("use_backend", ENVIRONMENT_VARIABLE)
+    return general and op in PIECE_OPS and asked != AUTO and op not in registry.get(asked).serves
+
+
 @functools.lru_cache(maxsize=4096)
 def _select(name: str | None, op: str, device: str, dtype: torch.dtype, d: int, b: int) -> Backend:
     request = Request(op, device, dtype, d, b)
@@ -179,9 +206,16 @@ def _refusal(backend: Backend, request: Request, asked: str) -> str | None:
     return backend.serves_by_default(request).reason if asked == AUTO else None
 
 
+#: Counts how often :func:`forget` was called, for those who keep what a backend has made.
+epoch = 0
+
+
 def forget() -> None:
     """Clear the caches: the next call reads the environment and asks the backends what they support again."""
+    global epoch
+    epoch += 1
     _select.cache_clear()
+    _select_piece.cache_clear()
     environment.cache_clear()
 
 
@@ -218,7 +252,7 @@ def explain(
     """Explain which backend would serve ``op``, what that choice comes from, and why the other backends do not serve.
 
     Args:
-        op: ``generate_weights``, ``fold``, ``adapter_forward``, ``adapter_backward`` or ``hyper_adapter``.
+        op: a name of ``backends.base.OPS``, such as ``adapter_forward``.
         x: an input; its device, dtype and width replace ``device``, ``dtype`` and ``d``.
         device: the device of the input.
         dtype: the dtype of the input.
@@ -235,6 +269,8 @@ def explain(
         device, dtype, d = x.device, x.dtype, x.shape[-1]
     request = Request(op, torch.device(device).type, dtype, d, b)
     asked, source = _asked(op, impl)
+    if _left_to_others(op, asked, source):
+        asked, source = AUTO, f"{source}={asked}, which has no kernels for it"
     refusals = {backend.name: _refusal(backend, request, asked) for backend in registry.ranked()}
     willing = [name for name, reason in refusals.items() if reason is None]
     chosen = (willing[0] if asked == AUTO else asked if asked in willing else None) if willing else None

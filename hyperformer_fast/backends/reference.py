@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import reference as truth
 from ..layout import AdapterLayout, AdapterSpec, Folded, Saved
-from .base import Backend, Request, Support
+from .base import OPS, Backend, Request, Support
 
 
 class ReferenceBackend(Backend):
@@ -17,6 +17,7 @@ class ReferenceBackend(Backend):
     """
 
     name = "reference"
+    serves = OPS
 
     def availability(self) -> Support:
         return Support.yes()

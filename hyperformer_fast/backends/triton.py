@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layout import AdapterLayout, AdapterSpec, Folded, Saved
-from .base import Backend, Request, StackKernels, Support, gpu_kernel
+from ..layout import AdapterLayout, AdapterSpec, Dropout, Folded, Saved
+from .base import OPS, Backend, Request, StackKernels, Support, gpu_kernel
 
 #: The environment variable that switches Triton's interpreter on. Triton reads it when it decorates a kernel, so it
 #: must be set before the first call.
@@ -39,10 +39,12 @@ def _kernels() -> Any:
 class TritonBackend(Backend):
     """The kernels of ``hyperformer_fast.kernels``: float32, bfloat16 and float16, with a bottleneck of at most 128.
 
-    A tensor whose rows are contiguous and have a common stride is read in place; another one is copied once.
+    A tensor whose rows are contiguous and have a common stride is read in place; another one is copied once. The ops
+    of an attention are the defaults: torch.matmul around the softmax's kernels.
     """
 
     name = "triton"
+    serves = OPS
 
     @property
     def device(self) -> str:  # type: ignore[override]  # a property, because it depends on the environment
@@ -103,3 +105,51 @@ class TritonBackend(Backend):
         kernel = _kernels().adapter_backward
         dx, dpacked = kernel(g, x, saved, packed, folded, spec, task_index, need_dx, need_dpacked)
         return dx, dpacked
+
+    def residual_forward(
+        self, hidden: Tensor | None, y: Tensor, dropout: Dropout, weight: Tensor | None, eps: float, save: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        out, normed, rstd = _kernels().residual_forward(hidden, y, dropout, weight, eps, save)
+        return out, normed, rstd
+
+    def residual_backward(
+        self,
+        g_out: Tensor | None,
+        g_normed: Tensor | None,
+        out: Tensor | None,
+        weight: Tensor | None,
+        rstd: Tensor | None,
+        dropout: Dropout,
+        need_dy: bool,
+        need_dweight: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        kernel = _kernels().residual_backward
+        dhidden, dy, dweight = kernel(g_out, g_normed, out, weight, rstd, dropout, need_dy, need_dweight)
+        return dhidden, dy, dweight
+
+    def act_dropout_forward(self, a: Tensor, c: Tensor | None, activation: str, dropout: Dropout) -> Tensor:
+        out: Tensor = _kernels().act_dropout_forward(a, c, activation, dropout)
+        return out
+
+    def act_dropout_backward(
+        self, g: Tensor, a: Tensor, c: Tensor | None, activation: str, dropout: Dropout
+    ) -> tuple[Tensor, Tensor]:
+        da, dc = _kernels().act_dropout_backward(g, a, c, activation, dropout)
+        return da, dc
+
+    def softmax_dropout_forward(
+        self, scores: Tensor, bias: Tensor | None, mask: Tensor | None, dropout: Dropout, save: bool
+    ) -> tuple[Tensor, Tensor]:
+        out, probabilities = _kernels().softmax_dropout_forward(scores, bias, mask, dropout, save)
+        return out, probabilities
+
+    def softmax_dropout_backward(self, g: Tensor, probabilities: Tensor, dropout: Dropout) -> Tensor:
+        dscores: Tensor = _kernels().softmax_dropout_backward(g, probabilities, dropout)
+        return dscores
+
+    def cross_entropy_forward(
+        self, logits: Tensor, labels: Tensor, label_smoothing: float, ignore_index: int, need_grad: bool
+    ) -> tuple[Tensor, Tensor]:
+        kernel = _kernels().cross_entropy_forward
+        loss, dlogits = kernel(logits, labels, label_smoothing, ignore_index, need_grad)
+        return loss, dlogits

@@ -154,8 +154,17 @@ def check_task_range(task_index: Tensor | None, T: int) -> None:
     """
     if task_index is None or task_index.device.type != "cpu" or task_index.numel() == 0:
         return
-    if torch._C._functorch.is_batchedtensor(task_index):
-        return  # under vmap a batched tensor has no single value to read
+    if is_batched(task_index):
+        return
     low, high = (value.item() for value in torch.aminmax(task_index))
     if low < -1 or high >= T:
         raise ValueError(f"task_index must be from -1 (no adapter) to {T - 1}, got {low if low < -1 else high}")
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether vmap has a batch of the tensor, at any level of transforms: it then has no single value to read."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if torch._C._functorch.is_batchedtensor(tensor):
+            return True
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return False

@@ -38,19 +38,22 @@ def site_generator_gradients(dpacked: Tensor, E: Tensor, G: Tensor, needs: Seque
     return tuple(None if gradient is None else gradient.squeeze(0) for gradient in gradients)
 
 
-def refuse_second_derivative(g: Tensor) -> None:
-    """Raise RuntimeError if the backward itself is to be differentiated.
+def refuse_second_derivative(
+    g: Tensor, what: str = "the adapter", plain: str = "hyperformer_fast.reference.adapter"
+) -> None:
+    """Raise RuntimeError if the backward of ``what`` itself is to be differentiated. The error names ``plain``, a
+    function that autograd can differentiate twice.
 
     torch's ``once_differentiable`` cannot replace this: if g does not require a gradient, it silently detaches the
     result.
     """
     if torch.is_grad_enabled():
         raise RuntimeError(
-            "the adapter has no second derivative: call backward without create_graph=True, "
-            "or use hyperformer_fast.reference.adapter, which autograd can differentiate twice"
+            f"{what} has no second derivative: call backward without create_graph=True, "
+            f"or use {plain}, which autograd can differentiate twice"
         )
     if has_tangent(g):
         raise RuntimeError(
-            "the adapter's backward has no forward-mode derivative: run the forward within the dual level, too, "
+            f"{what}'s backward has no forward-mode derivative: run the forward within the dual level, too, "
             "or use torch.func.jvp over torch.func.grad"
         )

@@ -2,13 +2,12 @@
 the autograd formulas.
 
 These ops are called under ``torch.compile`` and ``torch.export`` and with tensor subclasses. They choose the backend
-when they run. A bundle (a type of layout.py, such as ``Folded``) is one argument of the functions in this file, but
-several arguments of a schema; ``_Op`` converts between the two.
+when they run. op.py says how an op is written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,95 +15,10 @@ from torch import Tensor
 
 from .. import backends
 from ..backends import Backend
-from ..layout import LAYOUT_SCHEMA, SPEC_SCHEMA, AdapterLayout, AdapterSpec, Folded, Saved, accumulator_dtype
+from ..layout import AdapterLayout, AdapterSpec, Folded, Saved, accumulator_dtype
 from .checks import check_adapter, check_fold, check_generate, check_hyper_adapter, check_task_range
 from .gradients import generator_gradients, refuse_second_derivative, site_generator_gradients
-
-#: For each bundle, its arguments in a schema and the function that makes the bundle from them.
-_BUNDLES: dict[str, tuple[str, Callable[..., Any]]] = {
-    "layout": (LAYOUT_SCHEMA, AdapterLayout.from_arguments),
-    "spec": (SPEC_SCHEMA, AdapterSpec.from_arguments),
-    "folded": (", ".join(f"Tensor {field}" for field in Folded._fields), Folded),
-    "saved": (", ".join(f"Tensor {field}" for field in Saved._fields), Saved),
-}
-
-#: The schema of each op. All end with ``impl``, the name of the backend that is asked for.
-SCHEMAS: dict[str, str] = {}
-
-
-class _Op:
-    """One registered op.
-
-    Args:
-        name: its name, without the namespace.
-        inputs: its arguments as in a schema, except that a bundle is its name in braces.
-        outputs: its results, written likewise.
-    """
-
-    def __init__(self, name: str, inputs: str, outputs: str):
-        self.name = f"hyperformer_fast::{name}"
-        self._inputs = inputs.split(", ")
-        texts = {bundle: text for bundle, (text, _) in _BUNDLES.items()}
-        SCHEMAS[name] = f"({inputs}, *, str? impl=None) -> ({outputs})".format_map(texts)
-        torch.library.define(self.name, SCHEMAS[name], tags=(torch.Tag.pt2_compliant_tag,))
-        self.count = SCHEMAS[name].partition(", *")[0].count(",") + 1
-
-    def bundled(self, arguments: Sequence[Any]) -> Iterator[Any]:
-        """Convert the arguments of a call: those that belong to a bundle become the bundle."""
-        at = 0
-        for argument in self._inputs:
-            if argument.startswith("{"):
-                text, bundle = _BUNDLES[argument[1:-1]]
-                width = text.count(",") + 1
-                yield bundle(*arguments[at : at + width])
-            else:
-                width = 1
-                yield arguments[at]
-            at += width
-
-    def implement(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Register ``function(*bundled arguments, impl)`` as the implementation for every device."""
-
-        def call(*arguments: Any, impl: str | None = None) -> Any:
-            return _flat(function(*self.bundled(arguments), impl))
-
-        torch.library.impl(self.name, "CompositeExplicitAutograd", call)
-        return function
-
-    def fake(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Register ``function(*bundled arguments)`` as the fake kernel."""
-
-        def call(*arguments: Any, impl: str | None = None) -> Any:
-            return _flat(function(*self.bundled(arguments)))
-
-        torch.library.register_fake(self.name, call)
-        return function
-
-    def differentiate(self, setup: Callable[..., None], backward: Callable[..., Any]) -> None:
-        """Register the autograd formula.
-
-        Args:
-            setup: called as ``setup(ctx, inputs, outputs)``, where bundles are one input each.
-            backward: called as ``backward(ctx, g)`` with the gradient of the first output. It returns the gradients of
-                the first inputs; the other inputs have none.
-        """
-
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:
-            ctx.impl = keyword_only_inputs["impl"]
-            setup(ctx, tuple(self.bundled(inputs)), output)
-
-        def call(ctx: Any, g: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-            gradients = () if g is None else backward(ctx, g)
-            return (*gradients, *(None,) * (self.count - len(gradients)))
-
-        torch.library.register_autograd(self.name, call, setup_context=setup_context)
-
-
-def _flat(outputs: Any) -> Any:
-    """Convert a function's results to those of the op: each bundle becomes its tensors."""
-    if not isinstance(outputs, tuple):
-        return outputs
-    return tuple(t for output in outputs for t in (output if isinstance(output, tuple) else (output,)))
+from .op import Op
 
 
 def _backend(op: str, like: Tensor, dtype: torch.dtype, layout: AdapterLayout, impl: str | None) -> Backend:
@@ -117,7 +31,7 @@ def request_dtype(dtype: torch.dtype, weights: torch.dtype) -> torch.dtype:
     return torch.float64 if weights == torch.float64 else dtype
 
 
-generate = _Op("generate_weights", "Tensor E, Tensor G, Tensor g0", "Tensor packed")
+generate = Op("generate_weights", "Tensor E, Tensor G, Tensor g0", "Tensor packed")
 
 
 @generate.implement
@@ -132,7 +46,7 @@ def _(E: Tensor, G: Tensor, g0: Tensor) -> Tensor:
     return E.new_empty(E.shape[0], E.shape[1], G.shape[1])
 
 
-fold = _Op("fold", "Tensor packed, {layout}, ScalarType dtype", "{folded}")
+fold = Op("fold", "Tensor packed, {layout}, ScalarType dtype", "{folded}")
 
 
 @fold.implement
@@ -149,7 +63,7 @@ def _fake_fold(packed: Tensor, layout: AdapterLayout, dtype: torch.dtype) -> Fol
     return Folded(*(part.empty(packed) for part in table))
 
 
-forward = _Op(
+forward = Op(
     "adapter_forward",
     "Tensor x, Tensor packed, {folded}, Tensor? task_index, {spec}, bool save",
     "Tensor out, {saved}",
@@ -180,7 +94,7 @@ def _fake_forward(
     return x.new_empty(x.shape), Saved.empty(x, spec.layout, save)
 
 
-backward = _Op(
+backward = Op(
     "adapter_backward",
     "Tensor g, Tensor x, {saved}, Tensor packed, {folded}, Tensor? task_index, {spec}, bool need_dx, bool need_dpacked",
     "Tensor dx, Tensor dpacked",
@@ -222,7 +136,7 @@ def _(
     return x.new_empty(x.shape if need_dx else (0,)), packed.new_empty(packed.shape if need_dpacked else (0,))
 
 
-hyper = _Op(
+hyper = Op(
     "hyper_adapter",
     "Tensor x, Tensor E, Tensor G, Tensor g0, Tensor? task_index, {spec}, bool save",
     "Tensor out, {saved}, Tensor packed, {folded}",

@@ -23,10 +23,11 @@ from torch import Tensor
 
 from ..backends.base import BackendError, StackKernels
 from ..backends.choice import chosen
-from ..layout import AdapterLayout, Folded
+from ..layout import NO_DROPOUT, AdapterLayout, Dropout, Folded
 from . import functorch
 from .checks import check_adapter, check_task_range
 from .gradients import refuse_second_derivative
+from .pieces import residual
 from .public import adapter, backend_for, checked_adapter, fold, spec_of, traced
 
 #: The kernels, the site, the task index, and what raises where the arguments do not fit together.
@@ -64,6 +65,11 @@ class Stack:
         """Whether a backward is to reach the packed weights. torch.func has gradients of its own."""
         return torch.is_grad_enabled() and self._packed.requires_grad and not functorch.in_force()
 
+    @property
+    def packed(self) -> Tensor:
+        """[S, T, P], the packed weights."""
+        return self._packed
+
     def adapter(self, x: Tensor, site: int, task_index: Tensor | None) -> Tensor:
         """``ops.adapter`` of one site, for x [..., d]."""
         if traced(x, self._packed) or functorch.in_force():
@@ -89,6 +95,19 @@ class Stack:
         if token is None:
             token = self._tokens[kernels] = _token(self._packed, kernels)
         return _adapter(x, token, (kernels, site, task_index, check))
+
+    def adapter_residual(
+        self,
+        y: Tensor,
+        hidden: Tensor,
+        site: int,
+        task_index: Tensor | None,
+        dropout: Dropout = NO_DROPOUT,
+        weight: Tensor | None = None,
+        eps: float = 1e-6,
+    ) -> Any:
+        """``ops.adapter_residual`` of one site, for y and hidden [..., d]."""
+        return residual(hidden, self.adapter(y, site, task_index), dropout, weight, eps)
 
     def _kernels_for(self, x: Tensor, save: bool) -> StackKernels | None:
         """The stack of the backend that serves x, if it has a way of its own."""
@@ -133,12 +152,18 @@ class Stack:
         wanted = torch.is_grad_enabled() and self._packed.requires_grad
         if not self._sites or wanted and not self._differentiable:
             self._sites, self._differentiable = self._packed.unbind(0), wanted
+        return self._sites[site], self._sites_folded(dtype)[site]
+
+    def _sites_folded(self, dtype: torch.dtype) -> list[Folded]:
+        """The folded weights of every site for inputs of ``dtype``."""
         folded = self._folded.get(dtype)
         if folded is None:
-            parts = fold(self._whole, self.layout, dtype)
-            folded = [Folded(*of_site) for of_site in zip(*(part.unbind(0) for part in parts))]
-            self._folded[dtype] = folded
-        return self._sites[site], folded[site]
+            folded = self._folded[dtype] = self._fold(dtype)
+        return folded
+
+    def _fold(self, dtype: torch.dtype) -> list[Folded]:
+        parts = fold(self._whole, self.layout, dtype)
+        return [Folded(*of_site) for of_site in zip(*(part.unbind(0) for part in parts))]
 
 
 class _Token(torch.autograd.Function):

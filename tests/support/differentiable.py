@@ -6,14 +6,16 @@ import pytest
 import torch
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
-from hyperformer_fast import ops, reference
+from hyperformer_fast import ops, reference, t5_reference
 from hyperformer_fast.layout import AdapterLayout
 from support.cases import random_packed
+from support.pieces import dropout_of
 
 LAYOUT = AdapterLayout(12, 4, pre_norm=True)
 
 
 INDEX = torch.tensor([2, 0, -1, 2, 1])
+HALF = dropout_of(0.5)
 
 
 def one_by_one(x, packed):
@@ -49,6 +51,16 @@ OPS = {
             0.3 * torch.randn(LAYOUT.numel, 4),
             torch.randn(LAYOUT.numel),
         ),
+    ),
+    "residual": (
+        lambda y, w, hidden: torch.cat(ops.residual(hidden, y, HALF, w), -1),
+        lambda y, w, hidden: torch.cat(t5_reference.residual(hidden, y, HALF, w, 1e-6), -1),
+        lambda: (torch.randn(5, 3, 12), torch.randn(12), torch.randn(5, 3, 12)),
+    ),
+    "act_dropout": (
+        lambda a, c: ops.act_dropout(a, "gelu_new", c, HALF),
+        lambda a, c: t5_reference.act_dropout(a, c, "gelu_new", HALF),
+        lambda: (torch.randn(5, 3, 12), torch.randn(5, 3, 12)),
     ),
     "hyper_adapter by task": (
         lambda *leaves: ops.hyper_adapter(*leaves, LAYOUT, "gelu_new", INDEX),

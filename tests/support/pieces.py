@@ -1,0 +1,231 @@
+"""The pieces of a T5 written once more, as a T5 computes them in any dtype, and one way to hold a backend to them.
+
+The dropout's mask comes from philox.py, as a tensor of zeros and factors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hyperformer_fast import backends, ops, philox
+from hyperformer_fast.layout import NO_DROPOUT, Dropout
+from support.tolerance import assert_accurate
+
+#: The backends that the tests try where they serve. Triton's interpreter has a process of its own (tests/interpreted).
+BACKENDS = ("triton",) if os.environ.get("TRITON_INTERPRET") == "1" else ("reference", "cpu")
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+LAYOUTS: dict[str, Callable[[Sequence[int], torch.dtype], Tensor]] = {
+    "contiguous": lambda shape, dtype: torch.randn(*shape).to(dtype),
+    "strided rows": lambda shape, dtype: torch.randn(*shape[:-1], 2 * shape[-1] + 1).to(dtype)[..., : shape[-1]],
+    "every other column": lambda shape, dtype: torch.randn(*shape[:-1], 2 * shape[-1]).to(dtype)[..., ::2],
+    "turned around": lambda shape, dtype: torch.randn(*reversed(shape)).to(dtype).permute(*reversed(range(len(shape)))),
+    "one row for all": lambda shape, dtype: torch.randn(*[1] * (len(shape) - 1), shape[-1]).to(dtype).expand(*shape),
+    "one number for all": lambda shape, dtype: torch.randn(*[1] * len(shape)).to(dtype).expand(*shape),
+    "off by one": lambda shape, dtype: torch.randn(torch.Size(shape).numel() + 1).to(dtype)[1:].view(*shape),
+}
+
+
+def dropout_of(p: float, seed: int = 0x0123456789ABCDEF, stream: int = 0) -> Dropout:
+    """A dropout with a fixed seed."""
+    return Dropout(p, torch.tensor([seed]), stream) if philox.threshold(p) else NO_DROPOUT
+
+
+def dropped(x: Tensor, dropout: Dropout) -> Tensor:
+    """dropout(x) in x's dtype."""
+    if dropout.p == 0:
+        return x
+    return torch.where(philox.kept(dropout, x.shape), x * philox.scale(dropout.p), 0.0)
+
+
+def layer_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """transformers' T5LayerNorm, but with float64 statistics of a float64 x."""
+    exact = torch.float64 if torch.float64 in (x.dtype, weight.dtype) else torch.float32
+    x = x * torch.rsqrt(x.to(exact).pow(2).mean(-1, keepdim=True) + eps)
+    return weight * (x.to(weight.dtype) if weight.dtype in (torch.float16, torch.bfloat16) else x)
+
+
+ACTIVATE: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_new": lambda z: F.gelu(z, approximate="tanh"),
+    "silu": F.silu,
+}
+
+
+def softmax(scores: Tensor, bias: Tensor | None, mask: Tensor | None, dropout: Dropout) -> Tensor:
+    total = scores
+    if bias is not None:
+        total = total + bias.to(scores.dtype)
+    if mask is not None:
+        total = total.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else total + mask.to(scores.dtype)
+    exact = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    closed = (total == -torch.inf).all(-1, keepdim=True)
+    weights = F.softmax(total.masked_fill(closed, 0.0).to(exact), -1).masked_fill(closed, 0.0).to(scores.dtype)
+    return dropped(weights, dropout)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, scaling: float, dropout: Dropout
+) -> Tensor:
+    return softmax(q @ k.mT * scaling, bias, mask, dropout) @ v
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
+    exact = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return F.cross_entropy(logits.to(exact), labels, reduction="none", label_smoothing=label_smoothing)
+
+
+@dataclasses.dataclass
+class Case:
+    """One call of a piece.
+
+    Args:
+        mine: the op, of the leaves; it returns one or more tensors.
+        eager: the same, as a T5 computes it.
+        leaves: the floating inputs. Each gets a gradient unless it is in ``frozen``.
+        gradients: the gradients of the results.
+        names: what the leaves are called.
+        frozen: the indices of leaves that need no gradient.
+        ops: the ops that a backend must serve.
+        heads: B and H, where the tolerance rule's rows are the heads of tensors [B, H, L, n]. One query's gradients of
+            k are multiples of one number each, which may cancel to any accuracy.
+    """
+
+    mine: Callable[..., Tensor | tuple[Tensor, ...]]
+    eager: Callable[..., Tensor | tuple[Tensor, ...]]
+    leaves: Sequence[Tensor]
+    gradients: Sequence[Tensor]
+    names: Sequence[str]
+    ops: Sequence[str]
+    frozen: Sequence[int] = ()
+    heads: tuple[int, int] | None = None
+
+    def run(self, apply: Callable[..., Tensor | tuple[Tensor, ...]], convert: Callable[[Tensor], Tensor]) -> list:
+        """The results and the gradients, with the leaves and gradients converted."""
+        leaves = [convert(t.detach()) for t in self.leaves]
+        wanted = [i for i in range(len(leaves)) if i not in self.frozen]
+        leaves = [t.detach().requires_grad_(i in wanted) for i, t in enumerate(leaves)]
+        out = apply(*leaves)
+        out = out if isinstance(out, tuple) else (out,)
+        if not wanted:
+            return [t.detach() for t in out]
+        gradients = [convert(g).to(t.dtype) for g, t in zip(self.gradients, out)]
+        found = torch.autograd.grad(out, [leaves[i] for i in wanted], gradients, materialize_grads=True)
+        return [*(t.detach() for t in out), *found]
+
+
+def serves(backend: str, case: Case, dtype: torch.dtype) -> bool:
+    """Whether ``backend`` has kernels for all ops of the case."""
+    return all(backends.explain(op, dtype=dtype, impl=backend).chosen == backend for op in case.ops)
+
+
+def check(case: Case, dtype: torch.dtype, backend: str = "auto") -> None:
+    """Outputs and gradients within the tolerance rule, and two runs bit-equal."""
+    same = lambda t: t  # noqa: E731
+    with backends.use_backend(backend):
+        mine, again = (case.run(case.mine, same) for _ in range(2))
+    eager, wide, truth = (
+        case.run(case.eager, convert) for convert in (same, lambda t: t.float(), lambda t: t.double())
+    )
+    count = len(mine) - len([i for i in range(len(case.leaves)) if i not in case.frozen])
+    names = [*(f"result {i}" for i in range(count))]
+    names += [f"the gradient of {case.names[i]}" for i in range(len(case.leaves)) if i not in case.frozen]
+    for name, k, a, e, e32, t in zip(names, mine, again, eager, wide, truth):
+        assert torch.equal(k, a) or k.isnan().any(), f"{name}: two runs differ"
+        if case.heads is not None and k.dim() == 4 and k.shape[:2] == case.heads:
+            k, e, e32, t = (tensor.flatten(2) for tensor in (k, e, e32, t))
+        assert_accurate(k, e, t, name, e32, dtype)
+
+
+def residual_case(
+    hidden: Tensor, y: Tensor, weight: Tensor | None, dropout: Dropout, eps: float = 1e-6, frozen: Sequence[int] = ()
+) -> Case:
+    def eager(hidden, y, weight=None):
+        out = hidden + dropped(y, dropout)
+        return out if weight is None else (out, layer_norm(out, weight, eps))
+
+    leaves = [hidden, y] if weight is None else [hidden, y, weight]
+    gradients = [torch.randn(*y.shape).to(y.dtype) for _ in range(len(leaves) - 1)]
+    mine = lambda hidden, y, weight=None: ops.residual(hidden, y, dropout, weight, eps)  # noqa: E731
+    names = ("hidden", "y", "weight")
+    return Case(mine, eager, leaves, gradients, names, ("residual_forward", "residual_backward"), frozen)
+
+
+def rms_norm_case(x: Tensor, weight: Tensor, eps: float = 1e-6, frozen: Sequence[int] = ()) -> Case:
+    return Case(
+        lambda x, w: ops.rms_norm(x, w, eps),
+        lambda x, w: layer_norm(x, w, eps),
+        [x, weight],
+        [torch.randn(*x.shape).to(x.dtype)],
+        ("x", "weight"),
+        ("residual_forward", "residual_backward"),
+        frozen,
+    )
+
+
+def act_dropout_case(
+    a: Tensor, c: Tensor | None, activation: str, dropout: Dropout, frozen: Sequence[int] = ()
+) -> Case:
+    act = ACTIVATE[activation]
+    eager = lambda a, c=None: dropped(act(a) if c is None else act(a) * c, dropout)  # noqa: E731
+    mine = lambda a, c=None: ops.act_dropout(a, activation, c, dropout)  # noqa: E731
+    leaves = [a] if c is None else [a, c]
+    served = ("act_dropout_forward", "act_dropout_backward")
+    return Case(mine, eager, leaves, [torch.randn(*a.shape).to(a.dtype)], ("a", "c"), served, frozen)
+
+
+def softmax_case(
+    scores: Tensor, bias: Tensor | None, mask: Tensor | None, dropout: Dropout, frozen: Sequence[int] = ()
+) -> Case:
+    leaves = [scores] if bias is None else [scores, bias]
+    return Case(
+        lambda scores, bias=None: ops.softmax_dropout(scores, bias, mask, dropout),
+        lambda scores, bias=None: softmax(scores, bias, mask, dropout),
+        leaves,
+        [torch.randn(*scores.shape).to(scores.dtype)],
+        ("scores", "bias"),
+        ("softmax_dropout_forward", "softmax_dropout_backward"),
+        frozen,
+    )
+
+
+def attention_case(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    scaling: float,
+    dropout: Dropout,
+    frozen: Sequence[int] = (),
+) -> Case:
+    leaves = [q, k, v] if bias is None else [q, k, v, bias]
+    return Case(
+        lambda q, k, v, bias=None: ops.attention(q, k, v, bias, mask, scaling, dropout),
+        lambda q, k, v, bias=None: attention(q, k, v, bias, mask, scaling, dropout),
+        leaves,
+        [torch.randn(*q.shape[:3], v.shape[3]).to(q.dtype)],
+        ("q", "k", "v", "bias"),
+        ("attention_forward", "attention_backward"),
+        frozen,
+        (q.shape[0], q.shape[1]),
+    )
+
+
+def cross_entropy_case(logits: Tensor, labels: Tensor, label_smoothing: float) -> Case:
+    return Case(
+        lambda logits: ops.cross_entropy_rows(logits, labels, label_smoothing),
+        lambda logits: cross_entropy(logits, labels, label_smoothing),
+        [logits],
+        [torch.rand(len(labels)) + 0.5],
+        ("logits",),
+        ("cross_entropy_forward",),
+    )
