@@ -50,15 +50,9 @@ inline Dtype compute_dtype(const char* what, ScalarType dtype) {
   }
 }
 
-// A contiguous tensor [lead..., tail...] on the CPU, or where `like` is. torch::stable::empty would do the same, but
-// its trip through the dispatcher costs microseconds.
-inline Tensor empty(const Sizes& lead, std::initializer_list<int64_t> tail, ScalarType dtype,
-                    const Tensor* like = nullptr) {
-  Sizes sizes(lead);
-  sizes.insert(sizes.end(), tail);
-  Sizes strides(sizes.size());
-  int64_t stride = 1;
-  for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) strides[i] = stride;
+// A tensor on the CPU, or where `like` is. torch::stable::empty would do the same, but its trip through the dispatcher
+// costs microseconds.
+inline Tensor empty_strided(const Sizes& sizes, const Sizes& strides, ScalarType dtype, const Tensor* like = nullptr) {
   const int32_t code = dtype == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
                        : dtype == ScalarType::Half   ? aoti_torch_dtype_float16()
                                                      : aoti_torch_dtype_float32();
@@ -71,6 +65,17 @@ inline Tensor empty(const Sizes& lead, std::initializer_list<int64_t> tail, Scal
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
                                                          strides.data(), code, type, index, &handle));
   return Tensor(handle);
+}
+
+// A contiguous tensor [lead..., tail...], likewise.
+inline Tensor empty(const Sizes& lead, std::initializer_list<int64_t> tail, ScalarType dtype,
+                    const Tensor* like = nullptr) {
+  Sizes sizes(lead);
+  sizes.insert(sizes.end(), tail);
+  Sizes strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) strides[i] = stride;
+  return empty_strided(sizes, strides, dtype, like);
 }
 
 inline const float* floats(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }

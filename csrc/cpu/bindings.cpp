@@ -1,8 +1,6 @@
 // The raw ops of the CPU library. LibTorch's stable ABI lets one build serve every torch from 2.11 on. There is no
 // autograd here and there are no fakes: hyperformer_fast/ops/ has those.
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+#include "bindings.h"
 
 #include <cstring>
 #include <optional>
@@ -10,103 +8,15 @@
 #include <vector>
 
 #include "../tensors.h"
+#include "call.h"
 #include "kernels.h"
 
 namespace hyperformer_fast {
 namespace {
 
-// Memory that malloc maps afresh on every call (it always does above 32 MiB) costs a page fault per 4 KiB, more than
-// the kernel's own work; huge pages make that one per 2 MiB. This is only advice: where it is not taken, nothing
-// changes.
-Tensor empty_rows(const Sizes& lead, int64_t d, ScalarType dtype) {
-  Tensor t = empty(lead, {d}, dtype);
-#if defined(__linux__)
-  constexpr uintptr_t kPage = 4096, kMapped = uintptr_t(32) << 20;
-  const uintptr_t bytes = uintptr_t(t.numel()) * (dtype == ScalarType::Float ? 4 : 2);
-  if (bytes >= kMapped) {
-    const uintptr_t first = (reinterpret_cast<uintptr_t>(t.mutable_data_ptr()) + kPage - 1) / kPage * kPage;
-    const uintptr_t last = (reinterpret_cast<uintptr_t>(t.mutable_data_ptr()) + bytes) / kPage * kPage;
-    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-  }
-#endif
-  return t;
-}
-
-void run_parallel(int64_t count, const std::function<void(int64_t, int64_t)>& body) {
-  if (count <= 1) {
-    if (count == 1) body(0, 1);
-    return;
-  }
-  torch::stable::parallel_for(0, count, 1, body);
-}
-
-FoldedWeights weights_of(const FoldedArguments& f) {
-  return {f.wd.const_data_ptr(), f.wg.const_data_ptr(), floats(f.vectors),
-          floats(f.scale),       floats(f.root),        floats(f.mean)};
-}
-
-// The rows of t [..., d], read where they lie if the last dimension is contiguous, else from a copy.
-struct RowView {
-  Tensor keep;
-  std::vector<int64_t> offset;
-
-  explicit RowView(const Tensor& t) : keep(dense_rows(t)) {
-    const int64_t dims = keep.dim() - 1;
-    int64_t n = 1;
-    for (int64_t i = 0; i < dims; ++i) n *= keep.size(i);
-    offset.resize(n);
-    if (n == 0) return;
-    offset[0] = 0;
-    int64_t filled = 1;
-    for (int64_t i = dims - 1; i >= 0; --i) {
-      const int64_t size = keep.size(i), stride = keep.stride(i);
-      for (int64_t k = 1; k < size; ++k)
-        for (int64_t j = 0; j < filled; ++j) offset[k * filled + j] = offset[j] + k * stride;
-      filled *= size;
-    }
-  }
-
-  Rows rows() const { return {keep.const_data_ptr(), offset.data()}; }
-};
-
-// A call as the kernels take it.
-struct CpuCall : Call {
-  std::vector<int64_t> tasks;
-  Problem problem;
-
-  template <class... Arguments>
-  CpuCall(const Tensor& x, Arguments&&... arguments) : Call(x, std::forward<Arguments>(arguments)...) {
-    int64_t n = 1;
-    for (const int64_t size : lead_of(x)) n *= size;
-    problem = {layout, activation, dtype, 1, n, T, nullptr};
-    if (!by_sample()) return;
-    const int64_t B = problem.B = x.size(0);
-    problem.M = B == 0 ? 0 : n / B;
-    tasks.resize(B);
-    for (int64_t i = 0; i < B; ++i) {
-      tasks[i] = index_is_wide() ? static_cast<const int64_t*>(index->const_data_ptr())[i]
-                                 : static_cast<const int32_t*>(index->const_data_ptr())[i];
-      STD_TORCH_CHECK(tasks[i] >= -1 && tasks[i] < T, "task_index must be from -1 to ", T - 1, ", got ", tasks[i]);
-    }
-    problem.task = tasks.data();
-  }
-  CpuCall(const CpuCall&) = delete;
-
-  void forward(const Tensor& x, const FoldedArguments& folded, ForwardTensors& made, bool save) const {
-    check(folded);
-    if (problem.B * problem.M == 0) return;
-    const RowView rows(x);
-    const auto kept = [&](Tensor& t, bool on) { return save && on ? floats(t) : nullptr; };
-    const SavedRows saved{save ? made.z.mutable_data_ptr() : nullptr, kept(made.r, layout.post_norm),
-                          kept(made.pre_mean, layout.pre_norm), kept(made.pre_rstd, layout.pre_norm)};
-    kernels().forward(problem, rows.rows(), weights_of(folded), made.out.mutable_data_ptr(), saved, run_parallel);
-  }
-};
-
 FoldedTensors fold_packed(const Tensor& packed, const AdapterLayout& layout, ScalarType scalar_type) {
   FoldedTensors made(lead_of(packed), layout, scalar_type);
-  int64_t T = 1;
-  for (const int64_t size : lead_of(packed)) T *= size;
+  const int64_t T = rows_in(lead_of(packed));
   if (T == 0) return made;
   const Tensor dense = packed.is_contiguous() ? packed : torch::stable::contiguous(packed);
   kernels().fold(floats(dense), T, layout, compute_dtype("dtype", scalar_type),

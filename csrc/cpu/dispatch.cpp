@@ -2,7 +2,9 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "attention.h"
 #include "kernels.h"
+#include "pieces.h"
 
 namespace hyperformer_fast {
 
@@ -52,5 +54,9 @@ const Kernels& kernels() {
   }();
   return chosen;
 }
+
+const PieceKernels& pieces() { return *kernels().pieces; }
+
+const AttentionKernels& attention_kernels() { return *kernels().attention; }
 
 }  // namespace hyperformer_fast

@@ -46,7 +46,12 @@ struct SavedRows {
 // Calls body(begin, end) over parts of [0, count) on torch's threads.
 using Parallel = std::function<void(int64_t count, const std::function<void(int64_t, int64_t)>& body)>;
 
-// The kernels of one instruction set. Everything that is timed or that rounds is behind these four functions.
+struct PieceKernels;      // pieces.h
+struct ResidualForward;   // pieces.h
+struct AttentionKernels;  // attention.h
+struct ResidualForward;   // pieces.h
+
+// The kernels of one instruction set. Everything that is timed or that rounds is behind these functions.
 struct Kernels {
   const char* name;
 
@@ -56,6 +61,9 @@ struct Kernels {
 
   void (*forward)(const Problem&, const Rows& x, const FoldedWeights&, void* out, const SavedRows&, const Parallel&);
 
+  // The same for float32 without a pre-norm, on the calling thread, saving nothing: faster for a few rows.
+  void (*few_rows)(const Problem&, const Rows& x, const FoldedWeights&, void* out);
+
   // dx [N, d] and dpacked [T, P] (float32) are written whole; either may be null.
   void (*backward)(const Problem&, const Rows& g, const Rows& x, const SavedRows&, const float* packed,
                    const FoldedWeights&, void* dx, float* dpacked, const Parallel&);
@@ -63,6 +71,13 @@ struct Kernels {
   // packed [n, P] = E [n, k] G^T + g0 with G [P, k]; all float32 and contiguous.
   void (*generate)(const float* E, const float* G, const float* g0, int64_t n, int64_t P, int64_t k, float* packed,
                    const Parallel&);
+
+  // The sum with the adapter's output in place of y, which is not read; N and n are the problem's.
+  void (*forward_residual)(const Problem&, const Rows& x, const FoldedWeights&, const ResidualForward&,
+                           const SavedRows&, const Parallel&);
+
+  const PieceKernels* pieces;
+  const AttentionKernels* attention;
 };
 
 // The names of all instruction sets, in the order of backends/cpu.py's INSTRUCTION_SETS.

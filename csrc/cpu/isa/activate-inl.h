@@ -79,33 +79,17 @@ HFF_INLINE Activated activate(vf z) {
   return {z * sigmoid, D ? sigmoid + z * (e * q * q) * slope : vf{}};
 }
 
-// h = act(z) and derivative = act'(z), which may be null, for `rows` rows of n numbers. Rows are kBlockRows apart, and
-// n is a multiple of kLanes.
-template <Activation code>
-void activate_all(int64_t rows, int64_t n, const float* z, float* h, float* derivative) {
-  for (int64_t at = 0; at < rows * kBlockRows; at += kBlockRows) {
-    for (int64_t i = at; i < at + n; i += kLanes) {
-      const vf v = F32::load(z + i);
-      if (derivative == nullptr) {
-        F32::store(h + i, activate<code, false>(v).value);
-      } else {
-        const Activated a = activate<code, true>(v);
-        F32::store(h + i, a.value);
-        F32::store(derivative + i, a.derivative);
-      }
-    }
-  }
-}
-
-inline void activate_rows(Activation code, int64_t rows, int64_t n, const float* z, float* h, float* derivative) {
+// Calls body with the activation as a constant.
+template <class Body>
+HFF_INLINE void with_activation(Activation code, const Body& body) {
   switch (code) {
     case kGeluNew:
-      return activate_all<kGeluNew>(rows, n, z, h, derivative);
+      return body(std::integral_constant<Activation, kGeluNew>{});
     case kGelu:
-      return activate_all<kGelu>(rows, n, z, h, derivative);
+      return body(std::integral_constant<Activation, kGelu>{});
     case kRelu:
-      return activate_all<kRelu>(rows, n, z, h, derivative);
-    default:
-      return activate_all<kSilu>(rows, n, z, h, derivative);
+      return body(std::integral_constant<Activation, kRelu>{});
+    case kSilu:
+      return body(std::integral_constant<Activation, kSilu>{});
   }
 }

@@ -1,5 +1,5 @@
-// All kernels of one instruction set. Its translation unit includes prelude.h, defines the macros below, and includes
-// this file once:
+// The adapter kernels of one instruction set. Its translation unit includes prelude.h, the header target_*.h with the
+// macros below, and this file once; pieces-inl.h is the same for the pieces.
 //   HFF_NAMESPACE   the name of the instruction set, and of its namespace
 //   HFF_TARGET      what the compiler calls it; undefined where every CPU has it
 //   HFF_LANES       floats in a vector: 4, 8 or 16
@@ -18,6 +18,7 @@ namespace HFF_NAMESPACE {
 // clang-format off: each needs those before it
 #include "../../bf16-inl.h"
 #include "simd-inl.h"
+#include "storage-inl.h"
 #include "paired-inl.h"
 #include "products-inl.h"
 #include "results-inl.h"
@@ -27,24 +28,17 @@ namespace HFF_NAMESPACE {
 #include "pre_norm-inl.h"
 #include "tasks-inl.h"
 #include "forward-inl.h"
+#include "few_rows-inl.h"
 #include "finish-inl.h"
 #include "backward-inl.h"
+#include "transpose-inl.h"
 #include "generate-inl.h"
 #include "fold-inl.h"
+#include "row_loops-inl.h"
+#include "philox-inl.h"
+#include "residual_rows-inl.h"
+#include "adapter_residual-inl.h"
 // clang-format on
-
-// Calls body(S{}) with the storage type of `dtype`.
-template <class Body>
-HFF_INLINE void with_storage(Dtype dtype, const Body& body) {
-  switch (dtype) {
-    case Dtype::kFloat32:
-      return body(F32{});
-    case Dtype::kBFloat16:
-      return body(BF16{});
-    case Dtype::kFloat16:
-      return body(F16{});
-  }
-}
 
 void fold_any(const float* packed, int64_t T, const AdapterLayout& layout, Dtype dtype, const FoldedResults& folded,
               const Parallel& parallel) {
@@ -63,8 +57,11 @@ void backward_any(const Problem& p, const Rows& g, const Rows& x, const SavedRow
 
 #define HFF_STRING_OF(token) #token
 #define HFF_STRING(macro) HFF_STRING_OF(macro)
+extern const PieceKernels kPieces;         // pieces-inl.h
+extern const AttentionKernels kAttention;  // attention_kernels-inl.h
 extern const Kernels kKernels;
-const Kernels kKernels = {HFF_STRING(HFF_NAMESPACE), fold_any, forward_any, backward_any, generate};
+const Kernels kKernels = {HFF_STRING(HFF_NAMESPACE), fold_any, forward_any, few_rows, backward_any, generate,
+                          forward_residual_any,      &kPieces, &kAttention};
 
 }  // namespace HFF_NAMESPACE
 }  // namespace hyperformer_fast

@@ -1,9 +1,4 @@
-// The kernels for any CPU: vectors of four, which SSE2 and NEON have. No target region is needed.
 #include "prelude.h"
-
-#define HFF_NAMESPACE portable
-#define HFF_LANES 4
-#define HFF_HAS_F16C 0
-#define HFF_HAS_DPBF16 0
-
+#include "target_portable.h"
+// After the target that they are compiled for.
 #include "kernels-inl.h"

@@ -10,13 +10,16 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <type_traits>
 #include <vector>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
 #include "../../rounding.h"
+#include "../attention.h"
 #include "../kernels.h"
+#include "../pieces.h"
 
 #define HFF_INLINE inline __attribute__((always_inline))
 

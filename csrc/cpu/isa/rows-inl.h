@@ -62,6 +62,28 @@ struct Scratch {
   }
 };
 
+// h = act(z) and derivative = act'(z), which may be null, for `rows` rows of n numbers. Rows are kBlockRows apart, and
+// n is a multiple of kLanes.
+template <Activation code>
+void activate_all(int64_t rows, int64_t n, const float* z, float* h, float* derivative) {
+  for (int64_t at = 0; at < rows * kBlockRows; at += kBlockRows) {
+    for (int64_t i = at; i < at + n; i += kLanes) {
+      const vf v = F32::load(z + i);
+      if (derivative == nullptr) {
+        F32::store(h + i, activate<code, false>(v).value);
+      } else {
+        const Activated a = activate<code, true>(v);
+        F32::store(h + i, a.value);
+        F32::store(derivative + i, a.derivative);
+      }
+    }
+  }
+}
+
+inline void activate_rows(Activation code, int64_t rows, int64_t n, const float* z, float* h, float* derivative) {
+  with_activation(code, [&](auto constant) { activate_all<constant()>(rows, n, z, h, derivative); });
+}
+
 // q = R [h ; 1]. R is upper triangular, so the sum for result i begins at term i.
 inline void times_root(const float* root, int64_t c, const float* const* h, int64_t n, float* q) {
   for (int64_t i = 0; i < c; i += kSumResults) {

@@ -1,0 +1,6 @@
+#if defined(__x86_64__)
+#include "prelude.h"
+#include "target_avx512_bf16.h"
+// After the target that they are compiled for.
+#include "pieces-inl.h"
+#endif

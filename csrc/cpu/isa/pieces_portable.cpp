@@ -1,0 +1,4 @@
+#include "prelude.h"
+#include "target_portable.h"
+// After the target that they are compiled for.
+#include "pieces-inl.h"
