@@ -48,6 +48,30 @@ LENGTHS = (
     "segments",
     "share",
     "per_sample",
+    "N",
+    "hidden_stride",
+    "y_stride",
+    "g_out_stride",
+    "g_normed_stride",
+    "out_stride",
+    "a_stride",
+    "c_stride",
+    "g_stride",
+    "stream",
+    "threshold",
+    "heads",
+    "queries",
+    "keys",
+    "scores_b",
+    "scores_h",
+    "scores_q",
+    "bias_b",
+    "bias_h",
+    "bias_q",
+    "mask_b",
+    "mask_h",
+    "mask_q",
+    "ignore_index",
 )
 
 #: Passed to do_not_specialize_on_alignment: a site's part of a stack's tensors starts at any multiple of 4 bytes, for
@@ -311,6 +335,20 @@ def rows_of(x: Tensor, task_index: Tensor | None, align: int | None = None) -> R
     sample, row = (0 if B == 1 else data.stride(0)), (0 if M == 1 else data.stride(1))
     unit = math.gcd(sample, row, align or 16) or 16
     return Rows(data, B, M, sample // unit, row // unit, unit)
+
+
+def aligned_rows(*tensors: Tensor | None) -> tuple[list[Tensor | None], list[int], int, int]:
+    """View tensors [..., n] of one shape as N rows each, as :func:`rows_of` does.
+
+    Returns:
+        The tensors, None where one is None; the stride of each one's rows, in units that are the same for all; that
+        unit, in elements; and N.
+    """
+    found = [None if t is None else rows_of(t, None) for t in tensors]
+    unit = math.gcd(*(rows.align for rows in found if rows is not None))
+    strides = [0 if rows is None else rows.stride_row * (rows.align // unit) for rows in found]
+    N = next(rows.M for rows in found if rows is not None)
+    return [None if rows is None else rows.data for rows in found], strides, unit, N
 
 
 def matmul_precision(dtype: torch.dtype) -> str:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import triton
@@ -229,3 +229,27 @@ class Plans:
             if len(self._plans) >= _MOST_PLANS:
                 self._plans.clear()
             self._plans[key] = recorded.plan
+
+    def run(self, key: Any, tensors: Sequence[Tensor | None], through_triton: Callable[[], None]) -> None:
+        """Repeat the launches of ``key``, or make them by ``through_triton`` and keep them.
+
+        Args:
+            key: all that the launches depend on except for what is in ``tensors``.
+            tensors: all that the kernels may read or write. Their shapes, strides and dtypes belong to the key.
+            through_triton: launches the kernels.
+        """
+        plan = self._plans.get(key)
+        if plan is not None:
+            if plan([0 if t is None else t.data_ptr() for t in tensors]):
+                return
+            if not plan.launches:
+                through_triton()
+                return
+        with recording(tensors) as recorded:
+            through_triton()
+        self.keep(key, recorded)
+
+
+def kind_of(t: Tensor | None) -> Any:
+    """What a plan's key has of a tensor."""
+    return None if t is None else (t.shape, t.stride(), t.dtype, t.device)

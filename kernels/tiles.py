@@ -228,3 +228,44 @@ def fold(d: int, b: int) -> Tile:
     """The tile of ``fold_kernel``: columns of W_d and rows of W_u. BK covers d up to 1024; eight units of the
     bottleneck then stay in registers. Beyond b = 32 all warps share a matrix [b, b] of float64."""
     return Tile(0, min(1024, max(16, 1 << (d - 1).bit_length())), 4 if b <= 32 else 8 if b <= 64 else 16, stages=1)
+
+
+#: Up to as many columns a kernel of the pieces between two products keeps whole rows in registers.
+MOST_KEPT = 8192
+
+
+@functools.cache
+def whole_rows(n: int, numbers: int = 2048) -> Tile:
+    """The tile of a kernel that needs sums over rows of n numbers: as many rows as have ``numbers`` numbers, at most
+    sixteen of them a thread. A longer row than ``MOST_KEPT`` is read in several tiles of four rows."""
+    if n > MOST_KEPT:
+        return Tile(4, 1024, 8)
+    columns = max(16, 1 << (n - 1).bit_length())
+    return Tile(max(1, numbers // columns), columns, 4 if columns <= 2048 else 16)
+
+
+def residual_backward(d: int) -> Tile:
+    """The tile of ``residual_backward_kernel``, which holds more for each number: with 2048 of them, or with eight
+    warps for 4096 columns, ptxas spills some registers for sm_80."""
+    return whole_rows(d, 1024)
+
+
+@functools.cache
+def parts_of_rows(n: int) -> Tile:
+    """The tile of ``act_dropout_kernel`` and its backward, which need no sums: 16 numbers a thread."""
+    columns = min(1024, max(16, 1 << (n - 1).bit_length()))
+    return Tile(2048 // columns, columns, 4)
+
+
+@functools.cache
+def sum_parts(d: int) -> Tile:
+    """The tile of ``sum_parts_kernel``: narrow, because its programs are few; ``stages`` are the tiles that a program
+    loads at a time."""
+    return Tile(64, 32, 4, stages=3)
+
+
+@functools.cache
+def cross_entropy(classes: int) -> Tile:
+    """The tile of ``cross_entropy_kernel``: one row, in parts of 4096 classes."""
+    columns = min(4096, max(16, 1 << (classes - 1).bit_length()))
+    return Tile(1, columns, 8 if columns > 2048 else 4)

@@ -53,6 +53,7 @@ class Device:
     tensor: float  #: dense bfloat16 products on tensor cores
     float32: float
     float64: float
+    integer: float  #: 32-bit integer instructions
     launch: float  #: one kernel launch; assumed
     wait: float  #: an exposed load, a reduction over a block or a barrier of the grid; assumed
 
@@ -68,6 +69,7 @@ class Device:
             "tensor cores": work.tensor / self.tensor / share,
             "float32": work.float32 / self.float32 / share,
             "float64": work.float64 / self.float64 / share,
+            "integers": work.integer / self.integer / share,
             "latency": work.waits * self.wait,
         }
         bound = max(times, key=times.get)
@@ -88,8 +90,10 @@ class Work(NamedTuple):
     tensor: float = 0  #: operations on tensor cores, padding included
     float32: float = 0
     float64: float = 0
+    integer: float = 0
     waits: float = 0  #: that one block makes one after the other
 
 
-#: The SXM module's data sheet.
-H100 = Device("H100 SXM", 132, 3.35e12, 5.5e12, 989e12, 67e12, 67e12, launch=2e-6, wait=1e-6)
+#: The SXM module's data sheet; its architecture's white paper gives 33.5 Tops of integers, of which a product and a sum
+#: are two.
+H100 = Device("H100 SXM", 132, 3.35e12, 5.5e12, 989e12, 67e12, 67e12, 16.7e12, launch=2e-6, wait=1e-6)

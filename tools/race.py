@@ -35,8 +35,15 @@ PLANTS = (
     Plant(
         "partial sums of all stretches in one place",
         "kernels/weight_gradients.py",
-        r"PART \+= \(split\.to\(tl\.int64\) \* T \+ task\) \* SIZE",
-        "PART += task.to(tl.int64) * SIZE",
+        r"PART \+= segment\.to\(tl\.int64\) \* SIZE",
+        "PART += 0",
+        "two program instances|race",
+    ),
+    Plant(
+        "a norm's weight gradients in one place",
+        "kernels/residual.py",
+        r"tl\.store\(PART \+ program \* D \+ column, dweight,",
+        "tl.store(PART + column, dweight,",
         "two program instances|race",
     ),
     Plant(
@@ -50,7 +57,13 @@ PLANTS = (
 
 
 def kernels() -> None:
-    """Run every kernel at two shapes, with tasks and without, against the reference. ttsem calls its CPU "cuda"."""
+    """Run every kernel against the reference. ttsem calls its CPU "cuda"."""
+    adapters()
+    pieces()
+
+
+def adapters() -> None:
+    """An adapter's kernels at two shapes, with tasks and without."""
     import torch
 
     from hyperformer_fast import reference
@@ -81,6 +94,51 @@ def kernels() -> None:
         for name, mine, t in zip(("out", "dx", "dpacked"), (out, dx, dpacked), truths):
             error = ((mine.cpu().double() - t).norm() / t.norm()).item()
             assert error <= 8 * torch.finfo(dtype).eps, f"{name} is {error:.1e} off, d = {d}"
+
+
+def pieces() -> None:
+    """The pieces between a T5's matrix products, with widths that end within a tile."""
+    import torch
+
+    from hyperformer_fast import t5_reference as truth
+    from hyperformer_fast.kernels import entry
+    from hyperformer_fast.layout import Dropout
+
+    def each(function, arguments, convert):
+        moved = [
+            a._replace(seed=a.seed.to("cuda") if convert is cuda else a.seed) if isinstance(a, Dropout)
+            else convert(a) if isinstance(a, torch.Tensor) and a.is_floating_point()
+            else a.to("cuda") if isinstance(a, torch.Tensor) and convert is cuda else a
+            for a in arguments
+        ]  # fmt: skip
+        found = function(*moved)
+        return found if isinstance(found, tuple) else (found,)
+
+    def cuda(t):
+        return t.to("cuda")
+
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    dropout = Dropout(0.25, torch.tensor([-3]), 1)
+    x, y, weight, scores = draw(3, 35, 44), draw(3, 35, 44), draw(44), draw(2, 3, 5, 41)
+    out, normed, rstd = truth.residual_forward(x, y, dropout, weight, 1e-6, True)
+    mask, logits = torch.arange(41).expand(2, 1, 1, 41) < 30, draw(6, 5000)
+    labels = torch.tensor([0, 4999, -100, 7, 7, 1])
+    calls = {
+        "residual_forward": (x, y, dropout, weight, 1e-6, True),
+        "residual_backward": (x, normed, out, weight, rstd, dropout, True, True),
+        "act_dropout_forward": (x, y, "gelu_new", dropout),
+        "act_dropout_backward": (x, y, out, "gelu_new", dropout),
+        "softmax_dropout_forward": (scores, draw(1, 3, 5, 41), mask, dropout, True),
+        "softmax_dropout_backward": (scores, scores.softmax(-1), dropout),
+        "cross_entropy_forward": (logits, labels, 0.1, -100, True),
+    }
+    for name, arguments in calls.items():
+        mine = each(getattr(entry, name), arguments, cuda)
+        exact = each(getattr(truth, name), arguments, lambda t: t.double())
+        for i, (a, t) in enumerate(zip(mine, exact)):
+            error = ((a.cpu().double() - t).norm() / t.norm()).item()
+            assert error <= 1e-6, f"result {i} of {name} is {error:.1e} off"
 
 
 def run(root: Path) -> subprocess.CompletedProcess:

@@ -1,10 +1,11 @@
 """Compile report of the Triton kernels: registers, shared memory, spills and instructions, without a GPU.
 
     python tools/triton_gate.py [--write] [--arch 80 90 100] [--dtype bf16 fp16 fp32 tf32] [--shape base large/8]
+    python tools/triton_gate.py --pieces [--write] [--arch 80 90 100] [--dtype bf16 fp32] [--shape base v1.1-xxl]
     python tools/triton_gate.py --triton DIR... [--write] [--arch 80 86 89 90 100 120]
 
-The second form compiles every combination of dtypes, norms, alignment and tasks with other versions of Triton
-(triton_combinations.py).
+The second form compiles the pieces between a T5's matrix products (triton_pieces.py). The third compiles every
+combination of dtypes, norms, alignment and tasks with other versions of Triton (triton_combinations.py).
 
 Nothing runs: the hosts are called with CPU tensors, and each launch is caught and handed to ``triton.compile`` with the
 types and alignments that it would have had on a GPU. The report says nothing about speed. ``--write`` records it in
@@ -28,6 +29,8 @@ import triton
 from device import blocks_per_multiprocessor
 from machine_code import take_apart
 from triton_launches import Launch, caught_launches, compile_launch
+from triton_pieces import KERNELS, SIZES
+from triton_pieces import launches_of as launches_of_pieces
 
 from hyperformer_fast.kernels import entry
 from hyperformer_fast.layout import AdapterLayout, AdapterSpec
@@ -52,7 +55,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, 
 #: Kernels whose float32 products may be rounded to tf32: they compile to other code then.
 ROUNDED = ("adapter_forward", "rows", "weights")
 
-RECORD = "triton_gate"
+RECORD, RECORD_OF_PIECES = "triton_gate", "triton_gate_pieces"
 
 
 @dataclasses.dataclass
@@ -159,10 +162,24 @@ def gate(shapes=tuple(SHAPES), dtypes=tuple(DTYPES), architectures=ARCHITECTURES
                     if masters_only and dtype != dtypes[0]:
                         continue
                     kind = "fp32" if masters_only else dtype
-                    constants = launch.arguments
-                    tile = "x".join(str(constants[n]) for n in ("BN", "BM", "BP", "BK", "BB") if constants.get(n))
-                    tile += f", {launch.options['num_warps']} warps" + (", kept" if constants.get("KEEP") else "")
-                    yield Compiled(name, shape, kind, arch, tile, **measure(compile_launch(launch, arch), arch))
+                    yield compiled(launch, shape, kind, arch)
+
+
+def gate_pieces(shapes=tuple(SIZES), dtypes=("bf16", "fp32"), architectures=ARCHITECTURES) -> Iterator[Compiled]:
+    """The same for the pieces between a T5's matrix products."""
+    for arch in architectures:
+        for shape in shapes:
+            for dtype in dtypes:
+                for variant, launch in launches_of_pieces(SIZES[shape], DTYPES[dtype], arch):
+                    yield compiled(launch, f"{shape}, {variant}", dtype, arch)
+
+
+def compiled(launch: Launch, shape: str, dtype: str, arch: int) -> Compiled:
+    """Compile and measure one launch."""
+    constants = launch.arguments
+    tile = "x".join(str(constants[n]) for n in ("BN", "BM", "BP", "BK", "BB") if constants.get(n))
+    tile += f", {launch.options['num_warps']} warps" + (", kept" if constants.get("KEEP") else "")
+    return Compiled(launch.name, shape, dtype, arch, tile, **measure(compile_launch(launch, arch), arch))
 
 
 def faults(compiled: Compiled) -> list[str]:
@@ -179,6 +196,10 @@ def faults(compiled: Compiled) -> list[str]:
     # the forward stores four, in two branches
     if compiled.kernel in ("adapter_forward", "rows") and (not compiled.wide_stores or compiled.narrow_stores > 8):
         found.append(f"{compiled.narrow_stores} narrow stores, {compiled.wide_stores} wide")
+    # whole rows go 16 bytes at a time; numbers that a row has one of do not, nor does the seed
+    narrow = compiled.narrow_stores > 2 or compiled.narrow_loads > 6 or not compiled.wide_stores
+    if compiled.kernel in KERNELS and compiled.kernel != "sum_parts" and narrow:
+        found.append(f"{compiled.narrow_loads} narrow loads, {compiled.narrow_stores} narrow stores")
     return found
 
 
@@ -186,16 +207,17 @@ def key(compiled: Compiled) -> str:
     return f"{compiled.kernel}, {compiled.shape}, {compiled.dtype}, sm_{compiled.arch}"
 
 
-def recorded() -> dict[str, int]:
+def recorded(record: str = RECORD) -> dict[str, int]:
     """Blocks per multiprocessor of the last record, by :func:`key`."""
-    return {key(Compiled(**entry)): entry["blocks"] for entry in records.read(RECORD)}
+    return {key(Compiled(**entry)): entry["blocks"] for entry in records.read(record)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", help="80 90 100 by default; all with --triton")
-    parser.add_argument("--dtype", nargs="+", default=tuple(DTYPES), choices=DTYPES)
-    parser.add_argument("--shape", nargs="+", default=tuple(SHAPES), choices=SHAPES)
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES)
+    parser.add_argument("--shape", nargs="+", choices={**SHAPES, **SIZES})
+    parser.add_argument("--pieces", action="store_true", help="the pieces between a T5's matrix products")
     parser.add_argument("--write", action="store_true", help=f"record in {records.RESULTS}")
     parser.add_argument(
         "--triton", type=Path, nargs="+", metavar="DIR", help="folders that hold other versions of Triton"
@@ -205,13 +227,17 @@ def main() -> None:
         import triton_combinations
 
         sys.exit(triton_combinations.main(options.triton, options.arch, options.write))
+    chosen = {"shapes": options.shape, "dtypes": options.dtype, "architectures": options.arch}
+    chosen = {name: tuple(values) for name, values in chosen.items() if values}
     results = []
-    for result in gate(tuple(options.shape), tuple(options.dtype), tuple(options.arch or ARCHITECTURES)):
+    for result in (gate_pieces if options.pieces else gate)(**chosen):
         results.append(result)
         print(result, *faults(result), flush=True)
     if options.write:
+        record, what = (RECORD_OF_PIECES, "of the pieces ") if options.pieces else (RECORD, "")
         records.write(
-            RECORD, "What the Triton kernels compile to", "python tools/triton_gate.py --write",
+            record, f"What the Triton kernels {what}compile to",
+            f"python tools/triton_gate.py {'--pieces ' * options.pieces}--write",
             [dataclasses.asdict(result) for result in results], triton=triton.__version__,
         )  # fmt: skip
     sys.exit(any(faults(result) for result in results))

@@ -21,7 +21,7 @@ from hyperformer_fast.kernels import tiles
 
 _TYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64", torch.int64: "i64",
-    torch.int32: "i32",
+    torch.int32: "i32", torch.uint8: "u8",
 }  # fmt: skip
 
 

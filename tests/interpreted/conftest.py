@@ -27,6 +27,7 @@ else:
 EVERY = {
     "test_opcheck_adapter": 3,
     "test_hyper_adapter_is_its_parts": 3,
+    "test_adapter_residual_is_its_parts": 8,
     "test_compiles_in_one_graph_to_the_same_bits": 3,
     **dict.fromkeys(
         (

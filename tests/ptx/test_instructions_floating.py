@@ -209,6 +209,15 @@ def test_comparisons_with_nan():
     assert compute("setp.nan.f32 {d}, {0}, {1};", bool, x, y).tolist() == [False] * 3 + [True] * 3
 
 
+def test_setp_of_packed_bfloat16_has_a_predicate_for_each_half():
+    one, two, nan = 0x3F80, 0x4000, 0x7FC0
+    a = np.array([one << 16 | two, two << 16 | one, nan << 16 | one], np.uint32)
+    b = np.full(3, one << 16 | one, np.uint32)
+    for half, expected in (("%p1", [False, True, True]), ("%p2", [True, False, False])):
+        body = f"setp.le.bf16x2 %p1|%p2, {{0}}, {{1}}; selp.u32 {{d}}, 1, 0, {half};"
+        assert compute(body, np.uint32, a, b).tolist() == expected
+
+
 def test_properties():
     x = np.array([1, np.inf, np.nan, 2.0**-130, 0], np.float32)
     truth = {

@@ -52,11 +52,29 @@ def _reader(machine, operand, type_: str, ftz: bool):
     return (lambda: flush(array)) if ftz else (lambda: array)
 
 
+def _compare_halves(machine, s, name: str):
+    """Of packed numbers the first predicate is that of the low halves, and the second that of the high ones."""
+    expect(s, 3)
+    compare, destination = comparison(name, "bf16"), s.operands[0]
+    targets = [machine.target(half, "pred") for half in (destination.first, destination.second)]
+    a, b = (machine.source(o, "b32") for o in s.operands[1:])
+
+    def step(mask):
+        for shift, target in zip((0, 16), targets):
+            halves = (from_bf16((array >> shift).astype(np.uint16)) for array in (a, b))
+            np.copyto(target, compare(*halves), where=mask)
+
+    return step
+
+
 @instruction("setp")
 def set_predicate(machine, s):
     m = Modifiers(s)
-    type_ = m.type(*TYPES)
+    type_ = m.type(*TYPES, "bf16x2")
     name = m.need(*COMPARISONS)
+    if type_ == "bf16x2":
+        m.done()
+        return _compare_halves(machine, s, name)
     joined, ftz = m.take("and", "or", "xor"), m.flag("ftz")
     m.done()
     expect(s, 4 if joined else 3)
