@@ -164,6 +164,11 @@ class AdapterSource(nn.Module):
         """Take over ``config``, which has the new task ``name``. Here a task has no weights beside its embedding."""
         self.config = config
 
+    def forward_each(self, task_embeddings: torch.Tensor) -> torch.Tensor:
+        """The packed weights that the forward returns, where those of a task do not depend on other tasks."""
+        packed: torch.Tensor = self(task_embeddings)
+        return packed
+
 
 class HyperNetwork(AdapterSource):
     """All hypernetworks of one stack, in any of the three variants. Arguments are those of :class:`AdapterSource`."""
@@ -221,8 +226,17 @@ class HyperNetwork(AdapterSource):
         Autocast is switched off within, so that generated weights keep the parameters' precision.
         """
         with torch.autocast(task_embeddings.device.type, enabled=False):
-            e = self.embeddings(task_embeddings.to(self.generator.weight.dtype))
-            packed: torch.Tensor = self.generator(e.reshape(self.generator.weight.shape[0], -1, e.shape[-1]))
+            return self._generate(self.embeddings(task_embeddings.to(self.generator.weight.dtype)))
+
+    def forward_each(self, task_embeddings: torch.Tensor) -> torch.Tensor:
+        """:meth:`forward`, but a task's weights are the same to the last bit whatever other tasks there are, where the
+        backend generates each row by itself (``cpu`` does): matrix products round by the number of rows."""
+        with torch.autocast(task_embeddings.device.type, enabled=False):
+            tasks = task_embeddings.to(self.generator.weight.dtype).split(1)
+            return self._generate(torch.cat([self.embeddings(each) for each in tasks], 1))
+
+    def _generate(self, e: torch.Tensor) -> torch.Tensor:
+        packed: torch.Tensor = self.generator(e.reshape(self.generator.weight.shape[0], -1, e.shape[-1]))
         return packed.view(self.num_sites, -1, self.layout.numel)
 
 

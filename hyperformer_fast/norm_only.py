@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import ops
 from .layout import EPS, AdapterLayout, accumulator_dtype
 from .ops.checks import check_task_range
 
@@ -42,15 +44,27 @@ class NormStack:
 
     def __init__(self, packed: Tensor, layout: NormLayout, activation: str):
         self.layout, self.activation = layout, activation
-        self._packed = packed
+        self.packed = packed
 
     def __len__(self) -> int:
-        return self._packed.shape[0]
+        return self.packed.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all weights that it holds."""
+        return self.packed.nbytes
+
+    def of_task(self, task: int) -> NormStack:
+        """The norms of one of the T tasks, which share the weights of this stack."""
+        return NormStack(self.packed.narrow(1, task, 1), self.layout, self.activation)
+
+    def make_ready(self, dtype: torch.dtype) -> None:
+        """``ops.Stack.make_ready``: there is nothing to do."""
 
     @property
     def trains(self) -> bool:
         """Whether a backward is to reach the packed norms."""
-        return torch.is_grad_enabled() and self._packed.requires_grad
+        return torch.is_grad_enabled() and self.packed.requires_grad
 
     def adapter(self, x: Tensor, site: int, task_index: Tensor | None) -> Tensor:
         """Apply the norms of one site to x [B, ..., d], in x's dtype. Sums are in float32, in float64 for float64.
@@ -58,7 +72,7 @@ class NormStack:
         ``task_index`` [B] is as in ``ops.adapter``: -1 returns the sample as it is, and a task out of range is an error
         on a CPU, NaN on a GPU.
         """
-        packed = self._packed[site]
+        packed = self.packed[site]
         exact = accumulator_dtype(x.dtype)
         tasks = packed.shape[0]
         if task_index is not None:
@@ -79,3 +93,16 @@ class NormStack:
         task = task_index.view(-1, *(1,) * (x.dim() - 1))
         out = torch.where(task >= 0, out, x)
         return torch.where((task >= tasks) | (task < -1), torch.nan, out)
+
+    def adapter_residual(
+        self,
+        y: Tensor,
+        hidden: Tensor,
+        site: int,
+        task_index: Tensor | None,
+        dropout: ops.Dropout = ops.NO_DROPOUT,
+        weight: Tensor | None = None,
+        eps: float = 1e-6,
+    ) -> Any:
+        """``ops.residual`` of ``hidden`` and of the norms of one site applied to y."""
+        return ops.residual(hidden, self.adapter(y, site, task_index), dropout, weight, eps)
