@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .backends import explain, use_backend
     from .config import HyperFormerConfig
     from .data.registry import register_task
+    from .fusion import explain_fusion, fuse_t5, unfuse_t5
     from .layout import AdapterLayout
     from .model import HyperFormerModel, get_hyperformer_model
 
@@ -28,8 +29,11 @@ _PUBLIC = {
     "HyperFormerConfig": "config",
     "HyperFormerModel": "model",
     "explain": "backends",
+    "explain_fusion": "fusion",
+    "fuse_t5": "fusion",
     "get_hyperformer_model": "model",
     "register_task": "data.registry",
+    "unfuse_t5": "fusion",
     "use_backend": "backends",
 }
 _MODULES = ("backends", "official", "ops", "reference")
@@ -41,11 +45,14 @@ __all__ = [
     "HyperFormerModel",
     "backends",
     "explain",
+    "explain_fusion",
+    "fuse_t5",
     "get_hyperformer_model",
     "official",
     "ops",
     "reference",
     "register_task",
+    "unfuse_t5",
     "use_backend",
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
@@ -10,13 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.jit._trace import is_tracing
 
+from . import frozen_head
 from .config import HyperFormerConfig
 from .delegate import is_checkpointing
+from .fusion import AUTO_PIECES, Fuse, fuse_t5, pieces_of, resolve, unfuse_t5
+from .fusion.before import reads_no_cache
 from .gradient_flow import expect_gradients
 from .hypernetwork import AdapterSource
-from .loss import as_share
+from .loss import as_share, smoothed
 from .methods import build_parts, freeze_but_task_embeddings
 from .parameters import ParameterCount
+from .prepared import MemoryFootprint, PreparedWeights, may_be_prepared
 from .saving import SavedModel
 from .sharding import is_fsdp2, separate_embeddings, share_embeddings
 from .sites import ForwardContext, Owner, StackWeights, active, find_sites
@@ -25,19 +30,20 @@ from .task_choice import choose_outside_the_graph, select
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+    from typing_extensions import Self
 
 
 #: The names that ``generate`` of transformers has for its first positional arguments.
 _GENERATE_ARGUMENTS = ("inputs", "generation_config", "logits_processor", "stopping_criteria")
 
 
-def get_hyperformer_model(t5: nn.Module, config: HyperFormerConfig) -> HyperFormerModel:
+def get_hyperformer_model(t5: nn.Module, config: HyperFormerConfig, fuse: Fuse = "auto") -> HyperFormerModel:
     """Put adapters into ``t5`` and freeze all of it that the configuration does not train.
 
     The T5 is changed in place; :meth:`HyperFormerModel.unload` takes the adapters out again. Arguments and errors are
     those of :class:`HyperFormerModel`.
     """
-    return HyperFormerModel(t5, config)
+    return HyperFormerModel(t5, config, fuse)
 
 
 class HyperFormerModel(SavedModel):
@@ -52,14 +58,16 @@ class HyperFormerModel(SavedModel):
             T5 is pretrained with (sequence or token classification, question answering) is trained, and shared by all
             tasks.
         config: the adapters' configuration. It is copied; the model and its caller share no state.
+        fuse: what of the T5 is fused, as in :func:`~hyperformer_fast.fuse_t5`: ``"auto"`` for all that is supported,
+            True for the same and an error where something is not, names of pieces, or False to leave the T5 as it is.
 
     Raises:
         TypeError: ``t5`` is not a T5.
         ValueError: it has adapters already, has gradient checkpointing on, is too narrow for ``reduction_factor``, or
-            its weights are on the meta device.
+            its weights are on the meta device; or ``fuse`` names an unknown piece, or is True and cannot be met.
     """
 
-    def __init__(self, t5: nn.Module, config: HyperFormerConfig):
+    def __init__(self, t5: nn.Module, config: HyperFormerConfig, fuse: Fuse = "auto"):
         super().__init__()
         if not isinstance(config, HyperFormerConfig):
             raise TypeError(f"config must be a HyperFormerConfig, got {type(config).__name__}")
@@ -81,6 +89,9 @@ class HyperFormerModel(SavedModel):
         self.task_embeddings = task_embeddings.to(device, dtype)
         #: What makes the adapters' weights of each stack; see :func:`~hyperformer_fast.methods.build_parts`.
         self.hypernetworks = hypernetworks.to(device, dtype)
+        self._fused_before, self._pieces = pieces_of(t5), resolve(fuse)
+        if self._pieces:
+            fuse_t5(t5, fuse)
         self.t5 = base
         self._snapshot = Snapshot(t5, trained)
         self._embeddings = share_embeddings(t5)
@@ -94,8 +105,11 @@ class HyperFormerModel(SavedModel):
         # True after a forward that trained, whose autograd graph was checked. A T5 can begin to cut gradients after any
         # inference (bitsandbytes in 4 bits does), so that an inference sets it back.
         self._gradients_flow = False
+        self._prepared = PreparedWeights()
         self._owner = Owner()
         self._owner.install([site for site in sites if site.stack in hypernetworks], hypernetworks)
+        frozen_head.prepare(t5)
+        frozen_head.restore_forward(t5)  # the model decides for each forward
         self.register_forward_pre_hook(choose_outside_the_graph, with_kwargs=True)
         self.train(t5.training)
 
@@ -112,9 +126,11 @@ class HyperFormerModel(SavedModel):
         task: str | Sequence[str] | None = None,
         task_index: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        smoothing: float = 0.0,
+        output_logits: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The T5's forward, with adapters. All arguments except three, and the result, are the T5's.
+        """The T5's forward, with adapters. All arguments except five, and the result, are the T5's.
 
         Args:
             task: one task for the whole batch, or one per sample (B names). Not needed where the model has one only.
@@ -123,6 +139,10 @@ class HyperFormerModel(SavedModel):
                 GPU.
             num_items_in_batch: the number of labels in all micro-batches and processes of an optimizer step, by which
                 the loss is divided, as transformers' Trainer asks for it. None: the mean over this batch's labels.
+            smoothing: of the labels, at least 0 and below 1: the loss is that of Trainer's ``label_smoothing_factor``.
+            output_logits: False: compute the loss of a frozen head without logits, which takes less time and memory;
+                whatever reads the output's ``logits`` then gets an error. It has no effect where the logits are needed
+                (:meth:`why_logits`). None: True, except in training with the fused piece ``"loss"``.
 
         Raises:
             ValueError: an unknown task, both or neither of ``task`` and ``task_index``, or not as many as samples.
@@ -150,15 +170,34 @@ class HyperFormerModel(SavedModel):
         context = self._context(task, task_index, "encoder_outputs" in given)
         if not context.stacks and context.samples is not None:
             context.expect_samples(given)
+        skips = self._skips_logits(output_logits, labels)
         with active(context):
-            out = t5(**given)
+            if skips:
+                if "cache" in self._pieces and reads_no_cache(t5, (), given):
+                    given["use_cache"] = False
+                out = frozen_head.with_loss(t5, t5, given, smoothing, num_items_in_batch)
+            else:
+                out = as_share(smoothed(t5(**given), labels, smoothing), labels, num_items_in_batch)
         context.expect_all_ran()
-        out = as_share(out, labels, num_items_in_batch)
         if not torch.compiler.is_compiling():
             if context.trains and not self._gradients_flow:
                 expect_gradients(out)
             self._gradients_flow = context.trains
         return out
+
+    def why_logits(self) -> str | None:
+        """Why ``output_logits=False`` would have no effect now; None where the loss is computed without logits."""
+        return frozen_head.why_not(self._base)
+
+    @property
+    def loss_without_logits(self) -> bool:
+        """Whether a trainer that reads no logits is to ask for none: where ``fuse`` is ``"auto"`` or has ``"loss"``."""
+        return (self._pieces == AUTO_PIECES or "loss" in self._pieces) and self.why_logits() is None
+
+    def _skips_logits(self, output_logits: bool | None, labels: Tensor | None) -> bool:
+        if output_logits is None:
+            output_logits = not ("loss" in self._pieces and self.training and torch.is_grad_enabled())
+        return labels is not None and not output_logits and self.why_logits() is None
 
     @torch.no_grad()
     def generate(
@@ -221,24 +260,87 @@ class HyperFormerModel(SavedModel):
             del state["forward"]
         return state
 
+    def train(self, mode: bool = True) -> Self:
+        """``torch.nn.Module.train``. Weights that were kept for inference are freed."""
+        if mode:
+            self._prepared.clear()
+        super().train(mode)
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        # the way of every move to a device or a dtype
+        self._prepared.clear()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def prepare(self, tasks: str | Sequence[str] | None = None, dtype: torch.dtype | None = None) -> None:
+        """Generate and fold the adapters' weights of ``tasks`` now, and keep them for the forwards to come.
+
+        In ``eval()`` and without gradients a model on a CPU does that by itself, for the tasks that it is asked for and
+        up to 1 GiB; on other devices only this method does. What is kept is used until anything that it is made of
+        changes: a parameter of the hypernetworks or embeddings, the configuration, the choice of a backend. It is freed
+        then, and by ``train()`` and every move.
+
+        Args:
+            tasks: the tasks, by default all.
+            dtype: the dtype that the adapters compute in, by default the T5's.
+
+        Raises:
+            RuntimeError: the model is in training mode, or a change of its parameters could go unnoticed, as where FSDP
+                shards them, a hook or another forward is in a hypernetwork, or they were made in inference mode.
+            ValueError: an unknown task.
+
+        A write in place past autograd's versions (``parameter.data[...] = ...``, a NumPy array that shares the memory)
+        is noticed on a CPU where it changes one of some 64 numbers, spread over the parameter evenly. After changing
+        single numbers like that, or on another device, call this method again.
+        """
+        config = self.hyperformer_config
+        names = config.tasks if tasks is None else [tasks] if isinstance(tasks, str) else list(dict.fromkeys(tasks))
+        if not names:
+            raise ValueError("tasks must name at least one task, got none")
+        ids = [config.task_id(name) for name in names]
+        self._prepared.prepare(self, ids, self._base.dtype if dtype is None else dtype, self._own_device())
+
+    def memory_footprint(self) -> MemoryFootprint:
+        """The bytes of this model's tensors, by what they are for."""
+
+        def nbytes(module: nn.Module) -> int:
+            return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+
+        t5, networks, embeddings = map(nbytes, (self._base, self.hypernetworks, self.task_embeddings))
+        return MemoryFootprint(t5, networks, embeddings, *self._prepared.footprint())
+
+    def _own_device(self) -> torch.device:
+        """The device of the hypernetworks and embeddings."""
+        part = self.task_embeddings
+        return next(itertools.chain(part.parameters(), part.buffers())).device
+
     def _context(self, task: Any, task_index: Tensor | None, encoded: bool, generating: bool = False) -> ForwardContext:
+        nets = {name: net for name, net in self.hypernetworks.items() if not (encoded and name == "encoder")}
+        selection = None
+        if nets and may_be_prepared(self):
+            device = self._own_device()
+            selection = select(self.hyperformer_config, task, task_index, device)
+            kept = self._prepared.find(self, selection, device)
+            if kept is not None:
+                stacks = {name: StackWeights.kept(cast(AdapterSource, nets[name]), kept.stacks[name]) for name in nets}
+                return ForwardContext(self._owner, stacks, kept.task_index, selection.samples, generating)
         embeddings = self.task_embeddings()
         if embeddings.is_meta and hasattr(self, "_hf_hook"):
             raise RuntimeError(
                 "the hypernetworks are offloaded, but nothing fetches them, because they run once for all blocks: "
                 "offload the T5 (accelerate's cpu_offload or dispatch_model) before it gets adapters, and only the T5"
             )
-        rows, index, samples = select(self.hyperformer_config, task, task_index, embeddings.device)
-        if rows is not None:
+        if selection is None:
+            selection = select(self.hyperformer_config, task, task_index, embeddings.device)
+        if selection.rows is not None:
             # Selected from all embeddings, so that each has a gradient, even if it is zero.
-            embeddings = embeddings.index_select(0, rows)
+            embeddings = embeddings.index_select(0, selection.rows)
         activation = self.hyperformer_config.non_linearity
         stacks = {
-            name: StackWeights(cast(AdapterSource, net), net(embeddings), activation)
-            for name, net in self.hypernetworks.items()
-            if not (encoded and name == "encoder")
+            name: StackWeights(cast(AdapterSource, net), net(embeddings), activation) for name, net in nets.items()
         }
-        return ForwardContext(self._owner, stacks, index, samples, generating)
+        return ForwardContext(self._owner, stacks, selection.task_index, selection.samples, generating)
 
     def add_task(self, name: str, init_from: str | list[str] | None = None) -> None:
         """Add a task, with an embedding of its own.
@@ -308,6 +410,7 @@ class HyperFormerModel(SavedModel):
         with untied_head_kept(t5):
             embeddings: nn.Embedding = t5.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         self._snapshot.resized(t5)
+        frozen_head.prepare(t5)
         added = embeddings.weight.shape[0] - before
         if added > 0 and not embeddings.weight.requires_grad:
             warnings.warn(
@@ -319,8 +422,8 @@ class HyperFormerModel(SavedModel):
 
     def unload(self) -> nn.Module:
         """Take the adapters out and give the T5 back as it came in: every bit of its parameters, their
-        ``requires_grad``, the modes of its modules. This model is of no use afterwards. What others have added to the
-        T5 (LoRA, say) stays in it as it is.
+        ``requires_grad``, the modes and forwards of its modules. This model is of no use afterwards. What others have
+        added to the T5 (LoRA, say) stays in it as it is.
 
         Bits that a cast (``model.to(torch.bfloat16)``) took from frozen parameters are gone, and a parameter that the
         caller unfroze and trained past the configuration cannot be restored (a warning).
@@ -338,7 +441,11 @@ class HyperFormerModel(SavedModel):
             )
         self._snapshot.restore_values(t5)
         self.gradient_checkpointing_disable()
+        self._prepared.clear()
         self._owner.remove()
+        frozen_head.restore(t5)
+        unfuse_t5(t5)
+        fuse_t5(t5, self._fused_before)
         separate_embeddings(t5, self._embeddings)
         self._snapshot.restore_flags(t5)
         self.t5 = None

@@ -19,6 +19,7 @@ from .adapter_table import TaskNumbers
 from .checkpoint import DESCRIPTION, MODEL_TYPE, CheckpointError, CheckpointFile, LoadedCheckpoint
 from .config import HyperFormerConfig
 from .delegate import T5Delegate
+from .fusion.pieces import Fuse
 from .hypernetwork import TaskEmbeddings
 from .sharding import is_fsdp2, spread, whole_state
 from .sites import find_sites
@@ -162,6 +163,7 @@ class SavedModel(T5Delegate):
         t5: nn.Module | str | os.PathLike[str] | None = None,
         *,
         directory: str | os.PathLike[str] | None = None,
+        fuse: Fuse = "auto",
         **kwargs: Any,
     ) -> _Model:
         """A model with the configuration and weights of a checkpoint. On any error a given T5 stays as it was.
@@ -170,6 +172,7 @@ class SavedModel(T5Delegate):
             pretrained_model_name_or_path: the folder of the checkpoint, or its repository's id on the Hub.
             t5: the T5 that it was trained on. None: load it from where it came from at the time, in the same dtype.
             directory: deprecated name of the first argument.
+            fuse: what of the T5 is fused, as in :class:`HyperFormerModel`.
             kwargs: ``revision`` and ``subfolder`` of the checkpoint; ``cache_dir``, ``force_download``,
                 ``local_files_only``, ``proxies`` and ``token`` for its files and the T5's; all others (``dtype``,
                 ``device_map``, ``quantization_config`` ...) are for the T5's ``from_pretrained``.
@@ -201,10 +204,10 @@ class SavedModel(T5Delegate):
         file = CheckpointFile(folder)
         if t5 is None:
             t5 = hub.load_t5(file.description.get("base_model"), source, **of_t5)
-        return cls._around(t5, pretrained.described(file, folder, t5))
+        return cls._around(t5, pretrained.described(file, folder, t5), fuse)
 
     @classmethod
-    def _around(cls: type[_Model], t5: nn.Module, checkpoint: pretrained.Checkpoint) -> _Model:
+    def _around(cls: type[_Model], t5: nn.Module, checkpoint: pretrained.Checkpoint, fuse: Fuse = "auto") -> _Model:
         """A model around ``t5`` with a checkpoint's configuration and weights."""
         try:
             trained = trained_names(t5, checkpoint.config)
@@ -212,7 +215,7 @@ class SavedModel(T5Delegate):
         except ValueError as error:
             raise CheckpointError(f"{checkpoint.directory}: config: {error}") from error
         checkpoint.expect(shapes, t5, trained)
-        model = cls(t5, checkpoint.config)  # type: ignore[call-arg]  # HyperFormerModel takes them
+        model = cls(t5, checkpoint.config, fuse)  # type: ignore[call-arg]  # HyperFormerModel takes them
         try:
             model._load(checkpoint)
         except BaseException:

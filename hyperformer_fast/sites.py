@@ -123,10 +123,15 @@ class Owner:
         self.handles.clear()
 
 
-def _stack(packed: Tensor, layout: AdapterLayout, activation: str) -> ops.Stack | NormStack:
+#: What runs the adapters of a stack.
+AnyStack = ops.Stack | NormStack
+
+
+def stack_of(packed: Tensor, layout: AdapterLayout, activation: str, kept: bool = False) -> AnyStack:
+    """The adapters whose packed weights [S, T, P] these are; ``kept`` for many forwards, and not trained."""
     if isinstance(layout, NormLayout):
         return NormStack(packed, layout, activation)
-    return ops.Stack(packed, layout, activation)
+    return (ops.PreparedStack if kept else ops.Stack)(packed, layout, activation)
 
 
 class StackWeights:
@@ -134,17 +139,17 @@ class StackWeights:
 
     Args:
         net: the stack's hypernetwork, or its table of adapters.
-        packed: [S, T, P], what it returned.
+        packed: [S, T, P], what it returned; or the stack of weights that are kept between forwards.
         activation: of the adapters.
     """
 
-    def __init__(self, net: AdapterSource, packed: Tensor, activation: str):
+    def __init__(self, net: AdapterSource, packed: Tensor | AnyStack, activation: str):
         self.num_layers = net.num_layers
         self._ran = 0
-        self._packed = packed
-        self._stack = _stack(packed, net.layout, activation)
+        self._stack = stack_of(packed, net.layout, activation) if isinstance(packed, Tensor) else packed
+        self._device = self._stack.packed.device
         #: The same weights, and task indices, on other devices, where a T5 is spread over several.
-        self._elsewhere: dict[torch.device, ops.Stack | NormStack] = {}
+        self._elsewhere: dict[torch.device, AnyStack] = {}
         self._moved: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     @property
@@ -159,11 +164,11 @@ class StackWeights:
             return None
         return next(site for site in range(sites) if not self._ran >> site & 1)
 
-    def _on(self, device: torch.device) -> ops.Stack | NormStack:
+    def _on(self, device: torch.device) -> AnyStack:
         """The stack on another device: weights copied there once per forward, and their gradient copied back."""
         if device not in self._elsewhere:
-            packed = self._packed.to(device)
-            self._elsewhere[device] = _stack(packed, self._stack.layout, self._stack.activation)
+            packed = self._stack.packed.to(device)
+            self._elsewhere[device] = stack_of(packed, self._stack.layout, self._stack.activation)
         return self._elsewhere[device]
 
     def _index_on(self, device: torch.device, task_index: Tensor) -> Tensor:
@@ -174,18 +179,85 @@ class StackWeights:
             self._moved[device] = task_index, moved
         return moved
 
+    @classmethod
+    def kept(cls, net: AdapterSource, stack: AnyStack) -> StackWeights:
+        """The weights of a stack that are kept between forwards."""
+        return (_KeptWeights if isinstance(stack, ops.PreparedStack) else cls)(net, stack, stack.activation)
+
     def adapt(self, x: Tensor, site: int, task_index: Tensor | None) -> Tensor:
         """The adapter of ``site`` applied to x [B, ..., d]."""
+        stack, x, task_index = self._ready(x, site, task_index)
+        return stack.adapter(x, site, task_index)
+
+    def adapt_and_add(
+        self,
+        y: Tensor,
+        hidden: Tensor,
+        site: int,
+        task_index: Tensor | None,
+        dropout: ops.Dropout,
+        weight: Tensor | None,
+        eps: float,
+    ) -> Any:
+        """``ops.residual`` of ``hidden`` and of the adapter of ``site`` applied to y [B, ..., d]."""
+        stack, y, task_index = self._ready(y, site, task_index)
+        return stack.adapter_residual(y, hidden, site, task_index, dropout, weight, eps)
+
+    def _ready(self, x: Tensor, site: int, task_index: Tensor | None) -> tuple[AnyStack, Tensor, Tensor | None]:
+        """The stack on x's device, and its arguments there."""
         self._ran |= 1 << site
         device = x.device
-        stack = self._stack if device == self._packed.device else self._on(device)
+        stack = self._stack if device == self._device else self._on(device)
         if task_index is not None and task_index.device != device:
             task_index = self._index_on(device, task_index)
         if x.dtype == torch.float16:
             # T5's blocks clamp what overflowed, but only behind the adapter, which would make NaN of an infinity.
             # Numbers that are finite stay what they are.
             x = x.clamp(-_FLOAT16_MAX, _FLOAT16_MAX)
-        return stack.adapter(x, site, task_index)
+        return stack, x, task_index
+
+
+class _KeptWeights(StackWeights):
+    """Weights that are kept between forwards. In decoding the way to a site's op takes longer than the op, so it is
+    short."""
+
+    _stack: ops.PreparedStack
+
+    @property
+    def trains(self) -> bool:
+        return False
+
+    def adapt(self, x: Tensor, site: int, task_index: Tensor | None) -> Tensor:
+        calls = self._stack.calls_for(x)
+        if calls is None or x.dtype is torch.float16 or not x.is_cpu:
+            return super().adapt(x, site, task_index)
+        self._ran |= 1 << site
+        try:
+            return calls[site].adapter(x, task_index)
+        except RuntimeError:
+            self._stack.explain(x, site, task_index)
+            raise
+
+    def adapt_and_add(
+        self,
+        y: Tensor,
+        hidden: Tensor,
+        site: int,
+        task_index: Tensor | None,
+        dropout: ops.Dropout,
+        weight: Tensor | None,
+        eps: float,
+    ) -> Any:
+        calls = self._stack.residual_calls_for(y, hidden, dropout, weight)
+        if calls is None or y.dtype is torch.float16 or not y.is_cpu:
+            return super().adapt_and_add(y, hidden, site, task_index, dropout, weight, eps)
+        self._ran |= 1 << site
+        try:
+            out, normed = calls[site].residual(hidden, y, task_index, weight, eps)
+        except RuntimeError:
+            self._stack.explain_residual(y, hidden, site, task_index, weight)
+            raise
+        return out if weight is None else (out, normed)
 
 
 @dataclasses.dataclass
@@ -280,6 +352,18 @@ class _Hook:
         self.is_first = (site.layer, site.position) == (0, "self_attention")
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        x = output[0] if isinstance(output, tuple) else output
+        weights, task_index = self._weights_for(x)
+        adapted = weights.adapt(x, self.index, task_index)
+        return (adapted, *output[1:]) if isinstance(output, tuple) else adapted
+
+    def add(self, hidden: Tensor, y: Tensor, dropout: ops.Dropout, weight: Tensor | None, eps: float) -> Any:
+        """``ops.residual`` of ``hidden`` and of what this hook makes of a module's output y."""
+        weights, task_index = self._weights_for(y)
+        return weights.adapt_and_add(y, hidden, self.index, task_index, dropout, weight, eps)
+
+    def _weights_for(self, x: Tensor) -> tuple[StackWeights, Tensor | None]:
+        """The weights of the forward that runs, and the tasks of x. RuntimeError where there are none."""
         for context in _local.contexts:
             if context.owner is self.owner:
                 break
@@ -290,12 +374,21 @@ class _Hook:
                 "means that gradient checkpointing was switched on at the T5: use "
                 "HyperFormerModel.gradient_checkpointing_enable()"
             )
-        x = output[0] if isinstance(output, tuple) else output
         weights = context.stacks.get(self.stack)
         if weights is None:
             raise RuntimeError(f"the {self.stack} runs in a forward that was not to need it")
         # The input of every sublayer except the first comes from an adapter before it, so it must require a gradient.
         if not (self.is_first or x.requires_grad) and weights.trains:
             raise RuntimeError(f"no gradient flows through {self.where} of this T5, {CANNOT_TRAIN}")
-        adapted = weights.adapt(x, self.index, context.index_for(self.stack, x.shape[0]))
-        return (adapted, *output[1:]) if isinstance(output, tuple) else adapted
+        if context.samples is None:
+            return weights, context.task_index
+        return weights, context.index_for(self.stack, x.shape[0])
+
+
+def only_hook(module: nn.Module) -> _Hook | None:
+    """The hook of a site, if nothing else runs around the forward of its module."""
+    if len(module._forward_hooks) != 1 or module._compiled_call_impl is not None:
+        return None
+    (hook,) = module._forward_hooks.values()
+    others = module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return hook if isinstance(hook, _Hook) and not others else None

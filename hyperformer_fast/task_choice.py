@@ -31,11 +31,16 @@ class Selection(NamedTuple):
         rows: [R] the tasks to generate weights for, None: all of them.
         task_index: [B] each sample's row among these, None: every sample has the one row.
         samples: B, None where one task is for a batch of any size.
+        tasks: the indices of the tasks to generate weights for, as ``rows`` has them. None: all of them, or a graph is
+            compiled, which must not depend on them.
+        places: each sample's place in ``tasks``, as ``task_index`` has it.
     """
 
     rows: Tensor | None
     task_index: Tensor | None
     samples: int | None = None
+    tasks: Sequence[int] | None = None
+    places: Sequence[int] | None = None
 
 
 #: How many lists of task numbers are kept, for all models of the process.
@@ -129,14 +134,14 @@ class TaskChoice:
             )
         else:
             raise ValueError(f"task must be a name or a list of names, one per sample, got {task!r}")
-        ids = [config.task_id(name) for name in names]
+        ids = self.ids = [config.task_id(name) for name in names]
         self.is_single = len(ids) == 1
         if self.is_single:
             # A fill, because a copy from the host would wait for the GPU.
             self.rows = torch.full((1,), ids[0], dtype=torch.long, device=device)
             return
         place = {name: i for i, name in enumerate(names)}
-        index = [place[name] for name in task]
+        index = self.places = [place[name] for name in task]
         # One tensor for all three.
         numbers = _numbers.on(device, [*ids, *index, *(ids[i] for i in index)])
         self.rows, self.index, self.every = numbers.split([len(ids), len(index), len(index)])
@@ -144,11 +149,17 @@ class TaskChoice:
     def selection(self) -> Selection:
         """The rows to generate: only those of the chosen tasks, but all of them where a graph is compiled for several
         tasks, because the number of chosen ones would become part of the graph."""
+        compiling = torch.compiler.is_compiling()
         if self.is_single:
-            return Selection(self.rows, None, self.samples)
-        if torch.compiler.is_compiling():
+            return Selection(self.rows, None, self.samples, None if compiling else self.ids)
+        if compiling:
             return Selection(None, self.every, self.samples)
-        return Selection(self.rows, self.index, self.samples)
+        return Selection(self.rows, self.index, self.samples, self.ids, self.places)
+
+
+def index_on(device: torch.device, numbers: Sequence[int]) -> Tensor:
+    """``numbers`` as int64 on ``device``, kept for the next call with the same ones. It must not be written to."""
+    return _numbers.on(device, numbers)
 
 
 def select(config: HyperFormerConfig, task: Any, task_index: Tensor | None, device: torch.device) -> Selection:
