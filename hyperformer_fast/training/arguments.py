@@ -60,6 +60,13 @@ class ModelArguments:
         "Run folder, checkpoint or Hub name whose trained weights this run starts from. Its tasks are kept, new ones "
         "are added.",
     )
+    fuse: list[str] | None = _argument(
+        None,
+        'What is fused in the frozen T5, for speed: "none", "all", or names among products, norm, dropout, '
+        "feed_forward, attention, cache and loss. Left out: all that the T5 supports. The results are the same up to "
+        "rounding, and dropout draws other random numbers.",
+        action=Names,
+    )
     preset: str | None = _argument(
         None,
         'Defaults to start from. "demo" suits the embedded T5 on the built-in tasks, and is chosen where the T5 is the '

@@ -10,12 +10,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import ByT5Tokenizer
 
+from ..fusion.pieces import Fuse
 from ..tiny import load_tiny
 from .arguments import EMBEDDED, ModelArguments
 from .folder import RunError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, T5ForConditionalGeneration
+
+
+def fuse_of(arguments: ModelArguments) -> Fuse:
+    """What of the T5 is fused in a run, as ``get_hyperformer_model`` takes it."""
+    names = arguments.fuse
+    if names is None:
+        return "auto"
+    return names[0] if len(names) == 1 else frozenset(names)
 
 
 def load_base(

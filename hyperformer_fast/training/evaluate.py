@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from ..data import TaskData, TaskSpec, encode, load_tasks
 from ..model import HyperFormerModel
 from .arguments import RunArguments
-from .base import load_base
+from .base import fuse_of, load_base
 from .folder import EVALUATION_NAME, RunError, checkpoints, has_weights, read_run, write_json
 from .metrics import average_metrics, average_tasks, majority_score
 from .progress import EvaluationProgress, progress_bars, quiet, say
@@ -161,7 +161,7 @@ def load_model(
     """Load (model in eval mode, tokenizer) of a saved run."""
     weights = weights_folder(run_dir, console)
     t5, tokenizer = load_base(run.model, model)
-    return HyperFormerModel.from_pretrained(weights, t5=t5).eval(), tokenizer
+    return HyperFormerModel.from_pretrained(weights, t5=t5, fuse=fuse_of(run.model)).eval(), tokenizer
 
 
 def weights_folder(run_dir: str | Path, console: Console) -> Path:

@@ -45,7 +45,7 @@ SOURCES: dict[str, str] = {
 
 #: Arguments of a run that its transfer keeps. The others are of the run's own tasks and length.
 _KEPT = frozenset(
-    """model_name_or_path tokenizer_name cache_dir model_revision text_style add_prefix max_source_length
+    """fuse model_name_or_path tokenizer_name cache_dir model_revision text_style add_prefix max_source_length
     max_target_length val_max_target_length test_max_target_length max_predict_samples
     learning_rate lr_scheduler_type optim optim_args adam_beta1 adam_beta2 adam_epsilon weight_decay max_grad_norm
     label_smoothing_factor loss_reduction

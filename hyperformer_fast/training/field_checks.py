@@ -8,6 +8,9 @@ from collections.abc import Collection, Mapping
 from enum import Enum
 from typing import Any, Literal, Union, get_args, get_origin
 
+from ..fusion.pieces import PIECES
+from ..nearest import did_you_mean
+
 _WORDS = {str: "text", bool: "true or false", int: "a whole number", float: "a number", dict: "an object"}
 
 #: The least value of numbers.
@@ -30,6 +33,8 @@ _LEAST: dict[str, float] = {
     ),
 }  # fmt: skip
 _ABOVE_ZERO = ("learning_rate", "temperature", "num_train_epochs", "logging_steps")
+#: Values of ``fuse`` beside the names of pieces.
+_ALONE = ("auto", "none", "all")
 _CHOICES = {"text_style": ("default", "official"), "loss_reduction": ("mean", "sum")}
 
 
@@ -56,6 +61,8 @@ def check_field(name: str, value: Any, hint: Any) -> None:
         raise RunConfigError(f"max_steps must be at least 1, or -1 to train num_train_epochs, got {value}")
     if name in ("tasks", "eval_tasks"):
         _check_task_names(name, value)
+    if name == "fuse":
+        _check_pieces(value)
 
 
 def _kinds(hint: Any) -> list[Any]:
@@ -98,6 +105,17 @@ def _expected(kinds: list[Any]) -> str:
         else:
             words.append(_WORDS.get(get_origin(kind) or kind, getattr(kind, "__name__", str(kind))))
     return " or ".join(words) + (" or null" if len(words) < len(kinds) else "")
+
+
+def _check_pieces(names: Collection[str]) -> None:
+    if not names:
+        raise RunConfigError('fuse must name at least one piece, got an empty list; "none" fuses nothing')
+    for name in names:
+        if name in _ALONE and len(names) > 1:
+            raise RunConfigError(f"fuse: {name!r} stands alone, got {', '.join(names)}")
+        if name not in (*_ALONE, *PIECES):
+            known = [*_ALONE, *PIECES]
+            raise RunConfigError(f"fuse must be among {', '.join(known)}, got {name!r}{did_you_mean(name, known)}")
 
 
 def _check_task_names(field: str, names: Collection[str]) -> None:

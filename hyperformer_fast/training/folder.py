@@ -194,7 +194,7 @@ def write_run(folder: Path, run: RunArguments, data: dict[str, TaskData], world_
     """Write ``run.json``: the arguments, the tasks' specifications, the data's fingerprints and library versions."""
     content = {
         "format_version": FORMAT_VERSION,
-        "arguments": run.to_dict(),
+        "arguments": {"fuse": run.model.fuse, **run.to_dict()},
         "tasks": {name: task.spec.to_dict() for name, task in data.items()},
         "kept_tasks": {name: spec.to_dict() for name, spec in tasks_before(run).items() if name not in data},
         "data": {name: task.fingerprint() for name, task in data.items()},
@@ -254,7 +254,8 @@ def read_run(folder: str | Path) -> tuple[RunArguments, dict[str, TaskSpec], dic
             )
         specs = {name: TaskSpec.from_dict(fields) for name, fields in content["tasks"].items()}
         content["data"].items()
-        run = RunArguments.from_dict(content["arguments"], for_training=False)
+        # Runs of releases that fused nothing do not say so. To go on, they must draw the masks that they drew.
+        run = RunArguments.from_dict({"fuse": "none", **content["arguments"]}, for_training=False)
         # The folder may have been moved.
         run.training.output_dir = str(folder)
         return run, specs, content

@@ -27,6 +27,12 @@ def settled(given: Mapping[str, Any]) -> dict[str, Any]:
         fields["model_name_or_path"] = None
     if fields.get("preset") == "none":
         fields["preset"] = None
+    if isinstance(fields.get("fuse"), bool):
+        fields["fuse"] = "auto" if fields["fuse"] else "none"  # YAML reads a plain no as false
+    if isinstance(fields.get("fuse"), str):
+        fields["fuse"] = [name.strip() for name in fields["fuse"].split(",")]
+    if fields.get("fuse") == ["auto"]:
+        fields["fuse"] = None
     for name in _STRATEGIES:
         if fields.get(name) is False:
             fields[name] = "no"  # YAML reads a plain no as false

@@ -15,7 +15,7 @@ from ..data import TaskData
 from ..model import HyperFormerModel, get_hyperformer_model
 from ..tiny import name_of
 from .arguments import EMBEDDED, RunArguments, RunConfigError
-from .base import load_base, load_tokenizer
+from .base import fuse_of, load_base, load_tokenizer
 from .evaluate import weights_folder
 from .folder import RUN_NAME, read_run, tasks_before
 from .progress import say
@@ -50,20 +50,21 @@ def build_model(
         RunConfigError: a task is to be evaluated that nothing trains, or the adapters differ from ``init_from``'s.
     """
     tasks = list(trained) if tasks is None else list(tasks)
+    fuse = fuse_of(arguments.model)
     start = arguments.model.init_from
     if start is None:
         config = arguments.hyperformer_config(tasks)
         _expect_trained([task for task in tasks if task not in trained and config.variant != "finetuning"])
         t5, tokenizer = load_base(arguments.model)
-        return get_hyperformer_model(t5, config), tokenizer
+        return get_hyperformer_model(t5, config, fuse), tokenizer
     weights = weights_folder(start, Console()) if Path(start).is_dir() else Path(start)
     base = arguments.model.model_name_or_path or _base_of(Path(start))
     if base is None:
-        model = HyperFormerModel.from_pretrained(weights, **_of_the_hub(arguments))
+        model = HyperFormerModel.from_pretrained(weights, fuse=fuse, **_of_the_hub(arguments))
         tokenizer = load_tokenizer(arguments.model, name_of(cast(Any, model.t5)))
     else:
         t5, tokenizer = load_base(arguments.model, base)
-        model = HyperFormerModel.from_pretrained(weights, t5=t5, **_of_the_hub(arguments))
+        model = HyperFormerModel.from_pretrained(weights, t5=t5, fuse=fuse, **_of_the_hub(arguments))
     config = model.hyperformer_config
     for name, value in vars(arguments.adapters).items():
         if value is not None and value != getattr(config, name):

@@ -6,13 +6,12 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import (
     Seq2SeqTrainingArguments,
@@ -23,6 +22,7 @@ from transformers import (
 )
 
 from ..data import HyperFormerDataCollator, TaskBatchSampler, TaskSpec
+from ..loss import summed
 from ..sharding import local
 from . import ranks
 from .batches import EpochBatches, class_names, task_of_rows
@@ -206,17 +206,29 @@ class HyperFormerTrainer(CheckpointingTrainer):
         if "decoder_input_ids" not in inputs and "labels" in inputs:
             # The Trainer removes the labels, from which T5 would derive the decoder's input.
             inputs["decoder_input_ids"] = self.adapted.prepare_decoder_input_ids_from_labels(inputs["labels"])
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        if self._needs_logits(inputs, *args, **kwargs):
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        asked = {"labels": inputs["labels"], "smoothing": self.args.label_smoothing_factor, "output_logits": False}
+        asked |= {"return_dict": True}
+
+        def with_sum(**others: Any) -> Any:
+            return model(**{**others, **asked, "num_items_in_batch": 1})
+
+        return super().compute_loss(cast(nn.Module, with_sum), inputs, *args, **kwargs)
+
+    def _needs_logits(self, inputs: dict[str, Any], return_outputs: bool = False, *args: Any, **kwargs: Any) -> bool:
+        """Whether anybody but the loss reads the logits, or the model cannot compute its loss without them."""
+        model = self.adapted
+        if return_outputs or self.compute_loss_func != self._loss or "labels" not in inputs:
+            return True
+        return not (model.training and model.loss_without_logits) or bool(model._forward_hooks)
 
     def _loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """Return the label-smoothed cross-entropy; each of V tokens has eps/V of the smoothing, as in fairseq."""
-        logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
-        total = functional.cross_entropy(
-            logits.flatten(0, -2).float(),
-            labels.flatten(),
-            reduction="sum",
-            label_smoothing=self.args.label_smoothing_factor,
-        )
+        """Return the label-smoothed cross-entropy, of whose sum the model may have been asked (``compute_loss``)."""
+        total = outputs.get("loss") if isinstance(outputs, dict) else None
+        if total is None:
+            logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+            total = summed(logits, labels, self.args.label_smoothing_factor)
         if getattr(self.args, "loss_reduction", "mean") == "sum" and torch.is_grad_enabled():
             return total
         return total / ((labels != -100).sum() if num_items_in_batch is None else num_items_in_batch)
