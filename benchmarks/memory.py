@@ -5,6 +5,8 @@ python benchmarks/memory.py [--quick] [--output DIR]
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import torch
 from providers import ACTIVATION, Case
 from timing import arguments, machine, show, write
@@ -13,17 +15,31 @@ from torch import Tensor
 from hyperformer_fast import ops, reference
 
 
-def saved_tensors(call) -> list[Tensor]:
+def saved_tensors(call: Callable[[], object]) -> list[Tensor]:
     """The tensors that autograd keeps for the backward of ``call()``, each storage once."""
     kept: dict[int, Tensor] = {}
 
     def pack(t: Tensor) -> Tensor:
+        # detached: a node that keeps its own output with a grad_fn is a cycle, which is never freed
+        t = t.detach()
         kept.setdefault(t.untyped_storage().data_ptr(), t)
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        call()
+        result = call()  # it lives until the end, so that no storage is freed and counted for another
+    del result
     return list(kept.values())
+
+
+def saved_bytes(call: Callable[[], object], own: Iterable[Tensor]) -> int:
+    """Bytes that autograd keeps for the backward of ``call()``, each storage once and whole.
+
+    Args:
+        own: tensors that stay anyhow, as parameters do, and do not count.
+    """
+    stays = {t.untyped_storage().data_ptr() for t in own}
+    storages = [t.untyped_storage() for t in saved_tensors(call)]
+    return sum(storage.nbytes() for storage in storages if storage.data_ptr() not in stays)
 
 
 def bytes_per_row(tensors: list[Tensor], N: int) -> float:

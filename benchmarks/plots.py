@@ -181,6 +181,41 @@ def fewshot(results: dict, where: Mapping[str, str], path: Path) -> None:
         draw_scores(axis, results)
 
 
+def step(results: dict, where: Mapping[str, str], path: Path) -> None:
+    """The time of each row over the bare T5's, and what the time goes to in the groups that were looked into."""
+    looked = [(name, group) for name, group in results.items() if group["components"]][:2]
+    with panels(1 + len(looked), path, where) as (first, *others):
+        rows = list(dict.fromkeys(row for group in results.values() for row in group["rows"] if row != "bare"))
+        height = 0.8 / max(1, len(rows))
+        for i, row in enumerate(rows):
+            for place, group in enumerate(results.values()):
+                if row in group["rows"]:
+                    found = group["rows"][row]
+                    low, high = found["quartiles"]
+                    spread = [[max(0.0, found["ratio"] - low)], [max(0.0, high - found["ratio"])]]
+                    first.barh(
+                        [-place - (i + 0.5) * height], [found["ratio"]], height, xerr=spread, color=f"C{i}", label=row
+                    )
+        first.axvline(1, color="0.4", linewidth=1)
+        first.set_yticks([-place - 0.4 for place in range(len(results))], list(results), fontsize=6)
+        first.set(xlabel="time over the bare T5's", title="a step")
+        first.grid(axis="y", visible=False)
+        parts = list(dict.fromkeys(part for _, g in looked for found in g["components"].values() for part in found))
+        for axis, (name, group) in zip(others, looked):
+            bottom = [0.0] * len(group["components"])
+            for i, part in enumerate(parts):
+                sizes = [found.get(part, 0.0) for found in group["components"].values()]
+                color = f"C{i}" if i < 10 else ("black", "0.7")[i - 10]
+                axis.bar(range(len(sizes)), sizes, bottom=bottom, color=color, hatch="//", label=f"of it {part}")
+                bottom = [a + b for a, b in zip(bottom, sizes)]
+            axis.set_xticks(
+                range(len(bottom)), list(group["components"]), rotation=30, ha="right", rotation_mode="anchor"
+            )
+            axis.set(ylabel="in times of the bare step")
+            axis.set_title(name.replace(" dropout", "\ndropout"), fontsize=9)
+            axis.grid(axis="x", visible=False)
+
+
 #: By the start of a result's file name.
 PLOTS = {
     "adapter": adapter,
@@ -188,6 +223,7 @@ PLOTS = {
     "gpu-report": gpu_report,
     "real-text": real_text,
     "fewshot": fewshot,
+    "step": step,
 }
 
 

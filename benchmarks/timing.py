@@ -134,20 +134,38 @@ def interleaved(calls: dict[str, Timed], rounds: int, least: float = 2e-3) -> di
 
     A turn repeats a call until it lasts about ``least`` seconds; one that is recorded is replayed once.
     """
+    return {name: median(times) for name, times in turns(calls, rounds, least).items()}
+
+
+def turns(
+    calls: dict[str, Timed], rounds: int, least: float = 2e-3, until: float | None = None
+) -> dict[str, list[float]]:
+    """The seconds of each call in each round, as :func:`interleaved` takes them.
+
+    Args:
+        until: no round begins after this time (``time.perf_counter()``), but ``rounds`` are taken at least; without it
+            ``rounds`` are taken.
+    """
     repeats = {}
     for name, call in calls.items():
         seconds(call, 1)
         repeats[name] = max(1, round(least / max(seconds(call, 1), 1e-7)))
     times: dict[str, list[float]] = {name: [] for name in calls}
+    order, taken = list(calls), 0
     gc.collect()
+    gc.freeze()  # so that the collections between rounds look at what is new, and are quick
     gc.disable()
     try:
-        for _ in range(rounds):
-            for name, call in calls.items():
-                times[name].append(seconds(call, repeats[name]))
+        while taken < rounds or (until is not None and time.perf_counter() < until):
+            for name in order:
+                times[name].append(seconds(calls[name], repeats[name]))
+            order = order[1:] + order[:1]
+            taken += 1
+            gc.collect()
     finally:
+        gc.unfreeze()
         gc.enable()
-    return {name: median(values) for name, values in times.items()}
+    return times
 
 
 def show(title: str, where: dict[str, str], columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:

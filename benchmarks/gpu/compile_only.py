@@ -29,7 +29,7 @@ def launches() -> dict[str, list[Callable[[], object]]]:
     import step
     from providers import Case
 
-    from . import kernels
+    from . import kernels, pieces, steps
     from .every_op import every_op
 
     works = [kernels.Work(256, dtype, tasks) for dtype in (torch.bfloat16, torch.float32) for tasks in ("one", "even")]
@@ -41,11 +41,20 @@ def launches() -> dict[str, list[Callable[[], object]]]:
         ]
         + [lambda tasks=tasks: [c() for calls in kernels.Stack(tasks, "cpu", 2).calls.values() for c in calls]
            for tasks in (1, kernels.TASKS)],
+        "pieces": [
+            lambda piece=piece: pieces.passes(piece.ours, piece.inputs, pieces.gradients_of(piece))["both"]()
+            for piece in pieces.pieces(pieces.Shapes(B=2), torch.bfloat16, "cpu").values()
+        ],
         "small": [
             torch.no_grad()(lambda N=N: [calls[0]() for calls in small.calls_of(
                 Case(N, 768, 24, torch.bfloat16), "triton").values()]) for N in (1, 64)
         ],
-        "step": [lambda: step.Step("T5-base", 1, 2, 8, "triton", dtype=torch.bfloat16).backward()],
+        "step": [
+            lambda fuse=fuse: step.Step(
+                "T5-base", 1, 2, 128, "triton", dtype=torch.bfloat16, fuse=fuse, dropout=steps.DROPOUT
+            ).backward()
+            for fuse in (False, "auto")
+        ],
         "sanitizer": [lambda: every_op("cpu", "triton")],
     }  # fmt: skip
     return made

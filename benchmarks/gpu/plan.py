@@ -32,9 +32,12 @@ PARTS = {
     "compile": Part("compilation:entries", 90, "compile the Triton kernels that the parts below need, in parallel"),
     "kernels": Part("kernels:entries", 80, "each Triton kernel's own time, and passes beside a copy", "triton"),
     "kernels-cuda": Part("kernels:entries", 50, "the same of the CUDA library's kernels", "cuda"),
+    "pieces": Part("pieces:entries", 40, "what lies between a T5's matrix products, beside eager PyTorch", "triton"),
     "adapter": Part("rivals:adapter", 110, "report.py: eager, torch.compile, adapters and ours, and two ceilings"),
     "small": Part("rivals:small", 50, "small.py: few rows and whole sites, by every backend and form"),
-    "step": Part("steps:entries", 70, "a T5-base's training step: bare, with eager adapters and with ours"),
+    "step": Part(
+        "steps:entries", 70, "a T5-base's training step: bare, with eager adapters and with ours, fused and not"
+    ),
     "memory": Part("rivals:memory", 30, "the peak memory of a forward and backward, ours and eager's"),
     "tests": Part("checks:tests", 80, "tests/test_on_device.py without its sweep"),
     "sweep": Part("checks:sweep", 50, "the sweep of tests/test_on_device.py, for as long as its budget allows"),
