@@ -61,6 +61,8 @@ def test_inference_mode(op):
         assert torch.equal(mine(*inside), expected)
         assert torch.equal(mine(*(t.clone().requires_grad_() for t in leaves)), expected)
     assert torch.equal(mine(*inside), expected)
+    if op == "residual":
+        return  # its backward does not read y
     with pytest.raises(RuntimeError, match="make a clone"):
         mine(inside[0], *(t.requires_grad_() for t in leaves[1:]))
 

@@ -130,7 +130,7 @@ def test_double_backward(op):
     if op == "generate_weights":
         equal(twice(mine), twice(theirs))
     else:
-        with pytest.raises(RuntimeError, match="no second derivative.*reference.adapter"):
+        with pytest.raises(RuntimeError, match=r"no second derivative.*reference\."):
             twice(mine)
 
 

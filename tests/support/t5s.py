@@ -47,9 +47,9 @@ def tiny_config(variant="hyperformer++", tasks=TASKS, **changes):
     return HyperFormerConfig(tasks=list(tasks), variant=variant, **{**fields, **changes})
 
 
-def tiny_model(variant="hyperformer++", t5=None, **changes):
+def tiny_model(variant="hyperformer++", t5=None, fuse="auto", **changes):
     """A model whose adapters differ by task and site, and weigh as much as what they adapt."""
-    model = get_hyperformer_model(tiny_t5() if t5 is None else t5, tiny_config(variant, **changes))
+    model = get_hyperformer_model(tiny_t5() if t5 is None else t5, tiny_config(variant, **changes), fuse)
     torch.manual_seed(1)
     with torch.no_grad():
         for module in (model.task_embeddings, model.hypernetworks):

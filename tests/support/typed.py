@@ -18,7 +18,8 @@ reveal_type(get_hyperformer_model)
 EXPECTED = (
     'Unexpected keyword argument "reduction_facter" for "HyperFormerConfig"',
     'Unexpected keyword argument "nonlinearity" for "FusedHyperAdapter"',
-    "config: hyperformer_fast.config.HyperFormerConfig) -> hyperformer_fast.model.HyperFormerModel",
+    "config: hyperformer_fast.config.HyperFormerConfig, fuse: ",
+    ") -> hyperformer_fast.model.HyperFormerModel",
     "Found 2 errors in 1 file",
 )
 
