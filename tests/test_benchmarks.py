@@ -44,6 +44,10 @@ def benchmark_module(monkeypatch):
         "memory.py --quick",
         "training.py --quick",
         "small.py --device cpu --rows 3 --rounds 1",
+        pytest.param(
+            "products.py --quick",
+            marks=pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="needs oneDNN"),
+        ),
         "step.py --quick --only T5-small?fp32?training?dropout=0.1?hyperformer++ T5-small?bf16?generate?B=8?*++",
         pytest.param("host.py --quick", marks=pytest.mark.skipif(not find_spec("triton"), reason="needs triton")),
     ],
