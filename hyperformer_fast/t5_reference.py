@@ -173,15 +173,18 @@ def softmax_dropout_forward(
 def softmax_dropout_backward(g: Tensor, probabilities: Tensor, dropout: Dropout) -> Tensor:
     """Compute the gradient of the scores, given the probabilities before the dropout.
 
-    These are rounded, so that they do not sum to 1, and the mean of dp is divided by their sum: an error of the mean
-    would not be small beside ``dp - mean`` where this cancels.
+    These are rounded, so that they do not sum to 1, and the mean of dp is divided by their sum. The mean of what is
+    left is subtracted once more: it is 0 but for the rounding of the first mean, and that is not small beside
+    ``dp - mean`` where one probability is nearly 1, or where all of dp are nearly equal.
     """
     exact = accumulator_dtype(probabilities.dtype)
     p = probabilities.to(exact)
     dp = philox.apply(g.to(exact), dropout)
     total = p.sum(-1, keepdim=True)
-    mean = (dp * p).sum(-1, keepdim=True) / torch.where(total == 0, 1.0, total)
-    return (p * (dp - mean)).to(probabilities.dtype).contiguous()
+    total = torch.where(total == 0, 1.0, total)
+    for _ in range(2):
+        dp = dp - (dp * p).sum(-1, keepdim=True) / total
+    return (p * dp).to(probabilities.dtype).contiguous()
 
 
 def attention(
@@ -242,10 +245,14 @@ def cross_entropy_forward(
         return loss, logits.new_empty(0)
     V = logits.shape[-1]
     gradient = torch.softmax(logits.to(loss.dtype), -1)
+    chosen = torch.arange(V, device=logits.device) == labels.unsqueeze(-1)
+    # At the label it is p - (1 - s). That is s less the other probabilities, too, and keeps its digits where p is
+    # nearly 1; the difference keeps them where p is small.
+    others = torch.where(chosen, 0.0, gradient).sum(-1, keepdim=True)
+    at_label = torch.where(others < 0.5, label_smoothing - others, gradient - (1 - label_smoothing))
+    gradient = torch.where(chosen, at_label, gradient)
     if V and label_smoothing:
         gradient = gradient - label_smoothing / V
-    chosen = torch.arange(V, device=logits.device) == labels.unsqueeze(-1)
-    gradient = torch.where(chosen, gradient - (1 - label_smoothing), gradient)
     ignored = (labels == ignore_index).unsqueeze(-1)
     gradient = torch.where(ignored, 0.0, torch.where(loss.isnan().unsqueeze(-1), torch.nan, gradient))
     return loss, gradient.to(logits.dtype).contiguous()

@@ -38,6 +38,7 @@ def cross_entropy_kernel(
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(LABELS + row)
     valid = (label >= 0) & (label < D)
+    at_label = tl.where(valid, label, -1).to(tl.int32)  # 64-bit columns would take registers
     LOGITS += row * stride_row * ALIGN
     if GRADIENT:
         DLOGITS += row * D
@@ -49,7 +50,7 @@ def cross_entropy_kernel(
                 tl.store(DLOGITS + column, tl.zeros((BK,), DLOGITS.dtype.element_ty), mask=column < D)
     else:
         largest = tl.full((), float("-inf"), tl.float32)
-        total = tl.zeros((), tl.float32)
+        others = tl.zeros((), tl.float32)  # the exponentials of all classes but the label
         plain = tl.zeros((), tl.float32)
         for start in range(0, D, BK):
             column = start + tl.arange(0, BK)
@@ -57,27 +58,36 @@ def cross_entropy_kernel(
             before = largest
             largest = tl.maximum(largest, tl.max(logit, 0))
             shift = tl.where(largest == float("-inf"), 0.0, largest)
-            total = total * tl.exp(before - shift) + tl.sum(tl.exp(logit - shift), 0)
+            others = others * tl.exp(before - shift)
+            others += tl.sum(tl.where(column == at_label, 0.0, tl.exp(logit - shift)), 0)
             if SMOOTH:
                 plain += tl.sum(tl.where(column < D, logit, 0.0), 0)
         shift = tl.where(largest == float("-inf"), 0.0, largest)
-        log_sum = tl.log(total) + shift
         absent = tl.where(valid, 0.0, float("nan"))
         chosen = tl.load(LOGITS + tl.where(valid, label, 0)).to(tl.float32)
+        mine = tl.exp(chosen - shift)
+        total = others + mine
+        log_sum = tl.log(total) + shift
         loss = log_sum - chosen + absent
         if SMOOTH:
             loss = (1.0 - smoothing) * loss + smoothing * (log_sum - plain / D)
         tl.store(LOSS + row, loss)
         if GRADIENT:
-            of_label = tl.full((), 1.0, tl.float32)
+            # p - (1 - s) at the label. That is s less the other probabilities, too, and keeps its digits where p is
+            # nearly 1; the difference keeps them where p is small.
+            few = -others / total
+            most = mine / total - 1.0
             of_all = tl.full((), 0.0, tl.float32)
             if SMOOTH:
-                of_label -= smoothing
+                few += smoothing
+                most = mine / total - (1.0 - smoothing)
                 of_all += smoothing / D
+            of_label = tl.where(others < mine, few, most)
             for start in range(0, D, BK):
                 column = start + tl.arange(0, BK)
                 logit = tl.load(LOGITS + column, mask=column < D, other=0.0).to(tl.float32)
-                gradient = tl.exp(logit - shift) / total - tl.where(column == label, of_label, 0.0) - of_all + absent
+                share = tl.where(column == at_label, of_label, tl.exp(logit - shift) / total)
+                gradient = share - of_all + absent
                 tl.store(DLOGITS + column, gradient.to(DLOGITS.dtype.element_ty), mask=column < D)
 
 

@@ -172,6 +172,9 @@ def softmax_dropout_backward_kernel(
         SEED           [1]        int64; the key of the dropout (None unless DROPOUT)
 
     ``keys`` and the stride are in units of ALIGN elements. If WHOLE, a tile has whole rows.
+
+    The gradient is p (g - the mean of g). The mean of what is left, which is 0 but for the rounding of the first mean,
+    is subtracted too: that rounding is not small beside g - mean where one probability is nearly 1.
     """
     keys *= ALIGN
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
@@ -181,10 +184,12 @@ def softmax_dropout_backward_kernel(
         g, value, at, ok = _gradient_tile(
             G, PROBABILITIES, g_at, row, row_ok, keys, 0, SEED, stream, threshold, scale, DROPOUT, BM, BK
         )
-        gradient = value * (g - _mean(tl.sum(g * value, 1), tl.sum(value, 1))[:, None])
+        total = tl.sum(value, 1)
+        g -= _mean(tl.sum(g * value, 1), total)[:, None]
+        gradient = value * (g - _mean(tl.sum(g * value, 1), total)[:, None])
         tl.store(DSCORES + at, gradient.to(DSCORES.dtype.element_ty), mask=ok)
     else:
-        along, total = tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32)
+        along, total, rest = tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32)
         for first in range(0, keys, BK):
             g, value, at, ok = _gradient_tile(
                 G, PROBABILITIES, g_at, row, row_ok, keys, first, SEED, stream, threshold, scale, DROPOUT, BM, BK
@@ -196,7 +201,13 @@ def softmax_dropout_backward_kernel(
             g, value, at, ok = _gradient_tile(
                 G, PROBABILITIES, g_at, row, row_ok, keys, first, SEED, stream, threshold, scale, DROPOUT, BM, BK
             )
-            gradient = value * (g - along[:, None])
+            rest += tl.sum((g - along[:, None]) * value, 1)
+        rest = _mean(rest, total)
+        for first in range(0, keys, BK):
+            g, value, at, ok = _gradient_tile(
+                G, PROBABILITIES, g_at, row, row_ok, keys, first, SEED, stream, threshold, scale, DROPOUT, BM, BK
+            )
+            gradient = value * (g - along[:, None] - rest[:, None])
             tl.store(DSCORES + at, gradient.to(DSCORES.dtype.element_ty), mask=ok)
 
 

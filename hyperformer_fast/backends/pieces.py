@@ -154,7 +154,8 @@ class PieceKernels:
         """Compute the gradient of scores, given g of the output and the probabilities before the dropout.
 
         With ``dp = dropout(g)`` it is ``p * (dp - sum(dp * p) / sum(p))``. The sum of p is 1 but for its rounding,
-        which matters in half precision; where it is 0 the gradient is 0.
+        which matters in half precision; where it is 0 the gradient is 0. The mean of dp is to be subtracted twice, so
+        that its rounding does not count where one probability is nearly 1.
         """
         return truth.softmax_dropout_backward(g, probabilities, dropout)
 

@@ -9,6 +9,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Sequence
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -97,6 +98,7 @@ class Case:
         ops: the ops that a backend must serve.
         heads: B and H, where the tolerance rule's rows are the heads of tensors [B, H, L, n]. One query's gradients of
             k are multiples of one number each, which may cancel to any accuracy.
+        broadcast: the index of a leaf that is broadcast, with the shape: its gradient is a sum of many.
     """
 
     mine: Callable[..., Tensor | tuple[Tensor, ...]]
@@ -107,6 +109,18 @@ class Case:
     ops: Sequence[str]
     frozen: Sequence[int] = ()
     heads: tuple[int, int] | None = None
+    broadcast: tuple[int, Sequence[int]] | None = None
+
+    def terms(self) -> dict[str, Tensor]:
+        """Of the gradient that is a sum: the sum of the absolute values, by the name of the leaf."""
+        if self.broadcast is None or self.broadcast[0] in self.frozen:
+            return {}
+        which, shape = self.broadcast
+        leaves = [t.detach().double() for t in self.leaves]
+        whole = leaves[which].expand(*shape).clone().requires_grad_()
+        out = self.eager(*leaves[:which], whole, *leaves[which + 1 :])
+        (each,) = torch.autograd.grad(out, whole, self.gradients[0].double())
+        return {self.names[which]: each.abs().sum_to_size(leaves[which].shape)}
 
     def run(self, apply: Callable[..., Tensor | tuple[Tensor, ...]], convert: Callable[[Tensor], Tensor]) -> list:
         """The results and the gradients, with the leaves and gradients converted."""
@@ -127,6 +141,20 @@ def serves(backend: str, case: Case, dtype: torch.dtype) -> bool:
     return all(backends.explain(op, dtype=dtype, impl=backend).chosen == backend for op in case.ops)
 
 
+def use_or_skip(backend: str, *ops: str, dtype: torch.dtype = torch.float32) -> backends.use_backend:
+    """Choose a backend for the ops named, or skip the test."""
+    for op in ops:
+        if backends.explain(op, dtype=dtype, impl=backend).chosen != backend:
+            pytest.skip(f"backend {backend} has no kernels for {op} here")
+    return backends.use_backend(backend)
+
+
+RESIDUAL = ("residual_forward", "residual_backward")
+ACT = ("act_dropout_forward", "act_dropout_backward")
+SOFTMAX = ("softmax_dropout_forward", "softmax_dropout_backward")
+ATTENTION = ("attention_forward", "attention_backward")
+
+
 def check(case: Case, dtype: torch.dtype, backend: str = "auto") -> None:
     """Outputs and gradients within the tolerance rule, and two runs bit-equal."""
     same = lambda t: t  # noqa: E731
@@ -138,11 +166,13 @@ def check(case: Case, dtype: torch.dtype, backend: str = "auto") -> None:
     count = len(mine) - len([i for i in range(len(case.leaves)) if i not in case.frozen])
     names = [*(f"result {i}" for i in range(count))]
     names += [f"the gradient of {case.names[i]}" for i in range(len(case.leaves)) if i not in case.frozen]
+    terms = {f"the gradient of {name}": size for name, size in case.terms().items()}
     for name, k, a, e, e32, t in zip(names, mine, again, eager, wide, truth):
         assert torch.equal(k, a) or k.isnan().any(), f"{name}: two runs differ"
+        size = terms.get(name, t)
         if case.heads is not None and k.dim() == 4 and k.shape[:2] == case.heads:
-            k, e, e32, t = (tensor.flatten(2) for tensor in (k, e, e32, t))
-        assert_accurate(k, e, t, name, e32, dtype)
+            k, e, e32, t, size = (tensor.flatten(2) for tensor in (k, e, e32, t, size))
+        assert_accurate(k, e, t, name, e32, dtype, size)
 
 
 def residual_case(
@@ -156,7 +186,7 @@ def residual_case(
     gradients = [torch.randn(*y.shape).to(y.dtype) for _ in range(len(leaves) - 1)]
     mine = lambda hidden, y, weight=None: ops.residual(hidden, y, dropout, weight, eps)  # noqa: E731
     names = ("hidden", "y", "weight")
-    return Case(mine, eager, leaves, gradients, names, ("residual_forward", "residual_backward"), frozen)
+    return Case(mine, eager, leaves, gradients, names, RESIDUAL, frozen)
 
 
 def rms_norm_case(x: Tensor, weight: Tensor, eps: float = 1e-6, frozen: Sequence[int] = ()) -> Case:
@@ -166,7 +196,7 @@ def rms_norm_case(x: Tensor, weight: Tensor, eps: float = 1e-6, frozen: Sequence
         [x, weight],
         [torch.randn(*x.shape).to(x.dtype)],
         ("x", "weight"),
-        ("residual_forward", "residual_backward"),
+        RESIDUAL,
         frozen,
     )
 
@@ -178,7 +208,7 @@ def act_dropout_case(
     eager = lambda a, c=None: dropped(act(a) if c is None else act(a) * c, dropout)  # noqa: E731
     mine = lambda a, c=None: ops.act_dropout(a, activation, c, dropout)  # noqa: E731
     leaves = [a] if c is None else [a, c]
-    served = ("act_dropout_forward", "act_dropout_backward")
+    served = ACT
     return Case(mine, eager, leaves, [torch.randn(*a.shape).to(a.dtype)], ("a", "c"), served, frozen)
 
 
@@ -192,8 +222,9 @@ def softmax_case(
         leaves,
         [torch.randn(*scores.shape).to(scores.dtype)],
         ("scores", "bias"),
-        ("softmax_dropout_forward", "softmax_dropout_backward"),
+        SOFTMAX,
         frozen,
+        broadcast=None if bias is None else (1, scores.shape),
     )
 
 
@@ -214,9 +245,10 @@ def attention_case(
         leaves,
         [torch.randn(*q.shape[:3], v.shape[3]).to(q.dtype)],
         ("q", "k", "v", "bias"),
-        ("attention_forward", "attention_backward"),
+        ATTENTION,
         frozen,
         (q.shape[0], q.shape[1]),
+        None if bias is None else (3, (*q.shape[:3], k.shape[2])),
     )
 
 

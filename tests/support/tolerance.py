@@ -19,6 +19,7 @@ def assert_accurate(
     name: str = "result",
     eager_fp32: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    terms: Tensor | None = None,
 ) -> None:
     """Hold ``kernel`` to the error that eager PyTorch makes in the same dtype.
 
@@ -32,6 +33,9 @@ def assert_accurate(
         eager_fp32: stands for e, rounded once, where e is not finite but t fits the dtype.
         dtype: of the op's ``out``, whose eps counts; by default k's own. A float32 weight gradient of a bfloat16
             adapter rests on the bfloat16 z that the forward rounded and kept.
+        terms: of a result that is a sum of numbers which are themselves rounded, as the gradient of a bias is of the
+            gradients of scores: the sum of their absolute values, like ``truth``. To round n terms, each by eps of
+            itself, changes their sum by up to eps times this, whatever the sum is. So it stands for t beside eps.
     """
     assert kernel.shape == truth.shape, f"{name}: shape {list(kernel.shape)}, expected {list(truth.shape)}"
     if kernel.numel() == 0:
@@ -39,14 +43,14 @@ def assert_accurate(
     eps = torch.finfo(dtype or kernel.dtype).eps
     if eager_fp32 is not None and not eager.isfinite().all() and truth.abs().max() <= torch.finfo(kernel.dtype).max:
         eager = eager_fp32.to(kernel.dtype)
-    k, e, t = (
+    k, e, t, size = (
         tensor.detach().double().reshape(-1, tensor.shape[-1] if tensor.dim() else 1)
-        for tensor in (kernel, eager, truth)
+        for tensor in (kernel, eager, truth, truth if terms is None else terms)
     )
     assert k.isfinite().all(), f"{name}: not finite"
-    got, allowed = (k - t).norm(), 2 * (e - t).norm() + 4 * eps * t.norm()
+    got, allowed = (k - t).norm(), 2 * (e - t).norm() + 4 * eps * size.norm()
     assert got <= allowed, f"{name}: error {got:.3e} over the tensor, {allowed:.3e} allowed"
     got = (k - t).abs().amax(1)
-    allowed = 4 * (e - t).abs().amax(1) + 8 * eps * t.abs().amax(1)
+    allowed = 4 * (e - t).abs().amax(1) + 8 * eps * size.abs().amax(1)
     row = (got - allowed).argmax()
     assert got[row] <= allowed[row], f"{name}: error {got[row]:.3e} in row {row}, {allowed[row]:.3e} allowed"

@@ -27,8 +27,11 @@ void cross_entropy_row(const CrossEntropyProblem& p, const typename S::T* x, int
   vf m = splat(-std::numeric_limits<float>::infinity());
   each_vector(V, [&](int64_t c, auto at) { m = larger(m, load_logits<S>(at, x + c)); });
   const vf largest = splat(largest_of(m));
-  const double total =
-      sum_vectors(V, [&](int64_t c, auto at) { return exp_negative(load_logits<S>(at, x + c) - largest); });
+  const auto exponentials = [&](const typename S::T* from, int64_t n) {
+    return sum_vectors(n, [&](int64_t c, auto at) { return exp_negative(load_logits<S>(at, from + c) - largest); });
+  };
+  const double others = exponentials(x, label) + exponentials(x + label + 1, V - label - 1);
+  const double mine = exp_negative(splat(S::one(x[label])) - largest)[0], total = others + mine;
   const double s = p.smoothing, log_total = largest[0] + std::log(total);
   double value = (1 - s) * (log_total - S::one(x[label]));
   if (s != 0) {
@@ -39,9 +42,13 @@ void cross_entropy_row(const CrossEntropyProblem& p, const typename S::T* x, int
   *loss = float(value);
   if (gradient == nullptr) return;
   const vf factor = splat(float(1 / total)), even = splat(float(s / double(V)));
-  const auto slope = [&](vf v) { return exp_negative(v - largest) * factor - even; };
-  each_vector(V, [&](int64_t c, auto at) { at.template store<S>(gradient + c, slope(at.template load<S>(x + c))); });
-  gradient[label] = S::narrow(slope(splat(S::one(x[label])))[0] - float(1 - s));
+  each_vector(V, [&](int64_t c, auto at) {
+    at.template store<S>(gradient + c, exp_negative(at.template load<S>(x + c) - largest) * factor - even);
+  });
+  // p - (1 - s) at the label. That is s less the other probabilities, too, and keeps its digits where p is nearly 1;
+  // the difference keeps them where p is small.
+  const double at_label = others < mine ? s - others / total : mine / total - (1 - s);
+  gradient[label] = S::narrow(float(at_label - s / double(V)));
 }
 
 void cross_entropy_any(const CrossEntropyProblem& p, const Rows& logits, float* loss, void* dlogits,

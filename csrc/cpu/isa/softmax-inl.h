@@ -97,11 +97,12 @@ HFF_INLINE void store_row(const float* from, int64_t n, typename S::T* to) {
   each_vector(n, [&](int64_t c, auto at) { at.template store<S>(to + c, F32::load(from + c)); });
 }
 
-// Replaces dp, the gradient of what the dropout made of the probabilities p, by the gradient of the scores. Both are
-// padded with zeros up to `end`. The probabilities were rounded to storage, so that they do not sum to 1: the mean of
-// dp is divided by their sum, because its error would show where dp and its mean cancel.
+// Replaces dp, the gradient of what the dropout made of the probabilities p, by the gradient of the scores,
+// p (dp - mean of dp). Both are padded with zeros up to `end`. The probabilities were rounded to storage, so that they
+// do not sum to 1, and the mean is divided by their sum. The mean of what is left, 0 but for the rounding of the first
+// mean, is subtracted too: that rounding is not small beside dp - mean where one probability is nearly 1.
 HFF_INLINE void softmax_gradient(const float* p, const Keep& keep, int64_t end, float* dp) {
-  vf inner = {}, total = {};
+  vf inner = {}, rest = {}, total = {};
   for (int64_t c = 0; c < end; c += kLanes) {
     const vf g = keep.apply(c, F32::load(dp + c)), v = F32::load(p + c);
     F32::store(dp + c, g);
@@ -109,8 +110,15 @@ HFF_INLINE void softmax_gradient(const float* p, const Keep& keep, int64_t end, 
     total += v;
   }
   const float weight = sum(total);
-  const vf mean = splat(weight == 0.0f ? 0.0f : sum(inner) / weight);
-  for (int64_t c = 0; c < end; c += kLanes) F32::store(dp + c, F32::load(p + c) * (F32::load(dp + c) - mean));
+  const auto mean_of = [&](vf products) { return splat(weight == 0.0f ? 0.0f : sum(products) / weight); };
+  const vf mean = mean_of(inner);
+  for (int64_t c = 0; c < end; c += kLanes) {
+    const vf g = F32::load(dp + c) - mean;
+    F32::store(dp + c, g);
+    rest += F32::load(p + c) * g;
+  }
+  const vf left = mean_of(rest);
+  for (int64_t c = 0; c < end; c += kLanes) F32::store(dp + c, F32::load(p + c) * (F32::load(dp + c) - left));
 }
 
 // A row of the scores [B, H, Lq, Lk].
