@@ -1,23 +1,11 @@
 """``fold`` in Triton: two launches for all adapters of a stack. docs/design.md says what is folded and why.
 
-``gram_kernel`` sums products of columns of [W_u | b_u] over a stretch of rows. ``fold_kernel`` has one program per
-adapter that adds these sums, centres them and factors the Gram matrix, and further programs that fold eight units of
-the bottleneck each: eight rows of W_d and eight columns of W_u, whole, so that each number is read once. An adapter
-thus occupies several multiprocessors, and the factor's serial steps pass while other programs move the weights.
+The first launch is ``gram.py``'s. ``fold_kernel`` has one program per adapter that adds its sums, centres them and
+factors the Gram matrix, and further programs that fold eight units of the bottleneck each: eight rows of W_d and eight
+columns of W_u, whole, so that each number is read once. An adapter thus occupies several multiprocessors, and the
+factor's serial steps pass while other programs move the weights.
 
-Every sum is computed in float64. The Gram matrix's sums are taken of W_u minus its first row, so that a large common
-mean costs no digits: with s the column sums, the centred sums are S - s s^T / d, which loses at most a factor of d + 1.
-The products are tiles of 32 columns, because some versions of Triton send wider float64 products to Blackwell's
-tcgen05, which has none.
-
-The partial sums of one adapter over one stretch of rows are SIZE numbers in float64, all of columns minus their first
-entry:
-
-    gram [b, b]     products of two columns of W_u
-    border [b]      products with b_u
-    sums [b]        of each column of W_u
-    corner          products of b_u with itself
-    bias_sum        of b_u
+Every sum is computed in float64.
 """
 
 from __future__ import annotations
@@ -30,98 +18,10 @@ from torch import Tensor
 from ..layout import AdapterLayout, Folded
 from . import tiles
 from .common import device_guard, padded
+from .gram import gram_kernel, up_tile, vector_tile
 
 #: Units of the bottleneck that a program of ``fold_kernel`` folds; eight float32 numbers fill a sector of memory.
 UNITS = 8
-
-
-@triton.jit
-def _vector(base, k, D: tl.constexpr, BK: tl.constexpr):
-    """Load [BK] in float64: entries k*BK to (k+1)*BK of the vector [D] at ``base``; zeros beyond it."""
-    column = k * BK + tl.arange(0, BK)
-    return tl.load(base + column, mask=column < D, other=0.0).to(tl.float64)
-
-
-@triton.jit
-def _up(base, k, j, D: tl.constexpr, BW: tl.constexpr, BK: tl.constexpr):
-    """Load [BK, len(j)] in float64: rows k*BK to (k+1)*BK and columns ``j`` of W_u [d, b], to which ``base`` points;
-    zeros outside it."""
-    row = k * BK + tl.arange(0, BK)
-    mask = (row < D)[:, None] & (j < BW)[None, :]
-    return tl.load(base + row[:, None] * BW + j[None, :], mask=mask, other=0.0).to(tl.float64)
-
-
-@triton.jit
-def _shifted(base, k, j, D: tl.constexpr, BW: tl.constexpr, BK: tl.constexpr):
-    """``_up`` minus the first row of W_u; zeros outside it."""
-    row_ok = k * BK + tl.arange(0, BK) < D
-    first = tl.load(base + j, mask=j < BW, other=0.0).to(tl.float64)
-    return tl.where(row_ok[:, None], _up(base, k, j, D, BW, BK) - first[None, :], 0.0)
-
-
-@triton.jit
-def _shifted_bias(base, k, D: tl.constexpr, BK: tl.constexpr):
-    """``_vector`` minus the vector's first entry; zeros beyond it."""
-    row_ok = k * BK + tl.arange(0, BK) < D
-    return tl.where(row_ok, _vector(base, k, D, BK) - tl.load(base).to(tl.float64), 0.0)
-
-
-@triton.jit
-def gram_kernel(
-    PACKED, SUMS, D: tl.constexpr, BW: tl.constexpr, P: tl.constexpr, UP: tl.constexpr, UP_BIAS: tl.constexpr,
-    SIZE: tl.constexpr, BB: tl.constexpr, BJ: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    """Sum products of columns of [W_u | b_u] over BM rows. The grid is (d / BM rounded up, n, pairs of BJ columns).
-
-    Pointers, all contiguous:
-        PACKED   [n, P]           float32 or float64; the packed adapters
-        SUMS     [n, NK, SIZE]    float64; output, the partial sums
-
-    BK, which divides BM, is how many rows one product takes. BJ divides BB; NJ tiles of BJ columns have NJ (NJ + 1) / 2
-    pairs, and the product of a pair is stored on both sides of the diagonal. UP and UP_BIAS are the offsets of W_u and
-    b_u within a packed adapter.
-    """
-    NK: tl.constexpr = (D + BM - 1) // BM
-    stretch = tl.program_id(0)
-    adapter = tl.program_id(1).to(tl.int64)
-    left = tl.program_id(2)
-    right = tl.full((), 0, tl.int32)
-    for _ in tl.static_range(BB // BJ - 1):  # pairs (0, 0), (0, 1), (1, 1), (0, 2), ...
-        beyond = left > right
-        left -= tl.where(beyond, right + 1, 0)
-        right += tl.where(beyond, 1, 0)
-    PACKED += adapter * P
-    SUMS += (adapter * NK + stretch) * SIZE
-    i = left * BJ + tl.arange(0, BJ)
-    j = right * BJ + tl.arange(0, BJ)
-    gram = tl.zeros((BJ, BJ), tl.float64)
-    border = tl.zeros((BJ,), tl.float64)
-    sums = tl.zeros((BJ,), tl.float64)
-    corner = tl.zeros((), tl.float64)
-    bias_sum = tl.zeros((), tl.float64)
-    for k in range(BM // BK):
-        k += stretch * (BM // BK)
-        b = _shifted(PACKED + UP, k, j, D, BW, BK)
-        if BB == BJ:
-            a = b
-        else:
-            a = _shifted(PACKED + UP, k, i, D, BW, BK)
-        gram = tl.dot(tl.trans(a), b, gram, out_dtype=tl.float64)
-        bias = _shifted_bias(PACKED + UP_BIAS, k, D, BK)
-        border += tl.sum(b * bias[:, None], 0)
-        sums += tl.sum(b, 0)
-        corner += tl.sum(bias * bias, 0)
-        bias_sum += tl.sum(bias, 0)
-    ok = (i < BW)[:, None] & (j < BW)[None, :]
-    tl.store(SUMS + i[:, None] * BW + j[None, :], gram, mask=ok)
-    if left == right:
-        tl.store(SUMS + BW * BW + j, border, mask=j < BW)
-        tl.store(SUMS + BW * BW + BW + j, sums, mask=j < BW)
-        if left == 0:
-            tl.store(SUMS + BW * BW + 2 * BW, corner)
-            tl.store(SUMS + BW * BW + 2 * BW + 1, bias_sum)
-    else:
-        tl.store(SUMS + j[None, :] * BW + i[:, None], gram, mask=ok)
 
 
 @triton.jit
@@ -271,8 +171,8 @@ def _fold_down(packed, WD, VECTORS, j, D: tl.constexpr, BW: tl.constexpr, DOWN_B
         wd = tl.load(packed + at, mask=ok, other=0.0)
         if PRE:
             wide = wd.to(tl.float64)
-            shift += tl.sum(wide * _vector(packed + PRE_GAMMA + D, k, D, BK)[None, :], 1)
-            wd = wide * _vector(packed + PRE_GAMMA, k, D, BK)[None, :]
+            shift += tl.sum(wide * vector_tile(packed + PRE_GAMMA + D, k, D, BK)[None, :], 1)
+            wd = wide * vector_tile(packed + PRE_GAMMA, k, D, BK)[None, :]
         tl.store(WD + at, wd.to(kind), mask=ok)
     bias = tl.load(packed + DOWN_BIAS + j, mask=j_ok, other=0.0).to(tl.float64) + shift
     tl.store(VECTORS + j, bias.to(tl.float32), mask=j_ok)
@@ -286,18 +186,19 @@ def _fold_up(packed, WG, SCALE, MEAN, j, D: tl.constexpr, BW: tl.constexpr, UP: 
     NK: tl.constexpr = (D + BK - 1) // BK
     kind = WG.dtype.element_ty
     j_ok = j < BW
-    held = _up(packed + UP, 0, j, D, BW, BK)
+    held = up_tile(packed + UP, 0, j, D, BW, BK)
     if POST:
         total = tl.sum(held, 0)
         for k in range(1, NK):
-            total += tl.sum(_up(packed + UP, k, j, D, BW, BK), 0)
+            total += tl.sum(up_tile(packed + UP, k, j, D, BW, BK), 0)
         mean = total / D
         tl.store(MEAN + j, mean.to(tl.float32), mask=j_ok)
-        gamma = _vector(packed + GAMMA, 0, D, BK)
+        gamma = vector_tile(packed + GAMMA, 0, D, BK)
         held = (held - mean[None, :]) * gamma[:, None]  # gamma is 0 beyond row d
         peak = tl.max(tl.abs(held), 0)
         for k in range(1, NK):
-            wide = (_up(packed + UP, k, j, D, BW, BK) - mean[None, :]) * _vector(packed + GAMMA, k, D, BK)[:, None]
+            wide = up_tile(packed + UP, k, j, D, BW, BK) - mean[None, :]
+            wide *= vector_tile(packed + GAMMA, k, D, BK)[:, None]
             peak = tl.maximum(peak, tl.max(tl.abs(wide), 0))
         scale = _power_of_two(peak)
         tl.store(SCALE + j, scale.to(tl.float32), mask=j_ok)
@@ -307,9 +208,9 @@ def _fold_up(packed, WG, SCALE, MEAN, j, D: tl.constexpr, BW: tl.constexpr, UP: 
     at = j[None, :] * D + row[:, None]
     tl.store(WG + at, held.to(kind), mask=(row < D)[:, None] & j_ok[None, :])
     for k in range(1, NK):
-        wide = _up(packed + UP, k, j, D, BW, BK)
+        wide = up_tile(packed + UP, k, j, D, BW, BK)
         if POST:
-            gamma = _vector(packed + GAMMA, k, D, BK)
+            gamma = vector_tile(packed + GAMMA, k, D, BK)
             wide = (wide - mean[None, :]) * gamma[:, None] * inverse[None, :]
         row_ok = k * BK + row < D
         tl.store(WG + k * BK + at, wide.to(kind), mask=row_ok[:, None] & j_ok[None, :])
@@ -324,15 +225,15 @@ def _fold_bias(packed, UP_BIAS_OUT, MEAN, D: tl.constexpr, UP_BIAS: tl.constexpr
     mean = tl.zeros((), tl.float64)
     if POST:
         for k in range(NK):
-            mean += tl.sum(_vector(packed + UP_BIAS, k, D, BK), 0)
+            mean += tl.sum(vector_tile(packed + UP_BIAS, k, D, BK), 0)
         mean = mean / D
         tl.store(MEAN, mean.to(tl.float32))
     for k in range(NK):
         row = k * BK + tl.arange(0, BK)
-        bias = _vector(packed + UP_BIAS, k, D, BK)
+        bias = vector_tile(packed + UP_BIAS, k, D, BK)
         if POST:
-            bias = (bias - mean) * _vector(packed + GAMMA, k, D, BK)
-            tl.store(UP_BIAS_OUT + D + row, _vector(packed + GAMMA + D, k, D, BK).to(tl.float32), mask=row < D)
+            bias = (bias - mean) * vector_tile(packed + GAMMA, k, D, BK)
+            tl.store(UP_BIAS_OUT + D + row, vector_tile(packed + GAMMA + D, k, D, BK).to(tl.float32), mask=row < D)
         tl.store(UP_BIAS_OUT + row, bias.to(tl.float32), mask=row < D)
 
 

@@ -6,34 +6,21 @@ import copy
 
 import pytest
 import torch
-from support.t5s import batch, tiny_t5
+from support.fused import count_norms, pair, tiny
+from support.t5s import batch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import T5ForTokenClassification
 
-from hyperformer_fast import fuse_t5, ops, unfuse_t5
+from hyperformer_fast import fuse_t5, unfuse_t5
 from hyperformer_fast.fusion import attention
 from hyperformer_fast.fusion.handover import hand_on, take
 from hyperformer_fast.ops import products
 
 
-def tiny(**changes):
-    return tiny_t5(dtype=torch.float32, **changes)
-
-
-def pair():
-    """A T5 and its fused twin."""
-    plain = tiny()
-    return plain, fuse_t5(copy.deepcopy(plain))
-
-
 @pytest.fixture
 def norms(monkeypatch):
-    """The number of norms that were computed by themselves."""
-    calls = []
-    plain = ops.rms_norm
-    monkeypatch.setattr(ops, "rms_norm", lambda *args: calls.append(args) or plain(*args))
-    return calls
+    return count_norms(monkeypatch)
 
 
 def test_a_norm_is_taken_once_and_only_while_it_is_one():

@@ -6,17 +6,10 @@ Letters: N rows, d width, b bottleneck, T tasks, P packed numbers per adapter, k
 
 from ..layout import NO_DROPOUT, AdapterLayout, AdapterSpec, Dropout, Folded, Saved
 from . import attention_registered  # noqa: F401  # the import registers its ops
+from .attention_public import attention, cross_entropy_rows, softmax_dropout
 from .head_loss import linear_cross_entropy
 from .op import SCHEMAS
-from .pieces import (
-    act_dropout,
-    adapter_residual,
-    attention,
-    cross_entropy_rows,
-    residual,
-    rms_norm,
-    softmax_dropout,
-)
+from .pieces import act_dropout, adapter_residual, residual, rms_norm
 from .prepared_stack import PreparedStack
 from .products import linear
 from .public import adapter, fold, generate_weights, hyper_adapter

@@ -9,13 +9,16 @@ from support.watch import watch
 
 os.environ.setdefault("HYPERFORMER_FAST_PIECES_EXAMPLES", "10")  # an example takes a tenth of a second
 
-from test_pieces import (  # noqa: F401
-    test_adapter_residual_is_its_parts,
-    test_any_shape,
+from test_pieces import test_adapter_residual_is_its_parts, test_any_shape, use  # noqa: F401
+from test_pieces_attention import (  # noqa: F401
     test_attention_of_any_shape,
+    test_the_attentions_gradients_do_not_cancel,
+    test_the_losss_gradient_does_not_cancel,
+    test_the_softmaxs_gradient_does_not_cancel,
+)
+from test_pieces_masks import (  # noqa: F401
     test_masks_are_the_same_everywhere,
     test_rows_that_are_masked_out_wholly,
-    use,
 )
 from test_pieces_sweep import (  # noqa: F401
     test_sweep_act_dropout,
