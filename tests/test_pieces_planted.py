@@ -154,3 +154,86 @@ def test_a_planted_fault_is_seen(planted, fault):
     with pytest.raises(AssertionError, match="error .* allowed"):
         check(case, torch.float32, planted.name)
     assert max(selftest.errors(planted).values()) > selftest.TOLERANCE[torch.float32]
+
+
+def past_columns(count):
+    def spoil(t):
+        t[..., count:] *= 1.1
+
+    return spoil
+
+
+def past_rows(count):
+    """All rows after the first ``count``."""
+
+    def spoil(t):
+        t.flatten(0, -2)[count:] *= 1.1
+
+    return spoil
+
+
+def past_queries(count):
+    def spoil(t):
+        t[..., count:, :] *= 1.1
+
+    return spoil
+
+
+def past_a_block_of_a_task(t):
+    """Rows after the 64th of task 1, whose second sample is the last one."""
+    if t.dim() == 3:
+        t[3, 24:] *= 1.1
+
+
+#: What a kernel could do wrong in later turns of its loops, by op: after so many columns, or after a part of the rows.
+LATER = {
+    "adapter_forward": (past_columns(256), past_a_block_of_a_task),
+    "adapter_backward": (past_columns(256), past_a_block_of_a_task),
+    "adapter_residual_forward": (past_columns(256), past_a_block_of_a_task),
+    "residual_forward": (past_columns(64), past_columns(192), past_rows(80)),
+    "residual_backward": (past_columns(64), past_columns(192), past_rows(80)),
+    "act_dropout_forward": (past_columns(64), past_columns(1024), past_rows(14)),
+    "act_dropout_backward": (past_columns(64), past_columns(1024), past_rows(14)),
+    "softmax_dropout_forward": (past_columns(64), past_rows(230)),
+    "softmax_dropout_backward": (past_columns(64), past_rows(230)),
+    "attention_forward": (past_queries(64), past_queries(256)),
+    "attention_backward": (past_queries(64), past_queries(256)),
+    "cross_entropy_forward": (past_columns(64), past_columns(4096), past_rows(3)),
+}
+
+
+class Later(ReferenceBackend):
+    """One op's results are wrong in a later turn of a loop."""
+
+    name = "later"
+
+    def __init__(self, op, spoil):
+        right = getattr(ReferenceBackend(), op)
+
+        def wrong(*arguments):
+            results = right(*arguments)
+            for t in [results] if isinstance(results, torch.Tensor) else results:
+                if isinstance(t, torch.Tensor) and t.dim() > 1:  # a matrix of results, not a sum
+                    spoil(t)
+            return results
+
+        setattr(self, op, wrong)
+
+
+@pytest.mark.parametrize(("op", "which"), [(op, i) for op, spoils in LATER.items() for i in range(len(spoils))])
+def test_the_self_test_reaches_later_turns_of_every_loop(op, which):
+    wrong = selftest.errors(Later(op, LATER[op][which]))
+    assert wrong[op] > 100 * selftest.TOLERANCE[torch.float32], wrong
+
+
+@pytest.mark.parametrize("term", ["bias", "mask"])
+@pytest.mark.parametrize("op", ["softmax_dropout_forward", "attention_forward"])
+def test_the_self_test_tells_the_samples_terms_apart(op, term):
+    backend = ReferenceBackend()
+    right, place = getattr(backend, op), {"softmax_dropout_forward": 1, "attention_forward": 3}[op] + (term == "mask")
+
+    def of_the_first_sample(*arguments):
+        return right(*arguments[:place], arguments[place][:1], *arguments[place + 1 :])
+
+    setattr(backend, op, of_the_first_sample)
+    assert selftest.errors(backend)[op] > 100 * selftest.TOLERANCE[torch.float32]

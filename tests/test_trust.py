@@ -19,7 +19,7 @@ from hyperformer_fast.layout import AdapterLayout
 
 pytestmark = pytest.mark.skipif(native.cpu_library() is None, reason=str(native.status()["reason"]))
 
-OPS = ("generate_weights", "fold", "adapter_forward", "adapter_backward", "hyper_adapter")
+OPS = CpuBackend.serves
 
 
 class Library:
@@ -80,9 +80,9 @@ def test_a_wrong_library_does_not_serve(backend, folder, capsys, op):
     with pytest.warns(
         RuntimeWarning, match="backend 'cpu' is not used: its kernels compute wrong numbers.*pip install"
     ):
-        explained = backends.explain()
+        explained = backends.explain(op)
     assert explained.chosen == "reference"
-    assert "off by" in explained.reasons["cpu"] and "pip install" in explained.reasons["cpu"]
+    assert f"{op} in float32 is off by" in explained.reasons["cpu"] and "pip install" in explained.reasons["cpu"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # once is enough
         packed = torch.randn(1, AdapterLayout(8, 2).numel)
@@ -90,8 +90,11 @@ def test_a_wrong_library_does_not_serve(backend, folder, capsys, op):
         assert doctor.main([]) == 1
         with pytest.raises(RuntimeError, match="cannot serve .*wrong numbers"), backends.use_backend("cpu"):
             ops.adapter(torch.randn(3, 8), packed, AdapterLayout(8, 2), "gelu_new")
+        with pytest.raises(RuntimeError, match="cannot serve .*wrong numbers"), backends.use_backend("cpu"):
+            ops.rms_norm(torch.randn(3, 8), torch.ones(8))
     said = capsys.readouterr().out.replace("\n", " ")
-    assert "backend cpu is not used: its kernels compute wrong numbers" in said and "A live check FAILED." in said
+    assert f"backend cpu is not used: its kernels compute wrong numbers here ({op} in float32 is off by" in said
+    assert "A live check FAILED." in said
     assert remembered(folder) == []
 
 
@@ -110,7 +113,7 @@ def test_a_right_library_is_tested_once(backend, folder):
     assert backends.explain().chosen == "cpu" and not again.library().calls
 
 
-@pytest.mark.parametrize("change", ["library", "torch", "cpu", "damaged"])
+@pytest.mark.parametrize("change", ["library", "torch", "cpu", "self-test", "damaged"])
 def test_what_passed_elsewhere_counts_for_nothing(backend, folder, monkeypatch, change):
     backend()
     assert backends.explain().chosen == "cpu"
@@ -119,13 +122,15 @@ def test_what_passed_elsewhere_counts_for_nothing(backend, folder, monkeypatch, 
             file.write(b"\0")
     elif change == "torch":
         monkeypatch.setattr(torch, "__version__", "2.99.0")
+    elif change == "self-test":
+        monkeypatch.setattr(trust, "_digest_of_the_test", lambda: "of another release")
     elif change == "cpu":
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "another")
     else:
         (folder / trust.RECORD).write_text('{"cpu": 3}')
     again = backend()
     assert backends.explain().chosen == "cpu" and again.library().calls
-    assert len(remembered(folder)) == (2 if change in ("torch", "cpu") else 1)
+    assert len(remembered(folder)) == (2 if change in ("torch", "cpu", "self-test") else 1)
 
 
 def test_a_folder_that_cannot_be_written_costs_a_test_per_process(backend, folder, monkeypatch):

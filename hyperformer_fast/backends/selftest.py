@@ -1,27 +1,40 @@
-"""The self-test of a backend: its ops on a small adapter, and on small pieces of a T5, are compared with the reference
-in float64."""
+"""The self-test of a backend: its ops on an adapter, and on pieces of a T5, are compared with the reference in float64.
+
+The shapes are as small as they can be while every loop of the kernels takes more than one turn: a row is longer than a
+vector, a tile and what one call of the dropout draws; there are more rows than a block or a thread's part has; no size
+but an aligned row's is a multiple of a vector's; and bias and mask differ between samples.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ..layout import NO_DROPOUT, AdapterLayout, AdapterSpec, Dropout, Folded, accumulator_dtype
 from .base import Backend
+from .pieces import PIECE_OPS
 from .reference import ReferenceBackend
 
 #: The largest error that is allowed, relative to the largest absolute value of the float64 result. The errors of
 #: correct kernels are below half of it, and in float32 below 1e-6.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 
-SPEC = AdapterSpec(AdapterLayout(96, 12), "gelu_new")
-_TASKS = (0, 1, -1, 1)
+#: In each dtype of the kernels, an adapter. Rows of the second one do not start at multiples of 16 bytes.
+SPEC = AdapterSpec(AdapterLayout(296, 12), "gelu_new")
+_CASES = (
+    (torch.float32, SPEC),
+    (torch.bfloat16, AdapterSpec(AdapterLayout(278, 7, pre_norm=True), "silu")),
+    (torch.float16, AdapterSpec(AdapterLayout(264, 8), "gelu")),
+)
+#: Task 1 has more rows than a block of the CPU's kernels.
+_TASKS, _ROWS = (0, 1, -1, 1), 40
 
 _EPS = 1e-6
 
 _Random = Callable[..., Tensor]
+_Results = Mapping[str, Sequence[Tensor]]
 
 
 def errors(backend: Backend, dtype: torch.dtype = torch.float32, spec: AdapterSpec = SPEC) -> dict[str, float]:
@@ -35,10 +48,29 @@ def errors(backend: Backend, dtype: torch.dtype = torch.float32, spec: AdapterSp
     Returns:
         For each op, the largest absolute error divided by the largest absolute value of the float64 result.
     """
-    device, served = backend.device or "cpu", backend.serves
-    mine = _results(backend, device, dtype, spec, served)
-    truth = _results(ReferenceBackend(), device, torch.float64, spec, served)
-    return {op: max(map(_error, mine[op], truth[op])) for op in served}
+    mine, truth = (
+        {**_adapter_results(each, kind, spec, backend), **_piece_results(each, kind, backend)}
+        for each, kind in ((backend, dtype), (ReferenceBackend(), torch.float64))
+    )
+    return _errors(mine, truth)
+
+
+def faults(backend: Backend) -> list[str]:
+    """Test ``backend`` in every dtype of the kernels. Returns a sentence for each op whose results are wrong."""
+    found = []
+    of_pieces = _piece_results(ReferenceBackend(), torch.float64, backend)  # the same for all dtypes
+    for dtype, spec in _CASES:
+        truth = {**_adapter_results(ReferenceBackend(), torch.float64, spec, backend), **of_pieces}
+        mine = {**_adapter_results(backend, dtype, spec, backend), **_piece_results(backend, dtype, backend)}
+        for op, error in _errors(mine, truth).items():
+            if not error <= TOLERANCE[dtype]:
+                name = str(dtype).removeprefix("torch.")
+                found.append(f"{op} in {name} is off by {error:.1e}, more than {TOLERANCE[dtype]:.0e}")
+    return found
+
+
+def _errors(mine: _Results, truth: _Results) -> dict[str, float]:
+    return {op: max(map(_error, mine[op], truth[op])) for op in truth}
 
 
 def _error(mine: Tensor, truth: Tensor) -> float:
@@ -47,56 +79,26 @@ def _error(mine: Tensor, truth: Tensor) -> float:
     return ((mine - truth).abs().max() / truth.abs().max()).item() if truth.numel() else 0.0
 
 
-def faults(backend: Backend) -> list[str]:
-    """Test ``backend`` in every dtype of the kernels. Returns a sentence for each op whose results are wrong."""
-    cases = [
-        (torch.float32, SPEC),
-        (torch.bfloat16, AdapterSpec(AdapterLayout(50, 7, pre_norm=True), "silu")),
-        (torch.float16, AdapterSpec(AdapterLayout(64, 8), "gelu")),
-    ]
-    found = []
-    for dtype, spec in cases:
-        for op, error in errors(backend, dtype, spec).items():
-            if not error <= TOLERANCE[dtype]:
-                name = str(dtype).removeprefix("torch.")
-                found.append(f"{op} in {name} is off by {error:.1e}, more than {TOLERANCE[dtype]:.0e}")
-    return found
-
-
-def _results(
-    backend: Backend, device: str, dtype: torch.dtype, spec: AdapterSpec, served: Sequence[str]
-) -> dict[str, Sequence[Tensor]]:
-    """The results of each op that is served."""
-    generator = torch.Generator().manual_seed(0)
+def _inputs(tested: Backend, dtype: torch.dtype) -> _Random:
+    """A function that draws tensors of a shape, which are the same for every dtype."""
+    generator, device = torch.Generator().manual_seed(0), tested.device or "cpu"
 
     def random(*shape: int) -> Tensor:
         # The float64 reference gets inputs that are rounded to bfloat16, too, so that only the arithmetic causes
         # errors.
-        values = torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
+        values = torch.randn(*shape, generator=generator, device="cpu", dtype=torch.float32)
         return values.to(torch.bfloat16).to(device, dtype)
 
-    results = _adapter_results(backend, random, spec, served)
-    pieces = (
-        _residual_results,
-        _act_dropout_results,
-        _attention_results,
-        _cross_entropy_results,
-    )
-    if any(op not in results for op in served):
-        dropout = Dropout(0.25, torch.tensor([0x123456789ABCDEF], device=device), 1)
-        for piece in pieces:
-            results |= piece(backend, random, dropout, served)
-    return results
+    return random
 
 
-def _adapter_results(
-    backend: Backend, random: _Random, spec: AdapterSpec, served: Sequence[str]
-) -> dict[str, Sequence[Tensor]]:
-    layout = spec.layout
-    x, g = random(4, 8, layout.d), random(4, 8, layout.d)
+def _adapter_results(backend: Backend, dtype: torch.dtype, spec: AdapterSpec, tested: Backend) -> _Results:
+    """What ``backend`` returns for those of the adapter's ops that ``tested`` serves."""
+    served, random, layout = tested.serves, _inputs(tested, dtype), spec.layout
+    x, g = random(len(_TASKS), _ROWS, layout.d), random(len(_TASKS), _ROWS, layout.d)
     weights = accumulator_dtype(x.dtype)
     packed = (random(2, layout.numel) * 0.1).to(torch.bfloat16).to(weights)
-    E, G, g0 = packed[:, :5], packed.mT[:, :1].repeat(1, 5), packed[0]
+    E, G, g0 = packed[:, :5], random(layout.numel, 5).to(weights), packed[0]
     index = torch.tensor(_TASKS, device=x.device)
     folded = backend.fold(packed, layout, x.dtype)
     out, saved = backend.adapter_forward(x, folded, spec, index, True)
@@ -112,26 +114,36 @@ def _adapter_results(
     }
     if "adapter_residual_forward" in served:
         results["adapter_residual_forward"] = _adapter_residual_results(backend, random, x, folded, spec, index)
-    return results
+    return {op: results[op] for op in served if op in results}
 
 
 def _adapter_residual_results(
     backend: Backend, random: _Random, x: Tensor, folded: Folded, spec: AdapterSpec, index: Tensor
 ) -> Sequence[Tensor]:
     # A wide weight, so that the normed sum is not rounded: residual_forward's test has one that is not wide.
-    hidden, weight = random(4, 8, spec.layout.d), random(spec.layout.d).to(accumulator_dtype(x.dtype))
+    hidden, weight = random(*x.shape), random(spec.layout.d).to(accumulator_dtype(x.dtype))
     dropout = Dropout(0.25, torch.tensor([-7], device=x.device), 0)
     out, _, normed, rstd = backend.adapter_residual_forward(hidden, x, folded, spec, index, dropout, weight, _EPS, True)
     return out, normed, rstd
 
 
+def _piece_results(backend: Backend, dtype: torch.dtype, tested: Backend) -> _Results:
+    """What ``backend`` returns for those of the pieces' ops that ``tested`` serves."""
+    random, served = _inputs(tested, dtype), [op for op in tested.serves if op in PIECE_OPS]
+    results: dict[str, Sequence[Tensor]] = {}
+    if served:
+        dropout = Dropout(0.25, torch.tensor([0x123456789ABCDEF], device=tested.device or "cpu"), 1)
+        for piece in (_residual_results, _act_dropout_results, _attention_results, _cross_entropy_results):
+            results |= piece(backend, random, dropout, served)
+    return results
+
+
 def _residual_results(
     backend: Backend, random: _Random, dropout: Dropout, served: Sequence[str]
 ) -> dict[str, Sequence[Tensor]]:
-    n = 44
-    hidden, y, g_out, weight = random(3, 5, n), random(3, 5, n), random(3, 5, n), random(n)
+    shape, n = (3, 30, 203), 203
+    hidden, y, g_out, g_normed, weight = random(*shape), random(*shape), random(*shape), random(*shape), random(n)
     wide = weight.to(accumulator_dtype(weight.dtype))
-    g_normed = random(3, 5, n)
     results: dict[str, Sequence[Tensor]] = {}
     if "residual_forward" in served:
         summed = backend.residual_forward(hidden, y, dropout, weight, _EPS, True)
@@ -154,7 +166,8 @@ def _residual_results(
 def _act_dropout_results(
     backend: Backend, random: _Random, dropout: Dropout, served: Sequence[str]
 ) -> dict[str, Sequence[Tensor]]:
-    a, c, g = random(3, 5, 44), random(3, 5, 44), random(3, 5, 44)
+    shape = (3, 5, 1101)
+    a, c, g = random(*shape), random(*shape), random(*shape)
     results: dict[str, Sequence[Tensor]] = {}
     cases: Sequence[tuple[Tensor | None, str]] = ((None, "relu"), (c, "gelu_new"))
     if "act_dropout_forward" in served:
@@ -169,21 +182,33 @@ def _act_dropout_results(
 def _attention_results(
     backend: Backend, random: _Random, dropout: Dropout, served: Sequence[str]
 ) -> dict[str, Sequence[Tensor]]:
-    q, k, v, g = random(2, 3, 6, 8) * 0.25, random(2, 3, 9, 8), random(2, 3, 9, 8), random(2, 3, 6, 8)
-    bias, mask = random(1, 3, 6, 9), torch.ones(2, 1, 1, 9, dtype=torch.bool, device=q.device)
-    mask[1, ..., 5:] = False
+    B, H, queries, keys, width = 2, 2, 260, 71, 8
+    q, k, v = random(B, H, queries, width) * 0.25, random(B, H, keys, width), random(B, H, keys, width)
+    g, scores, g_scores = random(B, H, queries, width), random(B, H, queries, keys), random(B, H, queries, keys)
+    attended = torch.ones(B, 1, 1, keys, dtype=torch.bool, device=q.device)
+    attended[1, ..., 45:] = False
+    # A bias for all samples with a mask of booleans, and one for each sample with a mask to add.
+    bias, bias_of_samples = random(1, H, queries, keys), random(B, H, queries, keys)
+    added = torch.where(attended, 0.0, -1e4).to(q.dtype)
     results: dict[str, Sequence[Tensor]] = {}
-    scores, g_scores = random(2, 3, 6, 9), random(2, 3, 6, 9)
-    _, probabilities = ReferenceBackend().softmax_dropout_forward(scores, bias, mask, dropout, True)
+    _, probabilities = ReferenceBackend().softmax_dropout_forward(scores, bias, attended, dropout, True)
     if "softmax_dropout_forward" in served:
-        results["softmax_dropout_forward"] = backend.softmax_dropout_forward(scores, bias, mask, dropout, True)
+        results["softmax_dropout_forward"] = (
+            *backend.softmax_dropout_forward(scores, bias, attended, dropout, True),
+            *backend.softmax_dropout_forward(scores, bias_of_samples, added, dropout, True),
+        )
     if "softmax_dropout_backward" in served:
         results["softmax_dropout_backward"] = (backend.softmax_dropout_backward(g_scores, probabilities, dropout),)
     if "attention_forward" in served:
-        results["attention_forward"] = backend.attention_forward(q, k, v, bias, mask, 1.0, dropout, True)
+        results["attention_forward"] = (
+            *backend.attention_forward(q, k, v, bias, attended, 1.0, dropout, True),
+            *backend.attention_forward(q, k, v, bias_of_samples, added, 0.5, dropout, True),
+        )
     if "attention_backward" in served:
-        gradients = backend.attention_backward(g, q, k, v, probabilities, 1.0, dropout, bias.shape)
-        results["attention_backward"] = gradients
+        results["attention_backward"] = (
+            *backend.attention_backward(g, q, k, v, probabilities, 1.0, dropout, bias.shape),
+            backend.attention_backward(g, q, k, v, probabilities, 0.5, dropout, bias_of_samples.shape)[3],
+        )
     return results
 
 
@@ -192,6 +217,6 @@ def _cross_entropy_results(
 ) -> dict[str, Sequence[Tensor]]:
     if "cross_entropy_forward" not in served:
         return {}
-    logits = random(5, 37)
-    labels = torch.tensor([0, 36, -100, 7, 7], device=logits.device)
+    logits = random(5, 5003)
+    labels = torch.tensor([0, 5002, -100, 7, 4097], device=logits.device)
     return {"cross_entropy_forward": backend.cross_entropy_forward(logits, labels, 0.125, -100, True)}
