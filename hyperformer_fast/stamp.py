@@ -1,18 +1,23 @@
 """Whether the parameters of some modules are what they were: what keeps a cache that is made of them from being stale.
 
-Autograd counts the changes of a tensor in its version, but does not count what is written through ``parameter.data``.
-A stamp therefore looks at the tensors themselves, at their memory and their versions, and on a CPU also at a few of
-their numbers. It keeps the memory alive, so that no other tensor can come to lie at the same address.
+Autograd counts the changes of a tensor in its version, but does not count what is written through ``parameter.data``,
+nor what an optimizer with ``fused=True`` writes. A stamp therefore looks at the tensors themselves, at their memory and
+their versions, and on a CPU also at a few of their numbers; and every step of an optimizer that has one of them voids
+it. It keeps the memory alive, so that no other tensor can come to lie at the same address.
 """
 
 from __future__ import annotations
 
+import functools
 import operator
-from collections.abc import Iterable
+import threading
+import weakref
+from collections.abc import Iterable, Set
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from .adapter_table import AdapterTable, TaskNumbers
 from .hypernetwork import Generator, HyperNetwork, TaskEmbeddings, TaskProjector
@@ -102,17 +107,54 @@ class Stamp:
         if reason is not None:
             raise ValueError(reason)
         self._modules = [_Module(module) for module in found]
+        self._void, self._ids = False, frozenset(map(id, tensors))
+        _watch(self)  # before their numbers are read, because another thread may train
         with torch.inference_mode(False), torch.no_grad():
             self._tensors = [_Tensor(tensor) for tensor in tensors]
 
     def holds(self) -> bool:
         """Whether nothing has changed since."""
-        return all(part.holds() for part in self._modules) and all(part.holds() for part in self._tensors)
+        return (
+            not self._void
+            and all(part.holds() for part in self._modules)
+            and all(part.holds() for part in self._tensors)
+        )
+
+    def void(self, changed: Set[int]) -> None:
+        """Hold no longer if one of the tensors is among those that were changed, by their ids."""
+        self._void = self._void or not self._ids.isdisjoint(changed)
 
     @property
     def requires_grad(self) -> bool:
         """Whether any of the parameters is trained."""
         return any(part.tensor.requires_grad for part in self._tensors)
+
+
+#: The stamps that an optimizer's step may void.
+_watched: weakref.WeakSet[Stamp] = weakref.WeakSet()
+_lock = threading.Lock()
+
+
+def _watch(stamp: Stamp) -> None:
+    _hook_into_optimizers()
+    with _lock:
+        _watched.add(stamp)
+
+
+@functools.cache
+def _hook_into_optimizers() -> None:
+    register_optimizer_step_post_hook(_after_step)
+
+
+@torch._disable_dynamo  # torch.compiler.disable would import the compiler now, and every optimizer imports it
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Void the stamps of what ``optimizer`` has."""
+    with _lock:
+        stamps = list(_watched)
+    if stamps:
+        changed = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for stamp in stamps:
+            stamp.void(changed)
 
 
 def _interference(module: nn.Module) -> str | None:
