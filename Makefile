@@ -29,13 +29,19 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 OTHER_TRITON := build/triton-3.6.0
 WITH_TRITONS := $(PYTEST) HYPERFORMER_FAST_TEST_TRITONS="$$(test -e $(OTHER_TRITON)/triton && echo $(CURDIR)/$(OTHER_TRITON))"
 
-.PHONY: demo test test-matrix test-packaging sanitize ptx race lint setup other-triton clean
+# Libraries of others that put adapters and quantised weights into a T5, where only the tests of just that see them.
+OTHERS := build/others
+OTHERS_TESTS := tests/test_quantised.py tests/test_fusion_others.py tests/test_unload.py tests/test_hf_surface.py tests/test_frozen_head.py
+OTHERS_NAMES := peft or lora or torchao or bitsandbytes
+
+.PHONY: demo test test-matrix test-packaging sanitize ptx race lint setup other-triton others clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.built
 	$(VENV)/bin/hyperformer-fast train --overwrite_output_dir
 
-test: $(VENV)/.built other-triton
+test: $(VENV)/.built other-triton others
+	test ! -e $(OTHERS)/peft || $(PYTEST) PYTHONPATH="$(CURDIR)/$(OTHERS)" $(VENV)/bin/pytest -q -k "$(OTHERS_NAMES)" $(OTHERS_TESTS)
 	$(WITH_TRITONS) $(VENV)/bin/pytest $(PYTEST_FLAGS) -m "not packaging"
 
 test-matrix: $(VENV)/.built $(VENV4)/.built
@@ -57,6 +63,13 @@ other-triton: $(VENV)/.installed
 	  $(VENV)/bin/python -m pip install --quiet --no-deps --target $(OTHER_TRITON).part triton==3.6.0 \
 	  && mv $(OTHER_TRITON).part $(OTHER_TRITON); \
 	} || { rm -rf $(OTHER_TRITON).part; echo "Triton 3.6.0 cannot be installed: its tests will be skipped"; }
+
+# Likewise.
+others: $(VENV)/.installed
+	@test -e $(OTHERS)/peft || { \
+	  $(VENV)/bin/python -m pip install --quiet --no-deps --target $(OTHERS).part peft==0.21.2 torchao==0.18.0 bitsandbytes==0.50.2 \
+	  && mv $(OTHERS).part $(OTHERS); \
+	} || { rm -rf $(OTHERS).part; echo "peft, torchao and bitsandbytes cannot be installed: their tests will be skipped"; }
 
 race: $(VENV)/.built
 	$(VENV)/bin/python -m pip install --quiet --no-deps --ignore-requires-python ttsem==0.1.0

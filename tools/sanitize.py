@@ -25,7 +25,11 @@ from toolchain import find_cxx  # noqa: E402
 PLACE = ROOT / "build/sanitize"
 COPIED = ("build_tools", "csrc", "hyperformer_fast", "tests", "setup.py", "pyproject.toml", "README.md")
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
-TESTS = ("test_cpu_backend.py", "test_cpu_hostile.py", "test_native.py", "test_ops.py", "test_registered_ops.py")
+TESTS = (
+    "test_cpu_backend.py", "test_cpu_hostile.py", "test_native.py", "test_ops.py", "test_registered_ops.py",
+    "test_prepared_stack.py", "test_cpu_pieces.py", "test_cpu_attention.py", "test_pieces.py",
+    "test_pieces_attention.py", "test_pieces_masks.py", "test_pieces_sweep.py", "test_linear_cross_entropy.py",
+)  # fmt: skip
 #: The CUDA kernels in the emulator.
 EMULATED, EMULATED_TESTS = "cuda", ("test_cuda_emulated.py", "test_cuda_emulated_edges.py")
 #: Deselected: nothing of the library's, and minutes where every allocation is watched.
@@ -49,6 +53,13 @@ PLANTS = (
         r"\*reinterpret_cast<vf_any\*>\(p\) = v;",
         "*reinterpret_cast<vf_any*>(p + 1) = v;",
         "ERROR: AddressSanitizer",  # "unknown-crash" where a wide store is only partly beyond the end
+    ),
+    Plant(
+        "a read beyond the mask of an attention",
+        "csrc/cpu/isa/softmax-inl.h",
+        r"for \(; stride == 1 && j \+ kLanes <= n;",
+        "for (; stride == 1 && j < n;",
+        "ERROR: AddressSanitizer",  # as above
     ),
     Plant(
         "a CUDA thread's store beyond its row",
@@ -76,6 +87,7 @@ assert native.cpu_library() is not None, native.status()
 layout = AdapterLayout(64, 16)
 x = torch.randn(9, 64, requires_grad=True)
 ops.adapter(x, torch.randn(1, layout.numel, requires_grad=True), layout, "gelu_new").sum().backward()
+ops.softmax_dropout(torch.randn(1, 1, 1, 9), mask=torch.ones(9, dtype=torch.bool))
 """
 
 
@@ -110,7 +122,7 @@ def environment(tree: Path, logs: Path, isa: str | None = None) -> dict[str, str
     }
     if isa == EMULATED:
         return {**os.environ, **made, "HFF_EMULATOR_FLAGS": FLAGS}
-    made["HYPERFORMER_FAST_SWEEP_EXAMPLES"] = SWEEP
+    made["HYPERFORMER_FAST_SWEEP_EXAMPLES"] = made["HYPERFORMER_FAST_PIECES_EXAMPLES"] = SWEEP
     if isa:
         made["HYPERFORMER_FAST_CPU_ISA"] = isa
     return {**os.environ, **made}
