@@ -118,7 +118,7 @@ class Step:
     def _model(t5: nn.Module, backend: str, variant: str, fuse: object) -> nn.Module:
         if backend == BARE:
             return fuse_t5(t5) if fuse else t5
-        config = HyperFormerConfig(tasks=[f"task{i}" for i in range(TASKS)], variant=variant)
+        config = HyperFormerConfig(tasks=[f"task{i}" for i in range(TASKS)], variant=variant, recipe="authors")
         ours = get_hyperformer_model(t5, config, fuse)
         if backend != ORIGINAL:
             return ours

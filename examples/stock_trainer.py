@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 from transformers import (
     DataCollatorForSeq2Seq,
@@ -22,7 +23,7 @@ from transformers import (
     Seq2SeqTrainingArguments,
 )
 
-from hyperformer_fast import HyperFormerConfig, get_hyperformer_model
+from hyperformer_fast import HyperFormerConfig, get_hyperformer_model, parameter_groups
 from hyperformer_fast.data.builtin import load_builtin
 from hyperformer_fast.tiny import load_tiny
 
@@ -91,6 +92,8 @@ def main(argv: list[str] | None = None) -> Seq2SeqTrainer:
         processing_class=tokenizer,
         data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
         compute_metrics=compute_metrics,
+        # A learning rate for each part of the model; the Trainer's own optimizer would give all of them one.
+        optimizers=(torch.optim.AdamW(parameter_groups(model, args.learning_rate)), None),
         callbacks=[EarlyStoppingCallback(early_stopping_patience=5)],
     )
     resume = args.resume_from_checkpoint

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from .config import HyperFormerConfig
-from .hypernetwork import INIT_STD, AdapterSource, plain_norms
+from .hypernetwork import AdapterSource
+from .initialisation import Initialisation, draw_projections, plain_norms
 from .names import NamedParameters
 
 
@@ -41,9 +42,10 @@ class TaskNumbers(nn.Module):
 class AdapterTable(AdapterSource):
     """The learned adapters of one stack: projections for each task and site, layer norms for each site.
 
-    All tasks share the layer norms, which start as ones and zeros. The projections start as in the authors' code:
-    normally distributed with standard deviation 1e-2, biases zero. Every forward uses all adapters, so that each gets a
-    gradient, which is zero for a task that is not in the batch: distributed training needs that.
+    All tasks share the layer norms. ``initialisation.py`` says how both start: in the authors' code the norms are ones
+    and zeros, the projections normally distributed with standard deviation 1e-2, and biases zero. Every forward uses
+    all adapters, so that each gets a gradient, which is zero for a task that is not in the batch: distributed training
+    needs that.
 
     Args: as for ``HyperNetwork``.
     """
@@ -52,16 +54,14 @@ class AdapterTable(AdapterSource):
         super().__init__(config, d, num_layers)
         # Pairs, because ParameterDict sorts the keys of a plain dict.
         self.adapters = NamedParameters([(name, self._drawn()) for name in config.embedding_names])
-        norms = plain_norms(self.layout)
+        norms = plain_norms(self.layout, Initialisation.of(config))
         self.norms = nn.Parameter(norms.repeat(self.num_sites, 1)) if norms.numel() else None
 
     def _drawn(self) -> nn.Parameter:
         """New projections [S, P without the norms] of one task."""
         rows = self.layout.numel - self.layout.norm_numel
-        drawn = torch.empty(self.num_sites, rows).normal_(std=INIT_STD)
-        for part in ("down_bias", "up_bias"):
-            drawn[:, self.layout.slices[part]] = 0.0
-        return nn.Parameter(drawn)
+        drawn = torch.empty(self.num_sites, rows)
+        return nn.Parameter(draw_projections(drawn, self.layout, Initialisation.of(self.config)))
 
     @torch.no_grad()
     def add_task(self, config: HyperFormerConfig, name: str, init_from: str | list[str] | None = None) -> None:

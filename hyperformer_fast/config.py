@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from . import official_fields
+from . import recipes
 from .activations import canonical_activation
-from .checkpoint import CONFIG_NAME, MODEL_TYPE, OLD_CONFIG_NAME
-from .json_files import read_object
+from .config_checks import check_sizes, check_tasks
+from .config_files import ConfigFiles
 from .variants import HYPERNETWORK_VARIANTS, VARIANTS, check_switches, resolve, variant_of_flags
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["VARIANTS", "HyperFormerConfig", "variant_of_flags"]
 
 
 @dataclasses.dataclass(kw_only=True, eq=True)
-class HyperFormerConfig:
+class HyperFormerConfig(ConfigFiles):
     """Configuration of the hypernetworks and adapters of one model.
 
     The defaults are those of the authors' ``hyperformer++.json``, not those of their ``MetaAdapterConfig`` class (which
-    has swish, reduction factor 16 and 512-d task embeddings).
+    has swish, reduction factor 16 and 512-d task embeddings). Only the recipe is ours: ``recipe="authors"`` is theirs.
 
     Args:
         tasks: names of the tasks, in the order of their indices. Required, not empty, unique.
@@ -60,6 +60,16 @@ class HyperFormerConfig:
             its values, and is saved with them.
         unfreeze_layer_norms: train T5's own layer norms.
         unfreeze_lm_head: train T5's output head.
+        recipe: how weights start and how fast each part learns: it sets the next three fields where they are None, and
+            the rule of learning rates. ``"default"`` is this library's own, ``"authors"`` is what the authors' code
+            does.
+        init_weights: how weights are drawn. ``"authors"``: a normal distribution with standard deviation 1e-2 for all.
+            ``"hyperfan_in"``, ``"hyperfan_out"``: so that generated weights have the variance of a plain adapter's that
+            preserves that of activations (of gradients). None: as the recipe says.
+        zero_delta: start with adapters that return their input, to the last bit: the last factor of what they add (the
+            norm after them, else their up-projection) is zero. None: as the recipe says.
+        normalize_embeddings: scale the embeddings of task, layer and position, each by itself, to a root mean square of
+            1 before anything reads them. None: as the recipe says.
 
     Raises:
         ValueError, TypeError: naming the field, its value and what is allowed.
@@ -168,10 +178,48 @@ class HyperFormerConfig:
     )
     unfreeze_layer_norms: bool = dataclasses.field(default=True, metadata={"help": "train T5's own layer norms."})
     unfreeze_lm_head: bool = dataclasses.field(default=False, metadata={"help": "train T5's output head."})
+    recipe: str = dataclasses.field(
+        default="default",
+        metadata={
+            "help": (
+                "how weights start and how fast each part learns: it sets the next three fields where they are None, "
+                'and the rule of learning rates. "default" is this library\'s own, "authors" is what the authors\' '
+                "code does."
+            )
+        },
+    )
+    init_weights: str | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": (
+                'how weights are drawn. "authors": a normal distribution with standard deviation 1e-2 for all. '
+                '"hyperfan_in", "hyperfan_out": so that generated weights have the variance of a plain adapter\'s that '
+                "preserves that of activations (of gradients). None: as the recipe says."
+            )
+        },
+    )
+    zero_delta: bool | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": (
+                "start with adapters that return their input, to the last bit: the last factor of what they add (the "
+                "norm after them, else their up-projection) is zero. None: as the recipe says."
+            )
+        },
+    )
+    normalize_embeddings: bool | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": (
+                "scale the embeddings of task, layer and position, each by itself, to a root mean square of 1 before "
+                "anything reads them. None: as the recipe says."
+            )
+        },
+    )
 
     def __post_init__(self) -> None:
-        self._check_tasks()
-        self._check_sizes()
+        check_tasks(self)
+        check_sizes(self)
         self.variant, self.unique_hyper_net, self.efficient_unique_hyper_net = resolve(
             self.variant, self.unique_hyper_net, self.efficient_unique_hyper_net
         )
@@ -179,6 +227,7 @@ class HyperFormerConfig:
             if field.type == "bool" and not isinstance(getattr(self, field.name), bool):
                 raise TypeError(f"{field.name} must be True or False, got {getattr(self, field.name)!r}")
         self.non_linearity = canonical_activation(self.non_linearity, field="non_linearity")
+        recipes.settle(self)
         check_switches(self)
         shared = self.shares_generators
         if self.train_task_embeddings and shared and self.projected_task_embedding_dim != self.task_embedding_dim:
@@ -187,42 +236,6 @@ class HyperFormerConfig:
                 f"task_embedding_dim (a projected task embedding stands beside layer embeddings of that width), "
                 f"got {self.projected_task_embedding_dim} and {self.task_embedding_dim}"
             )
-
-    def _check_tasks(self) -> None:
-        if isinstance(self.tasks, str) or not isinstance(self.tasks, (list, tuple)):
-            raise TypeError(f"tasks must be a list of names, got {self.tasks!r}")
-        self.tasks = list(self.tasks)
-        for task in self.tasks:
-            _check_name("tasks", task)
-        if not self.tasks:
-            raise ValueError("tasks must name at least one task, got []")
-        repeated = sorted({task for task in self.tasks if self.tasks.count(task) > 1})
-        if repeated:
-            raise ValueError(f"tasks must be unique, got {repeated} more than once")
-        if self.task_to_embeddings is None:
-            return
-        if not isinstance(self.task_to_embeddings, Mapping):
-            raise TypeError(
-                f"task_to_embeddings must map task names to embedding names, got {self.task_to_embeddings!r}"
-            )
-        self.task_to_embeddings = dict(self.task_to_embeddings)
-        missing = [task for task in self.tasks if task not in self.task_to_embeddings]
-        unknown = [task for task in self.task_to_embeddings if task not in self.tasks]
-        if missing or unknown:
-            raise ValueError(
-                f"task_to_embeddings must have exactly the tasks {self.tasks} as keys; "
-                f"missing {missing}, unknown {unknown}"
-            )
-        for name in self.task_to_embeddings.values():
-            _check_name("task_to_embeddings", name)
-
-    def _check_sizes(self) -> None:
-        for name in ("task_embedding_dim", "projected_task_embedding_dim", "task_hidden_dim", "reduction_factor"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an integer, got {value!r}")
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
 
     @property
     def has_hypernetworks(self) -> bool:
@@ -291,12 +304,17 @@ class HyperFormerConfig:
         return b
 
     def replace(self, **changes: Any) -> HyperFormerConfig:
-        """Return a validated copy with ``changes``. Changing ``variant`` also resets the two flags that encode it."""
+        """Return a validated copy with ``changes``.
+
+        Changing ``variant`` also resets the two flags that encode it, and changing ``recipe`` the fields that it sets.
+        """
         fields = self.to_dict()
         if "variant" in changes:
             fields["unique_hyper_net"] = fields["efficient_unique_hyper_net"] = None
         elif {"unique_hyper_net", "efficient_unique_hyper_net"} & changes.keys():
             fields["variant"] = None
+        if "recipe" in changes:
+            fields |= dict.fromkeys(recipes.OF_THE_CONFIG)
         return type(self).from_dict({**fields, **changes})
 
     def to_dict(self) -> dict[str, Any]:
@@ -304,8 +322,12 @@ class HyperFormerConfig:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> HyperFormerConfig:
-        """Build a configuration from what :meth:`to_dict` returns. Raises ValueError for unknown or missing keys."""
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+        """Build a configuration from what :meth:`to_dict` returns. Raises ValueError for unknown or missing keys.
+
+        Without ``recipe`` the fields are those of a version that had no recipes and trained as the authors do: the
+        configuration is of recipe ``"authors"``.
+        """
         if not isinstance(fields, Mapping):
             raise TypeError(f"a configuration must be a mapping of field names to values, got {type(fields).__name__}")
         known = {field.name for field in dataclasses.fields(cls)}
@@ -314,121 +336,4 @@ class HyperFormerConfig:
             raise ValueError(f"unknown configuration fields {unknown}; known are {sorted(known)}")
         if "tasks" not in fields:
             raise ValueError("the configuration lacks the field 'tasks'")
-        return cls(**fields)
-
-    @classmethod
-    def from_official(cls, fields: Mapping[str, Any] | str | os.PathLike[str], **changes: Any) -> HyperFormerConfig:
-        """Build a configuration from the fields of the authors' configuration that describe the model.
-
-        Absent fields have the authors' defaults, not ours; without either variant flag the variant is
-        ``"hyperformer"``. A warning names the fields that are ignored, such as the training arguments in their JSON
-        files.
-
-        Args:
-            fields: their configuration, or the path of their JSON file.
-            changes: fields of HyperFormerConfig that override the translated ones.
-
-        Raises:
-            ValueError: the configuration is of another method (fine-tuning, plain adapters), or sets a field to a value
-                that no variant here supports; the message names the field.
-            TypeError: a value, or ``fields`` itself, has a wrong type.
-            OSError: the file cannot be read.
-        """
-        path = None
-        if isinstance(fields, (str, os.PathLike)):
-            path = Path(fields)
-            fields = read_object(path)
-        try:
-            ours = {field.name for field in dataclasses.fields(cls)} - {"variant"}
-            translated = official_fields.translate(fields, ours)
-            if "variant" in changes:
-                translated["unique_hyper_net"] = translated["efficient_unique_hyper_net"] = None
-            flags = (bool(translated[flag]) for flag in ("unique_hyper_net", "efficient_unique_hyper_net"))
-            if changes.get("variant", variant_of_flags(*flags)) != "hyperformer":
-                translated["conditional_layer_norm"] = True  # their code does so, whatever the field says
-            return cls.from_dict({**translated, **changes})
-        except (ValueError, TypeError) as error:
-            if path is None:
-                raise
-            raise ValueError(f"{path}: {error}") from error
-
-    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Write the configuration to ``config.json`` in a folder, which is created if necessary.
-
-        Raises:
-            ValueError: the folder has the configuration of another kind of model, which would be lost.
-        """
-        path = Path(save_directory, CONFIG_NAME)
-        kind = read_object(path).get("model_type") if path.is_file() else MODEL_TYPE
-        if kind != MODEL_TYPE:
-            raise ValueError(f"{path} is the configuration of a {kind}: save to another folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content = {"model_type": MODEL_TYPE, "config": self.to_dict()}
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike[str], **hub_arguments: Any
-    ) -> HyperFormerConfig:
-        """Read the configuration of a saved model or configuration.
-
-        Args:
-            pretrained_model_name_or_path: its folder, or its repository's id on the Hub.
-            hub_arguments: ``revision``, ``token``, ``cache_dir`` and the like.
-
-        Raises:
-            ValueError: the file there holds no configuration of ours.
-            OSError: there is no such file, or it cannot be read.
-        """
-        from .hub import find
-
-        if os.path.isdir(pretrained_model_name_or_path):
-            return cls.load(Path(pretrained_model_name_or_path, hub_arguments.get("subfolder") or ""))
-        return cls.load(find(pretrained_model_name_or_path, CONFIG_NAME, OLD_CONFIG_NAME, **hub_arguments))
-
-    def save(self, path: str | Path) -> None:
-        """Write the configuration to a JSON file."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: str | Path) -> HyperFormerConfig:
-        """Read a configuration from JSON.
-
-        Args:
-            path: a file that :meth:`save` wrote, or the ``config.json`` of a saved model or its folder.
-
-        Raises:
-            ValueError: the file holds no configuration; the message names it and says what it seems to hold.
-            OSError: the file cannot be read.
-        """
-        path = Path(path)
-        if path.is_dir():
-            # Files of version 0.1.0 may lie beside a T5's own config.json.
-            path /= OLD_CONFIG_NAME if (path / OLD_CONFIG_NAME).is_file() else CONFIG_NAME
-        content = read_object(path)
-        # A saved model's file has the configuration in its field "config", beside a description of the T5.
-        wrapped = isinstance(content.get("config"), dict) and "tasks" not in content
-        try:
-            return cls.from_dict(content["config"] if wrapped else content)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}: {error}{_what_else(content)}") from error
-
-
-def _what_else(content: Mapping[str, Any]) -> str:
-    """Say what a file that is no configuration seems to hold, as the end of an error message."""
-    if "model_type" in content:
-        return f" (the file is transformers' configuration of a {content['model_type']})"
-    if "arguments" in content:
-        return f" (the file describes a run; the configuration is in the {CONFIG_NAME} beside it)"
-    if isinstance(content.get("hyperformer"), dict):
-        return " (the file configures a run, as `hyperformer-fast train` takes it; its 'hyperformer' holds our fields)"
-    if {"model_name_or_path", "train_adapters", "adapter_config_name"} & content.keys():
-        return " (the file belongs to the authors' code: HyperFormerConfig.from_official reads it)"
-    return ""
-
-
-def _check_name(field: str, name: Any) -> None:
-    if not isinstance(name, str) or not name:
-        raise TypeError(f"{field}: a name must be a non-empty string, got {name!r}")
-    if any("\ud800" <= character <= "\udfff" for character in name):
-        raise ValueError(f"{field}: {name!r} contains half of a surrogate pair, which UTF-8 cannot encode")
+        return cls(**{"recipe": recipes.BEFORE_RECIPES, **fields})

@@ -4,12 +4,16 @@ embeddings."""
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from . import ops
 from .config import HyperFormerConfig
+from .initialisation import AUTHORS, Initialisation, draw_generator, linear, plain_norms
 from .layout import AdapterLayout
 from .names import NamedParameters
 from .norm_only import NormLayout
@@ -17,9 +21,8 @@ from .norm_only import NormLayout
 #: The sublayers of a block that an adapter follows. A position's index in the tuple is its id, as in the authors' code.
 POSITIONS = ("feed_forward", "self_attention")
 
-#: Standard deviation of the initial weights: `weight_init_range` of the authors' AdapterConfig.
-INIT_STD = 1e-2
 _EMBEDDING_NORM_EPS = 1e-6
+_RMS_EPS = 1e-6
 
 
 class TaskProjector(nn.Sequential):
@@ -28,8 +31,13 @@ class TaskProjector(nn.Sequential):
     It maps [..., in_dim] to [..., out_dim].
     """
 
-    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int):
-        super().__init__(_linear(in_dim, hidden_dim), nn.ReLU(), _linear(hidden_dim, out_dim))
+    #: What the variance of each layer's initial weight times its fan-in is, where it is not the authors'.
+    GAINS: ClassVar[Mapping[int, float]] = {0: 2.0, 2: 1.0}
+
+    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, init: Initialisation = AUTHORS):
+        super().__init__(
+            linear(in_dim, hidden_dim, init, self.GAINS[0]), nn.ReLU(), linear(hidden_dim, out_dim, init, self.GAINS[2])
+        )
 
 
 class TaskEmbeddings(nn.Module):
@@ -48,7 +56,12 @@ class TaskEmbeddings(nn.Module):
             [(name, nn.Parameter(torch.randn(config.embedding_dim))) for name in config.embedding_names]
         )
         self.projector = (
-            TaskProjector(config.task_embedding_dim, config.task_hidden_dim, config.projected_task_embedding_dim)
+            TaskProjector(
+                config.task_embedding_dim,
+                config.task_hidden_dim,
+                config.projected_task_embedding_dim,
+                Initialisation.of(config),
+            )
             if config.train_task_embeddings
             else None
         )
@@ -67,7 +80,7 @@ class TaskEmbeddings(nn.Module):
         if self.projector is None:
             return stacked
         with torch.autocast(stacked.device.type, enabled=False):
-            projected: torch.Tensor = self.projector(stacked)
+            projected: torch.Tensor = self.projector(as_read(stacked, self.config))
         return projected
 
     @torch.no_grad()
@@ -97,25 +110,35 @@ class Generator(nn.Module):
     """``count`` independent linear generators of whole adapters, stored as one weight [count, rows, k].
 
     One batched matrix product generates every adapter of a stack and reads the weight once; the authors' code has four
-    to eight ``nn.Linear`` per generator. The initialisation is theirs: a normal distribution with standard deviation
-    1e-2 for the weight, zero for the bias.
+    to eight ``nn.Linear`` per generator.
 
     Args:
         count: Q, the number of generators.
         layout: the layout of the adapters to generate.
         k: the width of the embeddings.
         generate_norms: whether the norms' parameters are generated, too. False makes them plain trained vectors, which
-            start as ones and zeros and are the same for every task.
+            are the same for every task.
+        init: how the weights start; by default as the authors' do.
+        mean_square: the mean square of the embeddings' numbers, which a start that is not the authors' depends on.
     """
 
-    def __init__(self, count: int, layout: AdapterLayout, k: int, generate_norms: bool = True):
+    def __init__(
+        self,
+        count: int,
+        layout: AdapterLayout,
+        k: int,
+        generate_norms: bool = True,
+        init: Initialisation = AUTHORS,
+        mean_square: float = 1.0,
+    ):
         super().__init__()
         self.layout = layout
         rows = layout.numel if generate_norms else layout.numel - layout.norm_numel
-        self.weight = nn.Parameter(torch.empty(count, rows, k).normal_(std=INIT_STD))
-        self.bias = nn.Parameter(torch.zeros(count, rows))
+        self.weight = nn.Parameter(torch.empty(count, rows, k))
+        self.bias = nn.Parameter(torch.empty(count, rows))
+        draw_generator(self.weight, self.bias, layout, init, mean_square)
         plain = not generate_norms and layout.norm_numel > 0
-        self.norms = nn.Parameter(plain_norms(layout).repeat(count, 1)) if plain else None
+        self.norms = nn.Parameter(plain_norms(layout, init).repeat(count, 1)) if plain else None
 
     def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Generate the packed adapters [Q, n, P] from embeddings [Q, n, k]."""
@@ -178,22 +201,27 @@ class HyperNetwork(AdapterSource):
         shared, dim = config.shares_generators, config.embedding_dim
         task_dim = config.projected_task_embedding_dim if config.train_task_embeddings else dim
         k = config.projected_task_embedding_dim if shared else task_dim
+        init, mean_square = Initialisation.of(config), 1.0
         if shared:
             parts = 3 if config.variant == "hyperformer++" else 2
             self.layer_embeddings = nn.Embedding(num_layers, dim)
             if parts == 3:
                 self.position_embeddings = nn.Embedding(len(POSITIONS), dim)
-            self.projector = TaskProjector(parts * dim, config.task_hidden_dim, k) if config.task_projector else None
+            self.projector = (
+                TaskProjector(parts * dim, config.task_hidden_dim, k, init) if config.task_projector else None
+            )
             self.embedding_norm = (
                 nn.LayerNorm(k, eps=_EMBEDDING_NORM_EPS) if config.unique_hyper_net_layer_norm else None
             )
+            if self.projector is None and self.embedding_norm is None:
+                mean_square = float(parts)  # of a sum of so many embeddings
         # None is among the keys' types because config.variant may be None before it is validated, never here.
         counts: dict[str | None, int] = {
             "hyperformer++": 1,
             "hyperformer-shared": len(POSITIONS),
             "hyperformer": self.num_sites,
         }
-        self.generator = Generator(counts[config.variant], self.layout, k, config.generates_norms)
+        self.generator = Generator(counts[config.variant], self.layout, k, config.generates_norms, init, mean_square)
 
     def embeddings(self, task_embeddings: torch.Tensor) -> torch.Tensor:
         """Combine the task embeddings [T, k_task] with those of layers and positions (paper section 3.3).
@@ -202,12 +230,14 @@ class HyperNetwork(AdapterSource):
             The generators' inputs [sites, T, k]. In the variant ``hyperformer`` these are the task embeddings alone.
         """
         T = task_embeddings.shape[0]
-        task = task_embeddings.expand(self.num_sites, -1, -1)
+        task = as_read(task_embeddings, self.config).expand(self.num_sites, -1, -1)
         if self.config.variant == "hyperformer":
             return task
-        parts = [task, self._per_site(self.layer_embeddings.weight.repeat(len(POSITIONS), 1), T)]
+        layers = as_read(self.layer_embeddings.weight, self.config)
+        parts = [task, self._per_site(layers.repeat(len(POSITIONS), 1), T)]
         if self.config.variant == "hyperformer++":
-            parts.append(self._per_site(self.position_embeddings.weight.repeat_interleave(self.num_layers, 0), T))
+            positions = as_read(self.position_embeddings.weight, self.config)
+            parts.append(self._per_site(positions.repeat_interleave(self.num_layers, 0), T))
         # Without a projector the embeddings have the generators' width, and a sum leaves the generators as they are.
         joint: torch.Tensor = (
             functools.reduce(torch.add, parts) if self.projector is None else self.projector(torch.cat(parts, -1))
@@ -240,15 +270,12 @@ class HyperNetwork(AdapterSource):
         return packed.view(self.num_sites, -1, self.layout.numel)
 
 
-def _linear(in_dim: int, out_dim: int) -> nn.Linear:
-    """A linear layer with the authors' initialisation."""
-    linear = nn.Linear(in_dim, out_dim)
-    nn.init.normal_(linear.weight, std=INIT_STD)
-    nn.init.zeros_(linear.bias)
-    return linear
+def as_read(embeddings: torch.Tensor, config: HyperFormerConfig) -> torch.Tensor:
+    """Return embeddings [..., dim] as the network behind them reads them.
 
-
-def plain_norms(layout: AdapterLayout) -> torch.Tensor:
-    """The initial parameters of the norms, as the end of a packed adapter: gamma one, beta zero."""
-    one_norm = torch.cat([torch.ones(layout.d), torch.zeros(layout.d)])
-    return one_norm.repeat(layout.norm_numel // (2 * layout.d))
+    With ``normalize_embeddings`` each has a root mean square of 1, as it is drawn, however long training makes it: so
+    the embedding of a layer cannot drown that of the task beside it. One that is zero stays zero.
+    """
+    if not config.normalize_embeddings:
+        return embeddings
+    return F.rms_norm(embeddings, embeddings.shape[-1:], eps=_RMS_EPS)

@@ -215,6 +215,11 @@ def _expect_theirs(config: HyperFormerConfig) -> None:
     for switch in ("task_projector", "train_adapters_blocks"):
         if not getattr(config, switch):
             raise ValueError(f"{switch}=False has no official names here: only models with it True are translated")
+    if config.has_hypernetworks and config.normalize_embeddings:
+        raise ValueError(
+            "normalize_embeddings=True has no official counterpart, because the authors' code reads embeddings as they "
+            'are: only models with it False (as in recipe "authors") are translated'
+        )
 
 
 def _model_parts(model: HyperFormerModel) -> list[_Part]:

@@ -10,6 +10,8 @@ import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from .recipes import BEFORE_RECIPES
+
 #: Defaults of the authors' MetaAdapterConfig and ModelArguments that differ from ours.
 DEFAULTS = {
     "non_linearity": "swish",
@@ -260,6 +262,7 @@ def translate_run(fields: Mapping[str, Any], ours: Collection[str]) -> tuple[dic
     if variant in ("hyperformer++", "hyperformer-shared"):
         new["conditional_layer_norm"] = True  # their code does so, whatever the field says
     new["variant"] = variant
+    new.setdefault("recipe", BEFORE_RECIPES)
     notes = [f'the method is variant "{variant}"']
     notes += _renamed(fields, new)
     absent = {name: value for name, value in DEFAULTS_OF_A_RUN.items() if name not in new}

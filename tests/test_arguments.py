@@ -23,7 +23,7 @@ from hyperformer_fast.training import HyperFormerTrainingArguments, RunArguments
 from hyperformer_fast.training import arguments as arguments_module
 from hyperformer_fast.training.arguments import KNOWN_FIELDS, RunConfigError
 from hyperformer_fast.training.parser import make_parser, parse_flags
-from hyperformer_fast.training.presets import PRESETS
+from hyperformer_fast.training.presets import FIRST_RELEASE_EMBEDDED, PRESETS
 
 ROOT = Path(hyperformer_fast.__file__).resolve().parents[1]
 
@@ -37,7 +37,8 @@ OLD_RUN = {
     "save_total_limit": 2, "seed": 42, "gradient_checkpointing": True, "bf16": False,
 }  # fmt: skip
 TODAY = {
-    "model_name_or_path": None, "data_dir": None, "tasks": ["cola"], "output_dir": "somewhere", "reduction_factor": 4,
+    "recipe": "authors", "model_name_or_path": None, "data_dir": None, "tasks": ["cola"], "output_dir": "somewhere",
+    "reduction_factor": 4,
     "max_steps": 1200, "per_device_train_batch_size": 32, "gradient_accumulation_steps": 2, "learning_rate": 1e-3,
     "warmup_steps": 50, "lr_scheduler_type": "constant_with_warmup", "weight_decay": 0.0, "max_grad_norm": 1.0,
     "label_smoothing_factor": 0.1, "temperature": 10.0, "max_source_length": 128, "max_train_samples": 99,
@@ -156,10 +157,26 @@ def test_the_demo_is_chosen_for_the_embedded_t5_without_a_file(tmp_path):
     for argv in ([str(path)], ["--model_name_or_path", "t5"], ["--init_from", "there"], ["--preset", "none"]):
         assert RunArguments.from_args(argv).training.max_steps == -1
     for argv in (["--preset", "demo", "--model_name_or_path", "t5"], ["--model_name_or_path", "embedded"]):
-        assert RunArguments.from_args(argv).training.max_steps == 1200
+        assert RunArguments.from_args(argv).training.max_steps == PRESETS["demo"]["max_steps"]
     assert RunArguments.from_args(["--num_train_epochs", "1"]).training.max_steps == -1
     assert RunArguments.from_args(["--learning_rate", "3e-4"]).to_dict()["learning_rate"] == 3e-4
     assert RunArguments.from_dict({}).to_dict() == {}
+
+
+@pytest.mark.parametrize(
+    ("given", "rate"),
+    [
+        ({}, 3e-3),
+        ({"recipe": "authors"}, 1e-3),
+        ({"learning_rate_rule": "uniform"}, 1e-3),
+        ({"recipe": "authors", "learning_rate_rule": "fan_in"}, 3e-3),
+        ({"recipe": "authors", "learning_rate": 3e-4}, 3e-4),
+    ],
+)
+def test_the_preset_has_a_rate_for_each_rule(given, rate):
+    demo = RunArguments.from_dict({"preset": "demo"} | given)
+    assert demo.training.learning_rate == rate
+    assert RunArguments.from_dict(demo.to_dict()).training.learning_rate == rate
 
 
 def test_what_is_saved_loads_as_the_same_run_anywhere(tmp_path):
@@ -215,7 +232,7 @@ def test_the_class_of_the_first_release_makes_todays(tmp_path):
         demo, named = RunConfig(), RunConfig(model="t5-base", seed=1)
     assert len(caught) == 5 and {warning.filename for warning in caught} == {__file__}
     assert made[0].given == made[1].given == TODAY and made[2].given == TODAY | {"seed": 5}
-    assert demo.to_dict() == PRESETS["demo"]
+    assert demo.to_dict() == FIRST_RELEASE_EMBEDDED | {"recipe": "authors"}
     assert (named.training.max_steps, named.training.warmup_steps, named.adapters.reduction_factor) == (2000, 100, None)
 
 
@@ -229,7 +246,7 @@ def test_flags_of_the_first_release_warn_and_work(tmp_path, capsys):
         "variant": "hyperformer", "overwrite_output_dir": True, "load_best_model_at_end": False,
         "max_predict_samples": 7, "max_eval_samples": 7, "lr_scheduler_type": "constant_with_warmup",
     }.items()  # fmt: skip
-    assert run.training.learning_rate == 1e-3  # the preset's
+    assert run.training.learning_rate == PRESETS["demo"]["learning_rate"]
     # The command says it as a line of its own, and does not point into its code.
     assert main(["train", "--steps", "4", "--data-dir", str(tmp_path / "nowhere")]) == 2
     first, second = capsys.readouterr().err.splitlines()

@@ -39,6 +39,7 @@ def test_initialised_as_the_original(variant):
         task_embedding_dim=64,
         projected_task_embedding_dim=64,
         task_hidden_dim=128,
+        recipe="authors",
     )
     embeddings, net = TaskEmbeddings(config), HyperNetwork(config, d=96, num_layers=3)
     drawn = torch.stack(list(embeddings.task_to_embeddings.values()))

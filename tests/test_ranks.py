@@ -121,6 +121,8 @@ def expect_same(found, wanted, case):
         assert found["texts"] == wanted["texts"]
     tolerance = TOLERANCES.get(case, {"rtol": 1e-5, "atol": 1e-6})
     torch.testing.assert_close(found["losses"], wanted["losses"], rtol=max(1e-4, tolerance["rtol"]), atol=1e-4)
+    torch.testing.assert_close(found["figures"], wanted["figures"], rtol=1e-2, atol=1e-2)
+    assert bool(wanted["figures"]) == ("diagnostics_steps" in CASES[case])
     torch.testing.assert_close(found["weights"], wanted["weights"], **tolerance)
 
 

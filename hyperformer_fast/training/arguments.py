@@ -309,7 +309,7 @@ class RunArguments:
         """Return the HyperFormerConfig for these tasks. Raises RunConfigError if the fields contradict each other."""
         fields = {name: value for name, value in vars(self.adapters).items() if value is not None}
         try:
-            return HyperFormerConfig.from_dict({**fields, "tasks": list(tasks)})
+            return HyperFormerConfig(**{**fields, "tasks": list(tasks)})
         except (ValueError, TypeError) as error:
             raise RunConfigError(str(error)) from error
 

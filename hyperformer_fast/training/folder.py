@@ -15,12 +15,14 @@ from ..atomic import recover_directory, sweep_leftovers, write_file
 from ..checkpoint import CONFIG_NAME, OLD_CONFIG_NAME, OLD_WEIGHTS_NAME, WEIGHTS_NAME
 from ..data import TaskData, TaskSpec
 from ..json_files import parse, read_object
+from ..recipes import BEFORE_RECIPES
 from .arguments import RunArguments
 
 RUN_NAME = "run.json"
 HISTORY_NAME = "history.json"
 METRICS_NAME = "metrics.json"
 CURVES_NAME = "curves.png"
+DIAGNOSTICS_NAME = "diagnostics.png"
 EVALUATION_NAME = "evaluation.json"
 BEST = "best"
 STAGING = ".saving"
@@ -38,7 +40,7 @@ NEEDED = (
 
 _WEIGHTS = (WEIGHTS_NAME, OLD_WEIGHTS_NAME)
 _OF_THE_MODEL = (*_WEIGHTS, CONFIG_NAME, OLD_CONFIG_NAME, model_card.NAME)
-_FILES = (RUN_NAME, *_OF_THE_MODEL, METRICS_NAME, HISTORY_NAME, CURVES_NAME, EVALUATION_NAME)
+_FILES = (RUN_NAME, *_OF_THE_MODEL, METRICS_NAME, HISTORY_NAME, CURVES_NAME, DIAGNOSTICS_NAME, EVALUATION_NAME)
 
 #: Arguments that may differ when a run is resumed, because they do not change what is trained; and those of its length
 #: and of how a batch is divided, which are compared by themselves.
@@ -47,9 +49,10 @@ MAY_CHANGE = frozenset(
     preset eval_tasks max_eval_samples max_predict_samples val_max_target_length test_max_target_length
     generation_max_length generation_num_beams per_device_eval_batch_size eval_accumulation_steps eval_delay
     eval_strategy eval_steps eval_on_start save_strategy save_steps save_total_limit save_only_model logging_strategy
-    logging_steps logging_first_step logging_nan_inf_filter logging_dir log_level log_on_each_node report_to run_name
-    project disable_tqdm push_to_hub hub_model_id hub_strategy hub_private_repo hub_always_push hub_revision
-    load_best_model_at_end metric_for_best_model greater_is_better early_stopping_patience early_stopping_threshold
+    logging_steps diagnostics_steps logging_first_step logging_nan_inf_filter logging_dir log_level log_on_each_node
+    report_to run_name project disable_tqdm push_to_hub hub_model_id hub_strategy hub_private_repo hub_always_push
+    hub_revision load_best_model_at_end metric_for_best_model greater_is_better early_stopping_patience
+    early_stopping_threshold
     dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
     restore_callback_states_from_checkpoint ddp_backend ddp_timeout use_cpu local_rank skip_memory_metrics
     include_num_input_tokens_seen
@@ -194,7 +197,7 @@ def write_run(folder: Path, run: RunArguments, data: dict[str, TaskData], world_
     """Write ``run.json``: the arguments, the tasks' specifications, the data's fingerprints and library versions."""
     content = {
         "format_version": FORMAT_VERSION,
-        "arguments": {"fuse": run.model.fuse, **run.to_dict()},
+        "arguments": {"fuse": run.model.fuse, "recipe": run.adapters.recipe, **run.to_dict()},
         "tasks": {name: task.spec.to_dict() for name, task in data.items()},
         "kept_tasks": {name: spec.to_dict() for name, spec in tasks_before(run).items() if name not in data},
         "data": {name: task.fingerprint() for name, task in data.items()},
@@ -254,8 +257,12 @@ def read_run(folder: str | Path) -> tuple[RunArguments, dict[str, TaskSpec], dic
             )
         specs = {name: TaskSpec.from_dict(fields) for name, fields in content["tasks"].items()}
         content["data"].items()
-        # Runs of releases that fused nothing do not say so. To go on, they must draw the masks that they drew.
-        run = RunArguments.from_dict({"fuse": "none", **content["arguments"]}, for_training=False)
+        # Runs of releases that fused nothing, and had no recipes, do not say so. To go on, they must draw the masks
+        # that they drew, and have the learning rates that they had.
+        before = {"fuse": "none", "recipe": BEFORE_RECIPES}
+        # What a preset gave is written down field by field, and what another version adds to it was no part of the run.
+        written = {name: value for name, value in content["arguments"].items() if name != "preset"}
+        run = RunArguments.from_dict({**before, **written}, for_training=False)
         # The folder may have been moved.
         run.training.output_dir = str(folder)
         return run, specs, content

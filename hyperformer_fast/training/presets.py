@@ -8,8 +8,8 @@ from typing import Any
 from ..nearest import did_you_mean
 from .field_checks import RunConfigError
 
-#: What suits the embedded T5, whose width is 128, on the built-in tasks: some minutes on two cores.
-_DEMO: dict[str, Any] = {
+#: What suited the embedded T5 of the first release, which was another, on its built-in tasks.
+FIRST_RELEASE_EMBEDDED: dict[str, Any] = {
     "reduction_factor": 4,
     "task_embedding_dim": 16,
     "projected_task_embedding_dim": 16,
@@ -25,12 +25,23 @@ _DEMO: dict[str, Any] = {
     "logging_steps": 10,
 }
 
-PRESETS: Mapping[str, Mapping[str, Any]] = {"demo": _DEMO}
-
-#: The defaults of the first release for a T5 that is named; those for the embedded one are the preset "demo".
+#: The defaults of the first release for a T5 that is named.
 FIRST_RELEASE: dict[str, Any] = {
-    name: value for name, value in _DEMO.items() if not name.endswith(("_dim", "reduction_factor"))
+    name: value for name, value in FIRST_RELEASE_EMBEDDED.items() if not name.endswith(("_dim", "reduction_factor"))
 } | {"max_steps": 2000, "warmup_steps": 100, "per_device_eval_batch_size": 64}
+
+#: What suits it with the default recipe: some minutes on two cores.
+_DEMO: dict[str, Any] = {
+    **FIRST_RELEASE_EMBEDDED,
+    "max_steps": 3000,
+    "learning_rate": 3e-3,
+    "warmup_steps": 100,
+    "mixed_batches": True,
+    "eval_steps": 500,
+    "save_steps": 500,
+}
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {"demo": _DEMO}
 
 
 def with_preset(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -45,6 +56,11 @@ def with_preset(given: Mapping[str, Any]) -> dict[str, Any]:
     if name not in PRESETS:
         raise RunConfigError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}{did_you_mean(name, PRESETS)}")
     preset = dict(PRESETS[name])
+    if given.get("learning_rate_rule") == "uniform" or (
+        given.get("learning_rate_rule") is None and given.get("recipe") == "authors"
+    ):
+        # The preset's rate is for generators that get it divided by their width; undivided, nothing is learned at it.
+        preset["learning_rate"] = FIRST_RELEASE_EMBEDDED["learning_rate"]
     if "num_train_epochs" in given and "max_steps" not in given:
         del preset["max_steps"]  # it would silently win over the epochs that were asked for
     if given.get("warmup_ratio") and "warmup_steps" not in given:

@@ -90,6 +90,11 @@ def check_together(fields: Mapping[str, Any]) -> None:
             raise RunConfigError(f'{name} needs evaluations while training: set eval_strategy to "steps" or "epoch"')
     if fields.get("save_strategy") == "best" and not evaluates:
         raise RunConfigError('save_strategy "best" needs evaluations while training: set eval_strategy to "steps"')
+    surgery = fields.get("gradient_surgery", "none")
+    if surgery != "none" and not fields.get("mixed_batches"):
+        raise RunConfigError(
+            f"gradient_surgery {surgery!r} compares the gradients of the tasks in a batch: set mixed_batches"
+        )
     if fields.get("ignore_pad_token_for_loss") is False:
         raise RunConfigError("ignore_pad_token_for_loss must be true: padding of the targets never counts in the loss")
     if fields.get("single_task") and fields.get("eval_tasks") is not None:

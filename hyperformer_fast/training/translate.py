@@ -9,8 +9,9 @@ from typing import Any
 
 from .. import official_fields
 from ..config import HyperFormerConfig
+from ..recipes import BEFORE_RECIPES
 from .field_checks import RunConfigError
-from .presets import FIRST_RELEASE, PRESETS
+from .presets import FIRST_RELEASE, FIRST_RELEASE_EMBEDDED
 
 #: Names of the first release that only changed.
 RENAMED = {
@@ -116,14 +117,14 @@ def _adapters(adapters: Any, new: Mapping[str, Any]) -> dict[str, Any]:
 def _completed(new: dict[str, Any], with_adapters: bool) -> dict[str, Any]:
     """Add the defaults of the first release, and let its best weights be saved without checkpoints of their own."""
     embedded = new.get("model_name_or_path") is None
-    defaults = dict(PRESETS["demo"] if embedded else FIRST_RELEASE)
+    defaults = dict(FIRST_RELEASE_EMBEDDED if embedded else FIRST_RELEASE)
     if not with_adapters:
         adapters = {field.name for field in dataclasses.fields(HyperFormerConfig)}
         defaults = {name: value for name, value in defaults.items() if name not in adapters}
     for off, steps in (("eval_strategy", "eval_steps"), ("save_strategy", "save_steps")):
         if new.get(off) == "no":
             defaults.pop(steps, None)
-    new = {**defaults, **new}
+    new = {"recipe": BEFORE_RECIPES, **defaults, **new}
     if new.get("load_best_model_at_end"):
         if new["eval_strategy"] == "no":
             raise RunConfigError("keep_best needs evaluations while training: set eval_steps above 0")

@@ -18,8 +18,13 @@ FSDP = {
 
 #: Arguments of the trainings. Targets are of unequal length, so that processes have unequal numbers of labels.
 CASES = {
-    "one task": {"gradient_accumulation_steps": 2},
-    "mixed": {"mixed_batches": True, "gradient_accumulation_steps": 2, "label_smoothing_factor": 0.1},
+    "one task": {"gradient_accumulation_steps": 2, "recipe": "default"},
+    "mixed": {
+        "mixed_batches": True,
+        "gradient_accumulation_steps": 2,
+        "label_smoothing_factor": 0.1,
+        "diagnostics_steps": 2,
+    },
     # A sum has a larger gradient, by the number of tokens.
     "sum": {"mixed_batches": True, "loss_reduction": "sum", "learning_rate": 1e-3},
     "bf16": {"mixed_batches": True, "bf16": True},
@@ -30,6 +35,9 @@ CASES = {
         "unfreeze_lm_head": True,
         "save_steps": 2,
         "save_total_limit": None,
+        "recipe": "default",
+        "embedding_warmup_steps": 3,
+        "diagnostics_steps": 2,
     },
 }
 
@@ -58,7 +66,8 @@ def run_case(folder: Path, name: str, processes: int, resume: str | None = None)
 
 
 def result(trainer: HyperFormerTrainer) -> dict:
-    """What must be the same: losses, trained parameters, and the texts for a number of rows that two do not divide."""
+    """What must be the same: losses, figures of the tasks, trained parameters, and the texts for a number of rows that
+    two do not divide."""
     from hyperformer_fast.sharding import whole
 
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -66,4 +75,15 @@ def result(trainer: HyperFormerTrainer) -> dict:
     texts = {
         task: trainer.evaluate_task(task, rows.select(range(5))).texts for task, rows in trainer.eval_dataset.items()
     }
-    return {"losses": torch.tensor(losses(trainer)), "weights": found, "texts": texts}
+    log = {"losses": torch.tensor(losses(trainer)), "figures": similarities(trainer)}
+    return {**log, "weights": found, "texts": texts}
+
+
+def similarities(trainer: HyperFormerTrainer) -> dict[str, torch.Tensor]:
+    """The logged figures that are those of the weights, by step and name. Each process has gradients of its own."""
+    return {
+        f"{entry['step']} {name}": torch.tensor(value)
+        for entry in trainer.state.log_history
+        for name, value in entry.items()
+        if name.startswith("diagnostics/") and "/gradient_" not in name
+    }

@@ -44,6 +44,7 @@ def tiny_t5(gated=False, tied=True, dropout=0.0, dtype=torch.float64, seed=0, **
 
 def tiny_config(variant="hyperformer++", tasks=TASKS, **changes):
     fields = {"task_embedding_dim": 6, "projected_task_embedding_dim": 6, "task_hidden_dim": 8, "reduction_factor": 8}
+    fields["recipe"] = "authors"  # the paper's statement below is theirs
     return HyperFormerConfig(tasks=list(tasks), variant=variant, **{**fields, **changes})
 
 

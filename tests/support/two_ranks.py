@@ -100,7 +100,7 @@ def check_ddp_of_every_variant(rank: int, folder: Path) -> None:
     only_norms = {"train_adapters_blocks": False, "conditional_layer_norm": True}
     only_embeddings = {"freeze_model_but_task_embeddings": True}
     variants = [{"variant": variant} for variant in (*VARIANTS, "adapters", "finetuning")]
-    for fields in (*variants, only_norms, only_embeddings):
+    for fields in (*variants, only_norms, only_embeddings, {"recipe": "default"}):
         for static in (False, True) if fields in variants[:1] else (False,):
             model = tiny_model(**fields).train()
             wrapped = DistributedDataParallel(model, find_unused_parameters=False, static_graph=static)
@@ -114,13 +114,13 @@ def check_fsdp2_of_every_variant(rank: int, folder: Path) -> None:
     for variant in (*VARIANTS, "adapters", "finetuning"):
         # Both are alike in all variants.
         checkpointing = apart = variant in ("hyperformer++", "adapters")
-        model = tiny_model(variant, unfreeze_lm_head=True).train()
+        model = tiny_model(variant, unfreeze_lm_head=True, recipe="default").train()
         if checkpointing:
             model.gradient_checkpointing_enable()
         shard(model, [*model.hypernetworks.values(), model.task_embeddings] if apart else ())
         assert all(is_sharded(p) for p in model.parameters())
         found = train_in_two(model, model, rank)
-        compare(found, expected(tiny_model(variant, unfreeze_lm_head=True).train()))
+        compare(found, expected(tiny_model(variant, unfreeze_lm_head=True, recipe="default").train()))
 
 
 def check_fsdp2_must_not_ignore_what_is_trained(rank: int, folder: Path) -> None:

@@ -1,0 +1,106 @@
+"""Recipes of runs: of a new one, of the authors' files, and of what an earlier version left."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from support.old_files import without_recipe
+from support.runs import SMALL, data_folder, same_weights, saved_t5
+
+from hyperformer_fast import HyperFormerConfig
+from hyperformer_fast.cli import main
+from hyperformer_fast.training import RunArguments, RunError, train_run
+from hyperformer_fast.training import run as run_module
+from hyperformer_fast.training.folder import read_run, write_run
+from hyperformer_fast.training.presets import PRESETS
+
+OPEN = {name: value for name, value in SMALL.items() if name != "recipe"}
+
+
+@pytest.fixture(autouse=True)
+def _no_plot(monkeypatch):
+    monkeypatch.setattr(run_module, "plot_curves", lambda *_: None)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    return {"model_name_or_path": saved_t5(folder / "t5"), "data_dir": data_folder(folder / "data"), **OPEN}
+
+
+def command(inputs, folder, *flags: str) -> list[str]:
+    fields = {**inputs, "max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 4, "output_dir": folder}
+    return ["train", *(part for name, value in fields.items() for part in (f"--{name}", str(value))), *flags]
+
+
+def groups_of(folder: Path) -> int:
+    import torch
+
+    return len(torch.load(folder / "checkpoint-2" / "optimizer.pt", weights_only=True)["param_groups"])
+
+
+def as_before_recipes(folder: Path) -> None:
+    """Make a run's folder what an earlier version would have written."""
+    content = json.loads((folder / "run.json").read_text())
+    del content["arguments"]["recipe"]
+    (folder / "run.json").write_text(json.dumps(content))
+    for weights in [folder, *folder.glob("checkpoint-*")]:
+        without_recipe(weights)
+
+
+def test_a_run_of_an_earlier_version_goes_on_and_is_trained_further_as_the_authors(inputs, tmp_path):
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    assert main(command(inputs, whole, "--recipe", "authors")) == 0
+    shutil.copytree(whole, folder)
+    as_before_recipes(folder)
+    shutil.copytree(folder, tmp_path / "first")
+    shutil.rmtree(folder / "checkpoint-4")
+    (folder / "model.safetensors").unlink()
+    assert read_run(folder)[0].adapters.recipe == "authors" and groups_of(folder) == 2
+    arguments = RunArguments.from_dict({**json.loads((whole / "run.json").read_text())["arguments"],
+                                        "output_dir": str(folder), "recipe": None,
+                                        "resume_from_checkpoint": "true"})  # fmt: skip
+    with pytest.raises(RunError, match="recipe was 'authors' and is now None"):
+        train_run(arguments, Console(quiet=True))
+    assert main(command(inputs, folder, "--resume_from_checkpoint", "true")) == 0
+    assert same_weights(folder, whole)
+    further = tmp_path / "further"
+    flags = "--init_from", str(tmp_path / "first"), "--max_steps", "2"
+    assert main(command({n: v for n, v in inputs.items() if n not in OPEN}, further, *flags)) == 0
+    assert HyperFormerConfig.load(further).recipe == "authors" and groups_of(further) == 2
+
+
+def test_a_new_run_has_the_default_recipe_and_its_rates(inputs, tmp_path):
+    assert main(command(inputs, tmp_path / "run")) == 0
+    assert HyperFormerConfig.load(tmp_path / "run").recipe == "default" and groups_of(tmp_path / "run") > 2
+    flags = "--zero_delta", "true", "--init_weights", "authors", "--learning_rate_rule", "uniform"
+    assert main(command(inputs, tmp_path / "other", *flags, "--embedding_warmup_steps", "2")) == 0
+    config = HyperFormerConfig.load(tmp_path / "other")
+    assert (config.recipe, config.zero_delta, config.init_weights) == ("default", True, "authors")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tasks": ["cola"], "efficient_unique_hyper_net": True, "train_adapters": True},  # the authors'
+        {"model": "t5-small", "steps": 5, "hyperformer": {"reduction_factor": 8}},  # of the first release
+    ],
+)
+@pytest.mark.filterwarnings("ignore:this is a configuration of the authors", "ignore:arguments have new names")
+def test_older_files_of_runs_have_the_authors_recipe(fields):
+    assert RunArguments.from_dict({**fields, "output_dir": "out"}).adapters.recipe == "authors"
+    assert RunArguments.from_dict({**fields, "output_dir": "out", "recipe": "default"}).adapters.recipe == "default"
+    assert RunArguments.from_dict({"output_dir": "out"}).adapters.recipe is None
+
+
+def test_a_run_goes_on_without_what_its_preset_has_gained_since(tmp_path, monkeypatch):
+    monkeypatch.setitem(PRESETS, "demo", {"max_steps": 7, "reduction_factor": 4})
+    write_run(tmp_path, RunArguments.from_dict({"preset": "demo", "output_dir": str(tmp_path)}), {})
+    monkeypatch.setitem(PRESETS, "demo", {"max_steps": 9, "reduction_factor": 8, "mixed_batches": True, "bf16": True})
+    resumed = RunArguments.from_args(["--resume_from_checkpoint", "true", "--output_dir", str(tmp_path)])
+    assert (resumed.training.max_steps, resumed.adapters.reduction_factor) == (7, 4)
+    assert not resumed.training.mixed_batches and not resumed.training.bf16
