@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from .data.registry import register_task
     from .fusion import explain_fusion, fuse_t5, unfuse_t5
     from .layout import AdapterLayout
+    from .learning_rates import parameter_groups
     from .model import HyperFormerModel, get_hyperformer_model
+    from .task_gradients import TaskGradients
 
 __version__ = "0.1.0"
 
@@ -28,10 +30,12 @@ _PUBLIC = {
     "FusedHyperAdapter": "adapter",
     "HyperFormerConfig": "config",
     "HyperFormerModel": "model",
+    "TaskGradients": "task_gradients",
     "explain": "backends",
     "explain_fusion": "fusion",
     "fuse_t5": "fusion",
     "get_hyperformer_model": "model",
+    "parameter_groups": "learning_rates",
     "register_task": "data.registry",
     "unfuse_t5": "fusion",
     "use_backend": "backends",
@@ -43,6 +47,7 @@ __all__ = [
     "FusedHyperAdapter",
     "HyperFormerConfig",
     "HyperFormerModel",
+    "TaskGradients",
     "backends",
     "explain",
     "explain_fusion",
@@ -50,6 +55,7 @@ __all__ = [
     "get_hyperformer_model",
     "official",
     "ops",
+    "parameter_groups",
     "reference",
     "register_task",
     "unfuse_t5",

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from typing_extensions import Self
 
+    from .task_gradients import TaskGradients
+
 
 #: The names that ``generate`` of transformers has for its first positional arguments.
 _GENERATE_ARGUMENTS = ("inputs", "generation_config", "logits_processor", "stopping_criteria")
@@ -106,6 +108,8 @@ class HyperFormerModel(SavedModel):
         # inference (bitsandbytes in 4 bits does), so that an inference sets it back.
         self._gradients_flow = False
         self._prepared = PreparedWeights()
+        #: What watches the tasks' gradients now.
+        self._task_gradients: TaskGradients | None = None
         self._owner = Owner()
         self._owner.install([site for site in sites if site.stack in hypernetworks], hypernetworks)
         frozen_head.prepare(t5)
@@ -336,10 +340,13 @@ class HyperFormerModel(SavedModel):
         if selection.rows is not None:
             # Selected from all embeddings, so that each has a gradient, even if it is zero.
             embeddings = embeddings.index_select(0, selection.rows)
+        watch = None if torch.compiler.is_compiling() or not self.training else self._task_gradients
+        if watch is None or not torch.is_grad_enabled():
+            packed = {name: net(embeddings) for name, net in nets.items()}
+        else:
+            packed = watch.generate(nets, embeddings, selection.tasks)
         activation = self.hyperformer_config.non_linearity
-        stacks = {
-            name: StackWeights(cast(AdapterSource, net), net(embeddings), activation) for name, net in nets.items()
-        }
+        stacks = {name: StackWeights(cast(AdapterSource, net), packed[name], activation) for name, net in nets.items()}
         return ForwardContext(self._owner, stacks, selection.task_index, selection.samples, generating)
 
     def add_task(self, name: str, init_from: str | list[str] | None = None) -> None:

@@ -51,6 +51,11 @@ def scale(p: float) -> float:
     return round(quotient / ulp) * ulp
 
 
+def rounded(dropout: Dropout) -> Dropout:
+    """The dropout, or ``NO_DROPOUT`` if its p rounds to 0. ValueError unless p is from 0 to 1."""
+    return dropout if threshold(dropout.p) else NO_DROPOUT
+
+
 def philox(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
     """Compute Philox4x32-10. All words are int64 tensors with values from 0 to 2^32 - 1, and are broadcast."""
     c0, c1, c2, c3 = counter

@@ -6,7 +6,8 @@ Every process must call these functions, for the same tensors in the same order:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -33,6 +34,21 @@ def whole(tensor: Tensor) -> Tensor:
     """Return the values of ``tensor`` from all processes, as a plain tensor."""
     sharded: Any = tensor
     return sharded.full_tensor() if is_sharded(tensor) else tensor
+
+
+@contextlib.contextmanager
+def gathered(module: nn.Module, *parts: nn.Module) -> Iterator[None]:
+    """Give ``parts`` of a module whole parameters within a ``with`` block, whether FSDP2 shards them by themselves or
+    as the rest of ``module``."""
+    of_parts = (each for part in parts for each in part.modules())
+    found: list[Any] = [each for each in dict.fromkeys((module, *of_parts)) if is_fsdp2(each)]
+    for each in found:
+        each.unshard()
+    try:
+        yield
+    finally:
+        for each in found:
+            each.reshard()
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from ..fusion.pieces import PIECES
 from ..nearest import did_you_mean
+from ..recipes import INITIALISATIONS, LEARNING_RATE_RULES, RECIPES
 
 _WORDS = {str: "text", bool: "true or false", int: "a whole number", float: "a number", dict: "an object"}
 
@@ -26,16 +27,24 @@ _LEAST: dict[str, float] = {
     ),
     **dict.fromkeys(
         (
-            "warmup_steps", "eval_steps", "save_steps", "seed", "data_seed", "weight_decay", "max_grad_norm",
-            "label_smoothing_factor", "early_stopping_threshold", "dataloader_num_workers",
+            "warmup_steps", "embedding_warmup_steps", "eval_steps", "save_steps", "seed", "data_seed", "weight_decay",
+            "max_grad_norm", "label_smoothing_factor", "early_stopping_threshold", "dataloader_num_workers",
+            "diagnostics_steps",
         ),
         0,
     ),
 }  # fmt: skip
-_ABOVE_ZERO = ("learning_rate", "temperature", "num_train_epochs", "logging_steps")
+_ABOVE_ZERO = ("learning_rate", "temperature", "num_train_epochs", "logging_steps", "max_task_grad_norm")
 #: Values of ``fuse`` beside the names of pieces.
 _ALONE = ("auto", "none", "all")
-_CHOICES = {"text_style": ("default", "official"), "loss_reduction": ("mean", "sum")}
+_CHOICES = {
+    "text_style": ("default", "official"),
+    "loss_reduction": ("mean", "sum"),
+    "learning_rate_rule": LEARNING_RATE_RULES,
+    "recipe": tuple(RECIPES),
+    "init_weights": INITIALISATIONS,
+    "gradient_surgery": ("none", "pcgrad"),
+}
 
 
 class RunConfigError(ValueError):

@@ -105,6 +105,11 @@ def smoothed(values: Sequence[float], window: int) -> list[float]:
     return [sum(values[max(0, i + 1 - window) : i + 1]) / min(i + 1, window) for i in range(len(values))]
 
 
+def shown_name(task: str) -> str:
+    """A task's name for a legend: matplotlib leaves out labels that begin with an underscore."""
+    return f" {task}" if task.startswith("_") else task
+
+
 def _plot_loss(axis: Axes, points: list[tuple[int, float]]) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -140,8 +145,7 @@ def _plot_scores(axis: Axes, history: Sequence[Mapping[str, Any]], majority: Map
             marker="o",
             markersize=4,
             linewidth=2.5 if is_average else 1.5,
-            # matplotlib omits labels that begin with an underscore from the legend.
-            label=f" {task}" if task.startswith("_") else task,
+            label=shown_name(task),
         )
         if not is_average:
             axis.axhline(majority[task], color=color, linestyle=":", linewidth=1.2)

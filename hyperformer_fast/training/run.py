@@ -17,9 +17,11 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from ..data import TaskData, available_tasks, encode
 from ..model import HyperFormerModel
 from .arguments import RunArguments, RunConfigError
+from .diagnostics_plot import has_diagnostics, plot_diagnostics
 from .evaluate import evaluate_tasks, load_data, majority, show, tokenised
 from .folder import (
     CURVES_NAME,
+    DIAGNOSTICS_NAME,
     HISTORY_NAME,
     METRICS_NAME,
     RUN_NAME,
@@ -48,8 +50,8 @@ def train_run(arguments: RunArguments, console: Console | None = None, **old: bo
     """Train, evaluate and report. Returns the content of metrics.json, or None on a rank other than 0.
 
     The run folder then has run.json, the trained weights (which ``HyperFormerModel.from_pretrained`` loads), the last
-    checkpoints, history.json, metrics.json and curves.png. Nothing in it changes before the first step is trained, and
-    it is locked against other trainings until this one ends.
+    checkpoints, history.json, metrics.json, curves.png and, if diagnostics were logged, diagnostics.png. Nothing in it
+    changes before the first step is trained, and it is locked against other trainings until this one ends.
 
     Args:
         arguments: all arguments. ``training.resume_from_checkpoint`` continues from the newest complete checkpoint in
@@ -305,13 +307,20 @@ def _report(
     write_json(folder / HISTORY_NAME, history)
     write_json(folder / METRICS_NAME, results)
     show(results, console)
-    written = f"weights and {METRICS_NAME}"
-    try:
-        rows = arguments.data.max_eval_samples
+    rows, title, written = arguments.data.max_eval_samples, TITLES[results["variant"]], ["weights", METRICS_NAME]
+
+    def curves() -> None:
         baselines = {name: majority(task, "validation", rows)["score"] for name, task in data.items()}
-        plot_curves(history, baselines, folder / CURVES_NAME, TITLES[results["variant"]])
-        written = f"weights, {METRICS_NAME} and {CURVES_NAME}"
-    except Exception as error:  # the run is complete: a plot that fails must not fail it
-        say(console, f"warning: {CURVES_NAME} could not be plotted: {type(error).__name__}: {error}")
-    say(console, f"trained in {seconds:.0f} s; {written} are in {folder}")
+        plot_curves(history, baselines, folder / CURVES_NAME, title)
+
+    plots: dict[str, Callable[[], None]] = {CURVES_NAME: curves}
+    if has_diagnostics(history):
+        plots[DIAGNOSTICS_NAME] = lambda: plot_diagnostics(history, folder / DIAGNOSTICS_NAME, title)
+    for name, plot in plots.items():
+        try:
+            plot()
+            written.append(name)
+        except Exception as error:  # the run is complete: a plot that fails must not fail it
+            say(console, f"warning: {name} could not be plotted: {type(error).__name__}: {error}")
+    say(console, f"trained in {seconds:.0f} s; {', '.join(written[:-1])} and {written[-1]} are in {folder}")
     return results

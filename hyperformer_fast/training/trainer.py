@@ -26,7 +26,7 @@ from ..loss import summed
 from ..sharding import local
 from . import ranks
 from .batches import EpochBatches, class_names, task_of_rows
-from .checkpointing import CheckpointingTrainer
+from .diagnostics import DiagnosingTrainer
 
 
 class TrainingDiverged(RuntimeError):
@@ -49,7 +49,7 @@ class _RunContinues(TrainerCallback):
         control.should_log = control.should_evaluate = control.should_save = False
 
 
-class HyperFormerTrainer(CheckpointingTrainer):
+class HyperFormerTrainer(DiagnosingTrainer):
     """Trains a :class:`~hyperformer_fast.HyperFormerModel` on several tasks.
 
     It takes the arguments of ``Seq2SeqTrainer``, and behaves like it except for this:
@@ -62,6 +62,10 @@ class HyperFormerTrainer(CheckpointingTrainer):
     - The loss is the mean over all tokens of an optimizer step, whatever accumulation and processes divide it, or
       their sum with ``loss_reduction="sum"``. A gradient clipped to ``max_grad_norm`` is then nearly always clipped,
       because a sum is longer than a mean by the number of tokens.
+    - Each part of the model has its own learning rate (``learning_rate_rule``, by default that of the model's recipe;
+      :func:`~hyperformer_fast.parameter_groups`). ``learning_rate`` in the logs is the one that is set.
+    - With ``max_task_grad_norm`` and ``gradient_surgery`` the gradients of the tasks in a batch are clipped one by one,
+      and conflicts between them resolved. Every ``diagnostics_steps`` steps it logs how far apart the tasks are.
     - A checkpoint appears in one step, nothing that is not finite is saved, and a resumed run has the bits of one that
       was never interrupted.
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from transformers import Seq2SeqTrainingArguments
 
-from .field_checks import RunConfigError
+from .field_checks import RunConfigError, check_field
 
 
 def argument(default: Any, text: str, **more: Any) -> Any:
@@ -77,6 +77,32 @@ class HyperFormerTrainingArguments(Seq2SeqTrainingArguments):
         'How the loss of tokens is reduced: "mean", or "sum" as in the authors\' code, where clipping at max_grad_norm '
         "then acts in nearly every step.",
     )
+    learning_rate_rule: str | None = argument(
+        None,
+        'How the rate of each part of the model follows from learning_rate: "uniform" gives all the same; "fan_in" '
+        "divides that of the generators by their width, so that generated weights move as a plain adapter's do. Left "
+        "out: as the model's recipe says.",
+    )
+    embedding_warmup_steps: int = argument(
+        0,
+        "Raise the learning rate of the task, layer and position embeddings from 0 over this many steps (times what "
+        "lr_scheduler_type makes of it), so that they stay apart until the generators have learned something.",
+    )
+    max_task_grad_norm: float | None = argument(
+        None,
+        "Scale the gradient of each task in a batch, with respect to the generators' weights, down to this norm where "
+        "it is longer, before they are added; left out: not.",
+    )
+    gradient_surgery: str = argument(
+        "none",
+        'What is done where the gradients of tasks in a batch conflict: "none", or "pcgrad", which takes from each its '
+        "projections on those that it conflicts with (Yu et al. 2020). It needs mixed_batches.",
+    )
+    diagnostics_steps: int = argument(
+        100,
+        "Log every N steps how far apart the tasks' embeddings and adapters are, and each task's share of the "
+        "gradient, and warn where tasks have collapsed onto each other; 0: not.",
+    )
     overwrite_output_dir: bool = argument(False, "Replace the run in the output folder.")
     early_stopping_patience: int | None = argument(
         None, "Stop after N evaluations without a better metric_for_best_model."
@@ -94,6 +120,11 @@ class HyperFormerTrainingArguments(Seq2SeqTrainingArguments):
         selects = self.load_best_model_at_end or self.early_stopping_patience or self.save_strategy == "best"
         if self.metric_for_best_model is None and selects:
             self.metric_for_best_model = "average_metrics"
+        check_field("learning_rate_rule", self.learning_rate_rule, str | None)
+        check_field("embedding_warmup_steps", self.embedding_warmup_steps, int)
+        check_field("max_task_grad_norm", self.max_task_grad_norm, float | None)
+        check_field("gradient_surgery", self.gradient_surgery, str)
+        check_field("diagnostics_steps", self.diagnostics_steps, int)
         super().__post_init__()
         if self.n_gpu > 1:
             # DataParallel would scatter a batch but not its task. Several GPUs need torchrun.

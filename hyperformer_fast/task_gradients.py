@@ -1,0 +1,387 @@
+"""Each task's own gradient of the adapters, read from one backward of a mixed batch, and changed where asked.
+
+A sample reads only the packed weights of its own task. So where dpacked [S, T, P] is the gradient of a stack's packed
+weights, ``dpacked[:, t]`` is the gradient of task t's part of the loss. The tasks meet in the generators,
+``packed[s, t] = W e[s, t] + b``, where the gradient of task t is
+
+    dW_t = sum over s of dpacked[s, t] (x) e[s, t]        db_t = sum over s of dpacked[s, t]
+
+None of these is made. Their inner products are those of dpacked times those of e:
+
+    <t, u> = sum over s, s' of one generator of (dpacked[s, t] . dpacked[s', u]) (e[s, t] . e[s', u] + 1)
+
+This Gram matrix, over all generators of all stacks, has the norms and cosines of the tasks' gradients. Clipping each
+task's gradient, and PCGrad (Yu et al. 2020, arXiv 2001.06782), multiply each task's gradient by one number, which the
+matrix gives. So one function in the backward, where dpacked arrives, is all there is: no further forward or backward.
+
+Letters: S sites of a stack, T tasks, P packed numbers per adapter, Q generators, k width of their inputs, n sites of a
+generator times tasks, R generated numbers per adapter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .adapter_table import AdapterTable
+from .hypernetwork import HyperNetwork
+from .layout import accumulator_dtype
+from .task_choice import index_on
+
+if TYPE_CHECKING:
+    from .hypernetwork import AdapterSource
+    from .model import HyperFormerModel
+
+#: How many pairs of tasks are logged by name: those whose gradients point most against each other.
+_PAIRS = 10
+
+#: What ``surgery`` of :class:`TaskGradients` may be.
+SURGERIES = ("none", "pcgrad")
+
+
+def gram_matrix(dpacked: Tensor, inputs: Tensor | None, generated: int) -> Tensor:
+    """The inner products [T, T] of the tasks' gradients with respect to the trained weights behind a stack's adapters.
+
+    Args:
+        dpacked: [S, T, P], the gradient of the stack's packed weights.
+        inputs: [Q, n, k], the generators' inputs, sites first. None: each task's projections are parameters of its own
+            (``AdapterTable``), so that tasks meet in the norms alone.
+        generated: R. The last P - R numbers are the norms of a generator or site, trained vectors that all tasks share.
+    """
+    S, T, _ = dpacked.shape
+    dpacked = dpacked.to(accumulator_dtype(dpacked.dtype))
+    own, norms = dpacked[..., :generated], dpacked[..., generated:]
+    if inputs is None:
+        gram = own.square().sum((0, 2)).diag()
+    else:
+        Q, inputs = inputs.shape[0], inputs.to(dpacked.dtype)
+        own = own.reshape(Q, -1, generated)
+        pairs = (own @ own.mT) * (inputs @ inputs.mT + 1)
+        gram = pairs.view(Q, S // Q, T, S // Q, T).sum((0, 1, 3))
+        norms = norms.reshape(Q, S // Q, T, -1).sum(1)
+    if norms.shape[-1]:
+        gram = gram + (norms @ norms.mT).sum(0)
+    return gram
+
+
+def cosines(gram: Tensor) -> Tensor:
+    """The cosines [T, T] of vectors whose Gram matrix this is; 0 with a vector that is zero."""
+    norms = gram.diagonal().clamp_min(0).sqrt()
+    lengths = norms.unsqueeze(1) * norms
+    return torch.where(lengths > 0, gram / lengths, gram.new_zeros(()))
+
+
+def clip_factors(norms: Tensor, max_norm: float) -> Tensor:
+    """What each task's gradient is multiplied by, so that none is longer than ``max_norm``. NaN where a norm is not
+    finite, so that a gradient whose norm overflows does not pass for zero."""
+    factors = (max_norm / norms).clamp_max(1.0)
+    return torch.where(norms.isfinite(), factors, norms.new_full((), math.nan))
+
+
+def pcgrad_order(T: int, draw: Sequence[int]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """For each of T tasks the other ones in random order, [T, T - 1]. Equal numbers ``draw`` give equal orders."""
+    order = np.tile(np.arange(T - 1), (T, 1))
+    np.random.default_rng(list(draw)).permuted(order, axis=1, out=order)
+    return order + (order >= np.arange(T)[:, None])
+
+
+def pcgrad_factors(gram: Tensor, order: Tensor) -> Tensor:
+    """What each task's gradient is multiplied by [T], so that their sum becomes that of PCGrad.
+
+    PCGrad takes from each task's gradient its projection on every other one that it conflicts with, one after another
+    in random order. What it makes of a gradient is a combination of all, so its row in ``mix`` is enough.
+
+    Args:
+        gram: [T, T], the inner products of the tasks' gradients.
+        order: [T, T - 1], the other tasks of each task, in the order in which they are projected on.
+    """
+    T = gram.shape[0]
+    mix, squares = torch.eye(T, dtype=gram.dtype, device=gram.device), gram.diagonal()
+    own = torch.arange(T, device=gram.device)
+    for other in order.unbind(1):
+        dots = (mix * gram[other]).sum(1)
+        mix[own, other] -= torch.where(dots < 0, dots / squares[other], gram.new_zeros(()))
+    return mix.sum(0)
+
+
+@dataclasses.dataclass
+class TaskStatistics:
+    """Sums over the backward passes that were recorded, from which the figures are means.
+
+    Args:
+        tasks: T, the tasks of the model.
+        sums: by name, tensors [T] or [T, T] on the device of the gradients.
+    """
+
+    tasks: int
+    sums: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    def add(self, gram: Tensor, tasks: Sequence[int] | None, clipped: Tensor | None) -> None:
+        """Add a backward pass.
+
+        Args:
+            gram: the inner products of the gradients of ``tasks``. A task whose gradient is zero was not in the batch,
+                and one whose gradient is not finite is left out.
+            tasks: numbers of the tasks; None for all.
+            clipped: which of them were clipped.
+        """
+        if tasks is not None:
+            index, of_batch = index_on(gram.device, tasks), gram
+            gram = of_batch.new_zeros(self.tasks, self.tasks)
+            gram[index.unsqueeze(1), index] = of_batch
+            if clipped is not None:
+                clipped = clipped.new_zeros(self.tasks).index_copy(0, index, clipped)
+        norms, similar = gram.diagonal().clamp_min(0).sqrt(), cosines(gram)
+        # Overflows of a scaled loss are no part of the training.
+        there = (norms > 0) & norms.isfinite()
+        both = (there.unsqueeze(1) & there).fill_diagonal_(False)
+        zero = gram.new_zeros(())
+        found = {
+            "passes": there,
+            "norms": torch.where(there, norms, zero),
+            "pairs": both,
+            "cosines": torch.where(both, similar, zero),
+            "conflicts": (similar < 0) & both,
+        }
+        if clipped is not None:
+            found["clipped"] = clipped & there
+        for name, value in found.items():
+            value, before = value.to(gram.dtype), self.sums.get(name)
+            self.sums[name] = value if before is None else before.to(value) + value
+
+    def mean(self, name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """The mean of a sum over the passes in which the task, or the pair of tasks, occurred; NaN where none did."""
+        count = self.sums["pairs" if self.sums[name].dim() == 2 else "passes"]
+        return (self.sums[name] / count).double().cpu().numpy()
+
+    def figures(self, names: Sequence[str], meet: bool) -> dict[str, float]:
+        """Numbers for a log, by name; NaN where a task did not occur.
+
+        Args:
+            names: of the tasks.
+            meet: whether tasks train weights together, so that their gradients can conflict.
+        """
+        if not self.sums:
+            return {}
+        norms = self.mean("norms")
+        total = max(float(np.nansum(norms)), np.finfo(np.float64).tiny)
+        found = {f"gradient_norm/{name}": float(norm) for name, norm in zip(names, norms, strict=True)}
+        found |= {f"gradient_share/{name}": float(norm) / total for name, norm in zip(names, norms, strict=True)}
+        if "clipped" in self.sums:
+            found |= {f"clipped/{name}": float(v) for name, v in zip(names, self.mean("clipped"), strict=True)}
+        similar, conflicts = self.mean("cosines"), self.mean("conflicts")
+        pairs = sorted((similar[i, j], i, j) for i, j in np.argwhere(np.triu(~np.isnan(similar), 1)))
+        if pairs and meet:
+            found["gradient_cosine_mean"] = float(np.mean([cosine for cosine, _, _ in pairs]))
+            found["gradient_cosine_min"] = float(pairs[0][0])
+            found["gradient_conflicts"] = float(np.mean([conflicts[i, j] for _, i, j in pairs]))
+            found |= {f"gradient_cosine/{names[i]}/{names[j]}": float(c) for c, i, j in pairs[:_PAIRS]}
+        return found
+
+    def state(self) -> dict[str, Any]:
+        """The sums as plain JSON types."""
+        return {name: value.tolist() for name, value in self.sums.items()}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state` returned."""
+        self.sums = {name: torch.tensor(value, dtype=torch.float64) for name, value in state.items()}
+
+
+class TaskGradients:
+    """Reads each task's own gradient of the adapters in a model's backward passes, and changes it where asked.
+
+        watch = TaskGradients(model, max_norm=1.0, surgery="pcgrad")
+        with watch.attached():
+            model(**batch, task=names).loss.backward()
+        watch.statistics.mean("cosines")
+
+    Norms and cosines are those of the gradients of the generators' weights and biases, of all stacks together. What is
+    changed is all that lies behind the adapters' weights: the generators, the embeddings of tasks, layers and
+    positions, and their projectors and norms. Parameters of the T5 that are trained (norms, a head) get the plain sum.
+
+    It acts on each backward pass by itself: on every micro-batch of an optimizer step, and in distributed training on
+    the gradient of each process before these are averaged. A forward in a graph of torch.compile is not seen; ``seen``
+    counts those that were.
+
+    Args:
+        model: the model.
+        max_norm: each task's gradient is scaled down to this norm, where it is longer. None: not.
+        surgery: ``"pcgrad"``: where the gradients of two tasks point against each other, each loses its projection on
+            the other. ``"none"``: nothing.
+        seed: of the random order of PCGrad.
+
+    Raises:
+        ValueError: an argument is out of its range, or what is asked for makes no sense for this model.
+    """
+
+    def __init__(
+        self,
+        model: HyperFormerModel,
+        max_norm: float | None = None,
+        surgery: str = "none",
+        seed: int | Sequence[int] = 0,
+    ):
+        if max_norm is not None and not 0 < max_norm < math.inf:
+            raise ValueError(f"max_norm must be above 0 and finite, or None for no clipping, got {max_norm!r}")
+        if surgery not in SURGERIES:
+            raise ValueError(f"surgery must be one of {', '.join(SURGERIES)}, got {surgery!r}")
+        why = why_no_gradients(model)
+        if why is not None and max_norm is not None:
+            raise ValueError(f"clipping the gradient of each task is impossible here: {why}")
+        why = why or why_no_conflicts(model)
+        if why is not None and surgery != "none":
+            raise ValueError(f"surgery {surgery!r} is impossible here: {why}")
+        self.model, self.max_norm, self.surgery = model, max_norm, surgery
+        self.seed = [seed] if isinstance(seed, int) else list(seed)
+        #: Factor by which the loss, and so every gradient, is larger than it is meant.
+        self.scale = 1.0
+        #: Whether backward passes are added to ``statistics``.
+        self.records = True
+        self.statistics = TaskStatistics(len(model.hyperformer_config.tasks))
+        #: Backward passes that were seen so far.
+        self.seen = 0
+        #: Numbers that the order of PCGrad is drawn from, beside the seed, in place of ``seen``.
+        self.draw: Sequence[int] = ()
+
+    @contextlib.contextmanager
+    def attached(self) -> Iterator[TaskGradients]:
+        """Watch the forwards of the model in training mode within a ``with`` block, and their backward passes."""
+        before, self.model._task_gradients = self.model._task_gradients, self
+        try:
+            yield self
+        finally:
+            self.model._task_gradients = before
+
+    def generate(
+        self, nets: Mapping[str, nn.Module], embeddings: Tensor, tasks: Sequence[int] | None
+    ) -> dict[str, Tensor]:
+        """The packed weights [S, T, P] of each stack, whose gradients will be seen.
+
+        Args:
+            nets: the hypernetworks, by stack.
+            embeddings: of the tasks.
+            tasks: their numbers; None for all tasks of the model.
+        """
+        if not nets:
+            return {}
+        packed: list[Tensor] = []
+        inputs: list[Tensor | None] = []
+        for net in nets.values():
+            with _inputs_of(net) as found:
+                packed.append(net(embeddings))
+            inputs.append(found[0] if found else None)
+        generated = [_generated_numel(cast("AdapterSource", net)) for net in nets.values()]
+
+        def act(*dpacked: Tensor | None) -> tuple[Tensor | None, ...]:
+            # a backward that is called within autocast must not round the inner products
+            with torch.autocast(embeddings.device.type, enabled=False):
+                return self._act(dpacked, inputs, generated, tasks)
+
+        return dict(zip(nets, _tap(act, *packed), strict=True))
+
+    def _act(
+        self,
+        dpacked: Sequence[Tensor | None],
+        inputs: Sequence[Tensor | None],
+        generated: Sequence[int],
+        tasks: Sequence[int] | None,
+    ) -> tuple[Tensor | None, ...]:
+        """Record the gradients of one pass, and return what takes their place."""
+        there = [(d, e, R) for d, e, R in zip(dpacked, inputs, generated, strict=True) if d is not None]
+        if not there:
+            return tuple(dpacked)
+        gram = sum((gram_matrix(*each) for each in there), torch.zeros((), device=there[0][0].device))
+        factors = clipped = None
+        if self.max_norm is not None:
+            factors = clip_factors(gram.diagonal().clamp_min(0).sqrt(), self.max_norm * self.scale)
+            clipped = factors < 1
+        if self.records:
+            self.statistics.add(gram / self.scale**2, tasks, clipped)
+        if self.surgery == "pcgrad" and gram.shape[0] > 1:
+            if factors is not None:
+                gram = gram * factors.unsqueeze(1) * factors
+            order = torch.from_numpy(pcgrad_order(gram.shape[0], [*self.seed, *(self.draw or [self.seen])]))
+            projected = pcgrad_factors(gram, order.to(gram.device))
+            factors = projected if factors is None else factors * projected
+        self.seen += 1
+        if factors is None:
+            return tuple(dpacked)
+        by_task = factors.view(1, -1, 1)
+        return tuple(None if d is None else d * by_task.to(d.dtype) for d in dpacked)
+
+
+def why_no_gradients(model: HyperFormerModel) -> str | None:
+    """Why the tasks of this model have no gradients that could be told apart; None where they have."""
+    nets = list(model.hypernetworks.values())
+    if not nets:
+        return f'variant "{model.hyperformer_config.variant}" has no adapters, and all tasks train the same weights'
+    if not all(_generators_train(net) for net in nets):
+        return "the generators are frozen, and each task trains its embedding alone"
+    return None
+
+
+def why_no_conflicts(model: HyperFormerModel) -> str | None:
+    """Why no two tasks of this model can want different things of a weight; None where they can."""
+    if any(isinstance(net, AdapterTable) for net in model.hypernetworks.values()):
+        return f'in variant "{model.hyperformer_config.variant}" each task has adapters of its own, so none conflict'
+    if len(model.hyperformer_config.tasks) == 1:
+        return "the model has one task only"
+    return None
+
+
+def _generators_train(net: nn.Module) -> bool:
+    part = net.generator if isinstance(net, HyperNetwork) else net
+    return all(parameter.requires_grad for parameter in part.parameters())
+
+
+def _generated_numel(net: AdapterSource) -> int:
+    """R: how many of a site's packed numbers are not norms that all tasks share."""
+    shared = (net.generator if isinstance(net, HyperNetwork) else net).norms
+    return net.layout.numel - (0 if shared is None else net.layout.norm_numel)
+
+
+@contextlib.contextmanager
+def _inputs_of(net: nn.Module) -> Iterator[list[Tensor]]:
+    """A list that the generators' inputs [Q, n, k] of the forward within the ``with`` block are put into."""
+    found: list[Tensor] = []
+    if not isinstance(net, HyperNetwork):
+        yield found
+        return
+
+    def keep(generator: nn.Module, args: tuple[Tensor, ...]) -> None:
+        found.append(args[0].detach())
+
+    handle = net.generator.register_forward_pre_hook(keep)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+_Act = Callable[..., "tuple[Tensor | None, ...]"]
+
+
+class _Tap(torch.autograd.Function):
+    """The identity of several tensors. Its backward runs once all their gradients are there, and replaces them."""
+
+    @staticmethod
+    def forward(ctx: Any, act: _Act, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.act = act
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, *ctx.act(*gradients)
+
+
+_tap: Callable[..., tuple[Tensor, ...]] = _Tap.apply

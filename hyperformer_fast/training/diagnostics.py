@@ -1,0 +1,204 @@
+"""Trains with an eye on the tasks: how far apart they are, whose gradient is how long, and which of them conflict.
+
+Gradients are watched in the last steps of each interval of ``diagnostics_steps`` steps, and the figures are logged at
+its end, under names that begin with "diagnostics/".
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import TrainOutput
+
+from ..task_gradients import TaskGradients, TaskStatistics, why_no_conflicts, why_no_gradients
+from ..task_similarity import collapse_explained, copied_tasks, task_similarity
+from .optimizer import OptimizingTrainer
+
+#: What the names of all figures begin with.
+PREFIX = "diagnostics/"
+
+#: How many steps of each interval are watched: with mixed batches; for each task, where a batch is of one.
+WATCHED_STEPS, WATCHED_STEPS_OF_TASK = 8, 4
+
+
+class TaskDiagnostics(TrainerCallback, ExportableState):
+    """What a resumed training has to know: the statistics of the steps watched so far, whether it has warned, and the
+    pairs of tasks that began as copies, which have not collapsed."""
+
+    def __init__(self) -> None:
+        self.begin([])
+
+    def begin(self, copies: list[list[str]]) -> None:
+        """Forget an earlier training of the same Trainer."""
+        self.sums: dict[str, Any] = {}
+        self.warned = False
+        self.copies = copies
+        self.statistics: TaskStatistics | None = None
+
+    def statistics_of(self, tasks: int) -> TaskStatistics:
+        """The statistics, which those of the checkpoint are part of, where a training is resumed."""
+        if self.statistics is None:
+            self.statistics = TaskStatistics(tasks)
+            self.statistics.load(self.sums)
+        return self.statistics
+
+    def state(self) -> dict[str, Any]:
+        sums = self.sums if self.statistics is None else self.statistics.state()
+        return {"args": {}, "attributes": {"sums": sums, "warned": self.warned, "copies": self.copies}}
+
+
+class DiagnosingTrainer(OptimizingTrainer):
+    """Clips the gradient of each task, resolves conflicts between them, and logs what tasks do to each other.
+
+    It reads ``max_task_grad_norm``, ``gradient_surgery`` and ``diagnostics_steps`` of the arguments; arguments without
+    these fields ask for nothing.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self._watch: TaskGradients | None = None
+        self._watched_model: Any = None
+        self._step_begun, self._micro_batch = -1, 0
+        kwargs["callbacks"] = [TaskDiagnostics(), *(kwargs.get("callbacks") or ())]
+        super().__init__(*args, **kwargs)
+        if self._changes_gradients:
+            self._expect_changeable()
+
+    @property
+    def _max_task_norm(self) -> float | None:
+        norm: float | None = getattr(self.args, "max_task_grad_norm", None)
+        return norm
+
+    @property
+    def _surgery(self) -> str:
+        surgery: str = getattr(self.args, "gradient_surgery", "none")
+        return surgery
+
+    @property
+    def _interval(self) -> int:
+        interval: int = getattr(self.args, "diagnostics_steps", 0)
+        return interval
+
+    @property
+    def _mixed(self) -> bool:
+        mixed: bool = getattr(self.args, "mixed_batches", False)
+        return mixed
+
+    @property
+    def _changes_gradients(self) -> bool:
+        return self._max_task_norm is not None or self._surgery != "none"
+
+    def _expect_changeable(self) -> None:
+        """Raise ValueError if the tasks' gradients cannot be changed as the arguments ask."""
+        if self._surgery != "none" and not self._mixed:
+            raise ValueError(
+                f"gradient_surgery {self._surgery!r} compares the gradients of the tasks in one batch, but a batch has "
+                "one task only: set mixed_batches=True"
+            )
+        if self._max_task_norm is not None and self.is_deepspeed_enabled:
+            raise ValueError("max_task_grad_norm does not work with DeepSpeed, which scales losses by itself")
+        if self.model is None:
+            return  # model_init makes it when a training begins
+        if self.args.torch_compile or is_compiled(self.model):
+            raise ValueError(
+                "max_task_grad_norm and gradient_surgery act between the backward passes of the T5 and of the "
+                "hypernetworks, which torch.compile makes one: leave torch_compile off"
+            )
+        self._watcher()
+
+    def _watcher(self) -> TaskGradients:
+        """What watches the gradients of the model that is trained now."""
+        model = self.adapted
+        model = getattr(model, "_orig_mod", model)
+        if self._watch is None or self._watched_model is not model:
+            self._watch = TaskGradients(model, self._max_task_norm, self._surgery, self._order_seed)
+            self._watched_model = model
+        return self._watch
+
+    @property
+    def _order_seed(self) -> list[int]:
+        return [self.args.seed, self.args.process_index]
+
+    @property
+    def _diagnostics(self) -> TaskDiagnostics:
+        # The Trainer replaces it by one that has the checkpoint's state.
+        return next(each for each in self.callback_handler.callbacks if isinstance(each, TaskDiagnostics))
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        self._step_begun, self._micro_batch = -1, 0
+        # Before anything is loaded, for a run that is resumed began with the model that it is given again.
+        self._diagnostics.begin(sorted(map(list, copied_tasks(self.adapted))) if self._interval else [])
+        return super().train(*args, **kwargs)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        step = self.state.global_step
+        self._micro_batch = self._micro_batch + 1 if step == self._step_begun else 0
+        self._step_begun = step
+        recorded = self._records(step + 1)
+        if not recorded and not self._changes_gradients:
+            return super().training_step(model, inputs, *args, **kwargs)
+        watch = self._watcher()
+        watch.records, watch.draw = recorded, (step, self._micro_batch)
+        scaler = self.accelerator.scaler
+        watch.scale = 1.0 if scaler is None else scaler.get_scale()
+        if self._max_task_norm is not None:
+            # Then the sum over the micro-batches is no longer than the argument says.
+            watch.max_norm = self._max_task_norm / self.args.gradient_accumulation_steps
+        watch.statistics = self._diagnostics.statistics_of(len(self.task_names))
+        before = watch.seen
+        with watch.attached():
+            loss = super().training_step(model, inputs, *args, **kwargs)
+        if watch.seen == before and self._changes_gradients:
+            raise RuntimeError(
+                "max_task_grad_norm and gradient_surgery had no effect, because no gradient of the adapters was seen: "
+                "leave torch_compile off, and let training_step run the backward"
+            )
+        return loss
+
+    def _records(self, step: int) -> bool:
+        """Whether the gradients of this step are part of the next figures."""
+        if not self._interval:
+            return False
+        watched = WATCHED_STEPS if self._mixed else WATCHED_STEPS_OF_TASK * len(self.task_names)
+        if -step % self._interval >= watched:
+            return False
+        return why_no_gradients(self._watcher().model) is None
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        step = self.state.global_step
+        # At the end of an epoch the Trainer comes here a second time, and a resumed one without a step of its own.
+        if self._interval and step % self._interval == 0 and self._step_begun == step - 1:
+            self._step_begun = -1
+            logs, figures = self.control.should_log, self._diagnose()
+            if figures:
+                self.log(figures)
+            self.control.should_log = logs  # logging takes it for answered, but the Trainer has its own yet to log
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _diagnose(self) -> dict[str, float]:
+        """The figures of the interval that ends, and the warning, if tasks have collapsed for the first time."""
+        model, record = self._watcher().model, self._diagnostics
+        similarity = task_similarity(model)
+        statistics = record.statistics_of(len(self.task_names))
+        record.statistics = TaskStatistics(statistics.tasks)
+        found = {**similarity.figures(), **statistics.figures(self.task_names, why_no_conflicts(model) is None)}
+        copies = {(first, second) for first, second in record.copies}
+        collapsed = similarity.collapsed(copies)
+        if len(similarity.names) > 1 and similarity.stacks:
+            found["collapsed_pairs"] = float(len({pair for pairs in collapsed.values() for pair in pairs}))
+        if collapsed and not record.warned:
+            record.warned = True
+            if self.is_world_process_zero():
+                recipe = model.hyperformer_config.recipe
+                why = collapse_explained(similarity, self.args.learning_rate, recipe, copies)
+                warnings.warn(f"at step {self.state.global_step} {why}", stacklevel=2)
+        return {PREFIX + name: value for name, value in found.items() if math.isfinite(value)}
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile was applied to the model, to its forward or to its call."""
+    return hasattr(model, "_orig_mod") or "_compiled_forward" in vars(model) or model._compiled_call_impl is not None

@@ -1,0 +1,305 @@
+"""Diagnostics, clipping of each task and PCGrad in a training: through the Trainer and through the command."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support.runs import SMALL, data_folder, losses, saved_t5, small_run, small_trainer, trained
+from support.task_gradients import on_generators, stated_pcgrad
+from transformers import Seq2SeqTrainingArguments
+
+from hyperformer_fast import task_gradients
+from hyperformer_fast.cli import main
+from hyperformer_fast.task_gradients import TaskGradients, pcgrad_order
+from hyperformer_fast.task_similarity import COLLAPSED, task_similarity
+from hyperformer_fast.training import HyperFormerTrainer, RunArguments, diagnostics
+from hyperformer_fast.training.arguments import HyperFormerTrainingArguments, RunConfigError
+from hyperformer_fast.training.diagnostics_plot import has_diagnostics, plot_diagnostics
+
+THREE = ("cola", "stsb", "mrpc")
+BOTH = {"max_task_grad_norm": 0.5, "gradient_surgery": "pcgrad", "mixed_batches": True}
+
+
+def figures(trainer) -> list[dict]:
+    """The logged figures, without their prefix, with their steps."""
+    found = [e for e in trainer.state.log_history if any(name.startswith("diagnostics/") for name in e)]
+    return [{name.removeprefix("diagnostics/"): value for name, value in entry.items()} for entry in found]
+
+
+def test_figures_are_logged_every_so_many_steps(tmp_path):
+    trainer = small_trainer(tmp_path, diagnostics_steps=3, mixed_batches=True, tasks=THREE)
+    trainer.train()
+    first, last = figures(trainer)
+    assert (first["step"], last["step"]) == (3, 6)
+    shares = [last[f"gradient_share/{task}"] for task in THREE]
+    assert sum(shares) == pytest.approx(1) and all(0 < share < 1 for share in shares)
+    pairs = [last[f"gradient_cosine/{pair}"] for pair in ("cola/stsb", "cola/mrpc", "stsb/mrpc")]
+    assert last["gradient_cosine_min"] == min(pairs)
+    assert 0 <= last["gradient_conflicts"] <= 1 and last["collapsed_pairs"] >= 0
+    now = task_similarity(trainer.model).figures()
+    assert {name: last[name] for name in now} == pytest.approx(now)
+    assert "clipped/cola" not in last
+    json.dumps(trainer.state.log_history, allow_nan=False)
+
+
+def test_a_batch_of_one_task_has_no_conflicts_but_norms(tmp_path):
+    trainer = small_trainer(tmp_path, diagnostics_steps=6)
+    trainer.train()
+    (only,) = figures(trainer)
+    assert {"gradient_norm/cola", "gradient_norm/stsb"} <= set(only)  # seen in different steps
+    assert not any(name.startswith("gradient_co") for name in only)
+
+
+@pytest.mark.parametrize("changes", [{}, BOTH], ids=["off", "on"])
+def test_diagnostics_change_no_bit_of_the_training(tmp_path, changes):
+    found = []
+    for steps in (0, 1):
+        trainer = small_trainer(tmp_path, 0.1, max_steps=3, diagnostics_steps=steps, **{**changes})
+        trainer.train()
+        found.append((losses(trainer), trained(trainer.model)))
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(value, found[1][1][name]) for name, value in found[0][1].items())
+
+
+def test_only_the_last_steps_of_an_interval_are_watched(tmp_path, monkeypatch):
+    monkeypatch.setattr(diagnostics, "WATCHED_STEPS", 2)
+    watched = []
+    original = TaskGradients.generate
+
+    def generate(self, *arguments):
+        watched.append(trainer.state.global_step + 1)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(TaskGradients, "generate", generate)
+    trainer = small_trainer(tmp_path, diagnostics_steps=4, mixed_batches=True, gradient_accumulation_steps=2)
+    trainer.train()
+    assert watched == [3, 3, 4, 4]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_step_of_pcgrad_and_clipping_is_that_of_naive_gradients(tmp_path, accumulation):
+    """Each micro-batch again, with a backward for each task, in the order that the run drew."""
+    limit, kept = 0.05, []
+
+    class Naive(HyperFormerTrainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            index, names = inputs["task_index"], [n for n, p in model.named_parameters() if p.requires_grad]
+            vectors = []
+            for task in range(len(THREE)):
+                labels = torch.where((index == task).unsqueeze(1), inputs["labels"], -100)
+                logits = model(**inputs).logits.flatten(0, 1)
+                loss = torch.nn.functional.cross_entropy(logits, labels.flatten(), reduction="sum")
+                wanted = [p for p in model.parameters() if p.requires_grad]
+                found = torch.autograd.grad(loss / num_items_in_batch, wanted, allow_unused=True)
+                vector = on_generators({n: g for n, g in zip(names, found, strict=True) if g is not None})
+                vectors.append(vector * min(1.0, limit / accumulation / max(float(vector.norm()), 1e-30)))
+            draw = [self.args.seed, 0, 0, len(kept)]
+            kept.append(stated_pcgrad(vectors, pcgrad_order(len(vectors), draw)))
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    trainer = small_trainer(
+        tmp_path, max_steps=1, optim="sgd", lr_scheduler_type="constant", warmup_steps=0, learning_rate=1.0,
+        gradient_accumulation_steps=accumulation, max_grad_norm=0.0, **{**BOTH, "max_task_grad_norm": limit},
+        tasks=THREE, per_device_train_batch_size=8,
+    )  # fmt: skip
+    trainer.__class__ = Naive
+    before = trained(trainer.model)
+    trainer.train()
+    moved = on_generators({name: before[name] - value for name, value in trained(trainer.model).items()})
+    assert len(kept) == accumulation
+    torch.testing.assert_close(moved, sum(kept), rtol=1e-4, atol=1e-7)
+    assert moved.norm() > 1e-3
+
+
+def test_a_run_with_pcgrad_resumes_to_the_same_bits_and_figures(tmp_path, monkeypatch):
+    """Saved within the steps that are watched."""
+    drawn = []
+    monkeypatch.setattr(task_gradients, "pcgrad_order", lambda T, draw: drawn.append(draw) or pcgrad_order(T, draw))
+    changes = {"dropout": 0.1, "tasks": THREE, "max_steps": 8, "save_steps": 3, "diagnostics_steps": 4, **BOTH}
+    changes |= {"save_total_limit": None}
+    whole = small_trainer(tmp_path / "whole", **changes)
+    whole.train()
+    orders = list(drawn)
+    drawn.clear()
+    again = small_trainer(tmp_path / "whole", **changes)
+    torch.manual_seed(77)
+    np.random.seed(77)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    expected = trained(whole.model)
+    assert all(torch.equal(value, expected[name]) for name, value in trained(again.model).items())
+    assert losses(again) == losses(whole)
+    assert figures(again) == figures(whole) and len(figures(whole)) == 2
+    assert drawn == [draw for draw in orders if draw[-2] >= 3] and len(drawn) > 1
+
+
+def test_clipping_bounds_the_step_of_a_task(tmp_path):
+    trainer = small_trainer(tmp_path, diagnostics_steps=3, max_task_grad_norm=1e-4, max_steps=3, mixed_batches=True)
+    trainer.train()
+    (only,) = figures(trainer)
+    assert only["clipped/cola"] == only["clipped/stsb"] == 1 and only["gradient_norm/cola"] > 1e-4
+
+
+def test_a_collapse_is_warned_of_once(tmp_path):
+    trainer = small_trainer(tmp_path, diagnostics_steps=2, tasks=THREE)
+    with torch.no_grad():
+        for net in trainer.model.hypernetworks.values():
+            net.projector[0].bias.fill_(-100.0)
+    with pytest.warns(UserWarning, match="at step 2 tasks have collapsed onto each other: in the encoder") as caught:
+        trainer.train()
+    said = [str(each.message) for each in caught if "collapsed" in str(each.message)]
+    assert len(said) == 1 and "'cola' and 'stsb' and 2 more of 3 pairs" in said[0]
+    assert "projector makes the same of their different embeddings" in said[0]
+    assert [each["collapsed_pairs"] for each in figures(trainer)] == [3, 3, 3]
+
+
+def test_a_healthy_run_is_not_warned_of_a_collapse(tmp_path):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*collapsed")
+        # widths at which embeddings that are drawn at random are far apart
+        wide = {"task_embedding_dim": 64, "projected_task_embedding_dim": 64, "task_hidden_dim": 128}
+        trainer = small_trainer(tmp_path, diagnostics_steps=1, tasks=THREE, max_steps=12, learning_rate=3e-4, **wide)
+        trainer.train()
+    assert all(each["encoder/weight_variation"] > 10 * COLLAPSED for each in figures(trainer))
+
+
+def test_a_second_training_of_a_trainer_begins_anew(tmp_path, monkeypatch):
+    trainer = small_trainer(tmp_path, diagnostics_steps=4, max_steps=1, tasks=THREE, **BOTH)
+    drawn = []
+    monkeypatch.setattr(task_gradients, "pcgrad_order", lambda T, draw: drawn.append(draw) or pcgrad_order(T, draw))
+    trainer.train()
+    first = trainer._diagnostics.state()
+    trainer.train()
+    assert len(drawn) == 2 and drawn[0] == drawn[1]
+    second = trainer._diagnostics.state()
+    assert [state["attributes"]["sums"]["passes"] for state in (first, second)] == [[1, 1, 1]] * 2
+
+
+@pytest.mark.parametrize("variant", ["hyperformer++", "adapters"])
+def test_a_task_that_begins_as_anothers_copy_has_not_collapsed(tmp_path, variant):
+    fields = {"diagnostics_steps": 2, "tasks": THREE, "variant": variant, "save_steps": 2, "learning_rate": 1e-6}
+    trainer, resumed = small_trainer(tmp_path, **fields), small_trainer(tmp_path, **fields)
+    copy(trainer.model, "cola", "mrpc")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*collapsed")
+        trainer.train()
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert [each["collapsed_pairs"] for each in figures(trainer)] == [0, 0, 0]
+    assert figures(resumed) == figures(trainer)
+
+
+def test_other_pairs_than_copies_are_warned_of(tmp_path):
+    trainer = small_trainer(tmp_path, diagnostics_steps=2, max_steps=2, tasks=THREE)
+    copy(trainer.model, "cola", "mrpc")
+    with torch.no_grad():
+        for net in trainer.model.hypernetworks.values():
+            net.projector[0].bias.fill_(-100.0)
+    with pytest.warns(UserWarning, match="'cola' and 'stsb' and 1 more of 3 pairs"):
+        trainer.train()
+
+
+def copy(model, source, task):
+    """Let a task begin as ``add_task`` lets it that is given the task to begin from."""
+    tables = [net.adapters for net in model.hypernetworks.values() if hasattr(net, "adapters")]
+    with torch.no_grad():
+        for table in tables or [model.task_embeddings.task_to_embeddings]:
+            table[task].copy_(table[source])
+
+
+@pytest.mark.parametrize("variant", ["hyperformer-shared", "hyperformer", "adapters", "finetuning"])
+def test_every_method_has_the_figures_that_make_sense(tmp_path, variant):
+    trainer = small_trainer(tmp_path, diagnostics_steps=2, max_steps=2, mixed_batches=True, variant=variant)
+    trainer.train()
+    found = figures(trainer)
+    if variant == "finetuning":
+        assert found == [] and all(len(entry) > 2 for entry in trainer.state.log_history)
+        return
+    assert ("encoder/input_cosine_mean" in found[0]) == (variant != "adapters")
+    assert ("gradient_cosine_mean" in found[0]) == (variant != "adapters")
+    assert "gradient_share/cola" in found[0]
+
+
+def test_frozen_generators_have_no_gradient_figures(tmp_path):
+    trainer = small_trainer(tmp_path, diagnostics_steps=2, max_steps=2, freeze_model_but_task_embeddings=True)
+    trainer.train()
+    (only,) = figures(trainer)
+    assert "task_embedding_cosine_mean" in only and not any(name.startswith("gradient") for name in only)
+
+
+def test_what_cannot_be_is_refused(tmp_path):
+    with pytest.raises(RunConfigError, match="gradient_surgery 'pcgrad' compares .* set mixed_batches"):
+        small_run(tmp_path, gradient_surgery="pcgrad")
+    for name, value, message in [
+        ("gradient_surgery", "pc", "gradient_surgery must be one of none, pcgrad, got 'pc'"),
+        ("max_task_grad_norm", 0, "max_task_grad_norm must be above 0"),
+        ("diagnostics_steps", -1, "diagnostics_steps must be at least 0"),
+    ]:
+        with pytest.raises(RunConfigError, match=message):
+            small_run(tmp_path, **{name: value})
+        with pytest.raises(RunConfigError, match=message):
+            HyperFormerTrainingArguments(str(tmp_path), **{name: value})
+    trainer = small_trainer(tmp_path)
+    trainer.args.gradient_surgery = "pcgrad"
+    again = {"model": trainer.model, "args": trainer.args, "train_dataset": trainer.train_dataset}
+    again |= {"processing_class": trainer.processing_class, "tasks": trainer.tasks}
+    with pytest.raises(ValueError, match="a batch has one task only: set mixed_batches=True"):
+        HyperFormerTrainer(**again)
+    trainer.args.mixed_batches = True
+    HyperFormerTrainer(**again)
+    trainer.model.compile()
+    with pytest.raises(ValueError, match="leave torch_compile off"):
+        HyperFormerTrainer(**again)
+    with pytest.raises(ValueError, match="each task has adapters of its own"):
+        small_trainer(tmp_path, variant="adapters", **{**BOTH, "max_task_grad_norm": None})
+
+
+def test_a_gradient_that_is_not_seen_is_an_error(tmp_path):
+    class Deaf(HyperFormerTrainer):
+        def compute_loss(self, model, *args, **kwargs):
+            watch, model._task_gradients = model._task_gradients, None
+            try:
+                return super().compute_loss(model, *args, **kwargs)
+            finally:
+                model._task_gradients = watch
+
+    trainer = small_trainer(tmp_path, **BOTH)
+    trainer.__class__ = Deaf
+    with pytest.raises(RuntimeError, match="had no effect, because no gradient of the adapters was seen"):
+        trainer.train()
+
+
+def test_plain_arguments_ask_for_nothing(tmp_path):
+    args = Seq2SeqTrainingArguments(str(tmp_path), max_steps=2, report_to="none", save_strategy="no", use_cpu=True)
+    small = small_trainer(tmp_path)
+    rows, tokenizer = small.train_dataset, small.processing_class
+    trainer = HyperFormerTrainer(small.model, args, train_dataset=rows, processing_class=tokenizer)
+    trainer.train()
+    assert figures(trainer) == []
+    assert RunArguments.from_dict({}).training.diagnostics_steps == 100
+
+
+def test_the_command_logs_and_plots_them(tmp_path, capsys):
+    fields = {"model_name_or_path": saved_t5(tmp_path / "t5"), "data_dir": data_folder(tmp_path / "data"), **SMALL}
+    fields |= {"max_steps": 4, "per_device_train_batch_size": 4, "save_strategy": "no", "diagnostics_steps": 2, **BOTH}
+    fields |= {"output_dir": tmp_path / "run"}
+    assert main(["train", *(part for name, value in fields.items() for part in (f"--{name}", str(value)))]) == 0
+    history = json.loads((tmp_path / "run" / "history.json").read_text())
+    assert [each["step"] for each in history if "diagnostics/gradient_cosine/cola/stsb" in each] == [2, 4]
+    assert "curves.png and diagnostics.png are in" in capsys.readouterr().out.replace("\n", " ")
+    with Image.open(tmp_path / "run" / "diagnostics.png") as image:
+        assert image.size[0] > 1000
+
+
+def test_any_history_is_plotted(tmp_path):
+    many = {f"diagnostics/gradient_share/_task{i}": 1 / 31 for i in range(31)}
+    odd = {"diagnostics/encoder/weight_variation": 0.0, "diagnostics/gradient_cosine_mean": math.pi / 9, "step": 5}
+    for name, history in {"none": [], "one": [{"step": 3, **many}], "odd": [{"loss": 1.0, "step": 1}, odd]}.items():
+        plot_diagnostics(history, tmp_path / f"{name}.png", "$x_1")
+        assert Path(tmp_path / f"{name}.png").stat().st_size
+        assert has_diagnostics(history) == (name != "none")
