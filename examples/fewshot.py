@@ -21,7 +21,7 @@ from hyperformer_fast.data import HyperFormerDataCollator, TaskData, encode, loa
 from hyperformer_fast.tiny import load_tiny
 from hyperformer_fast.training import HyperFormerTrainer, HyperFormerTrainingArguments
 
-TRAINED, NEW, NEAREST = ["topic", "entailment"], "sentiment", "topic"
+TRAINED, NEW, NEAREST = ["topic", "entailment"], "paraphrase", "entailment"
 
 
 def trainer_of(

@@ -13,7 +13,7 @@ from torch import nn
 
 from .atomic import recover_directory
 from .checkpoint import CONFIG_NAME, OLD_CONFIG_NAME, OLD_WEIGHTS_NAME, WEIGHTS_NAME, CheckpointError
-from .tiny import EMBEDDED, load_tiny
+from .tiny import EMBEDDED, fits_embedded, load_tiny
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -106,7 +106,8 @@ def load_t5(base: Any, where: str | os.PathLike[str], **options: Any) -> nn.Modu
     if "dtype" not in options and "torch_dtype" not in options:
         options["dtype"] = getattr(torch, str(base.get("dtype")), torch.float32)
     try:
-        if isinstance(base.get("config"), dict):
+        # The embedded T5 of an earlier version had other sizes; what reads the checkpoint then says that it is another.
+        if isinstance(base.get("config"), dict) and not (name == EMBEDDED and not fits_embedded(base["config"])):
             # A copy: transformers 4.57 adds fields to the dict that it is given, and the digest covers them.
             fields = copy.deepcopy(base["config"])
             if fields.get("scale_decoder_outputs") is False:

@@ -152,11 +152,15 @@ def _cell(text: str) -> str:
 
 def _loading(base: str, on_hub: bool) -> str:
     if on_hub or base == EMBEDDED:
-        tokenizer = f"AutoTokenizer.from_pretrained({base!r})" if on_hub else "ByT5Tokenizer()"
+        tokenizer = f"AutoTokenizer.from_pretrained({base!r})" if on_hub else "load_tiny_tokenizer()"
         lines = ['model = HyperFormerModel.from_pretrained("...")  # this folder, or its id on the Hub']
     else:
         tokenizer = "AutoTokenizer.from_pretrained(...)  # of the T5"
         lines = ['model = HyperFormerModel.from_pretrained("...", t5=t5)  # t5: what this model was trained on']
     kind = tokenizer.partition(".")[0].partition("(")[0]
-    imports = [f"from transformers import {kind}", "from hyperformer_fast import HyperFormerModel"]
+    imports = ["from hyperformer_fast import HyperFormerModel"]
+    if kind == "AutoTokenizer":
+        imports.insert(0, "from transformers import AutoTokenizer")
+    else:
+        imports.append("from hyperformer_fast.tiny import load_tiny_tokenizer")
     return "\n".join([*imports, "", *lines, f"tokenizer = {tokenizer}"])

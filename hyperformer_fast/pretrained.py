@@ -19,7 +19,7 @@ from .config import HyperFormerConfig
 from .methods import build_parts
 from .sharding import is_sharded, whole_state
 from .sites import find_sites
-from .tiny import name_of
+from .tiny import EMBEDDED, name_of
 
 FORMAT_VERSION = 1
 
@@ -128,7 +128,8 @@ class Checkpoint:
             )
         differs, blind = fingerprint.difference(weights, self.file.tensors[_SAMPLE], digests)
         if differs is not None:
-            raise CheckpointError(f"{self.directory} was trained on another T5: {differs}")
+            hint = _embedded_before(self.file.description["base_model"])
+            raise CheckpointError(f"{self.directory} was trained on another T5: {differs}{hint}")
         if blind:
             warnings.warn(
                 f"{self.directory}: {len(blind)} of the T5's {len(weights)} frozen weights ({blind[0]} for one) are "
@@ -210,12 +211,14 @@ def described(file: CheckpointFile | LoadedCheckpoint, directory: str | Path, t5
         if theirs.get(fact) != ours[fact]:
             raise CheckpointError(
                 f"{directory} was trained on another T5: {fact} was {theirs.get(fact)!r}, this one's is {ours[fact]!r}"
+                f"{_embedded_before(theirs)}"
             )
     said, here = _computation(theirs.get("config")), _computation(fingerprint.config_of(t5).to_dict())
     for field in said:
         if field in here and said[field] != here[field]:
             raise CheckpointError(
                 f"{directory} was trained on another T5: {field} was {said[field]!r}, this one's is {here[field]!r}"
+                f"{_embedded_before(theirs)}"
             )
     try:
         config = HyperFormerConfig.from_dict(file.description.get("config", {}))
@@ -225,6 +228,16 @@ def described(file: CheckpointFile | LoadedCheckpoint, directory: str | Path, t5
         if getattr(config, size) > _LARGEST_SIZE:
             raise CheckpointError(f"{directory}: {size} must be at most {_LARGEST_SIZE}, got {getattr(config, size)}")
     return Checkpoint(directory, config, file)
+
+
+def _embedded_before(base: Mapping[str, Any]) -> str:
+    """Say what to do where a checkpoint is of the embedded T5, which is not the same in all versions."""
+    if base.get("name_or_path") != EMBEDDED:
+        return ""
+    return (
+        ". It names the embedded T5, which was another in an earlier version of this library: train again, or install "
+        "the version that trained it"
+    )
 
 
 def shapes_of(config: HyperFormerConfig, t5: nn.Module, trained: Collection[str]) -> dict[str, torch.Size]:

@@ -1,24 +1,25 @@
-"""The default model: a byte-level T5 that is small enough to be part of the package, and ByT5's tokenizer, which needs
-no files.
+"""The default model: a T5 that is small enough to be part of the package, and its tokenizer.
 
-docs/tiny_t5.md says what the T5 was trained on.
+docs/tiny_t5.md says what they were trained on.
 """
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Mapping
 from importlib.resources import as_file, files
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import ByT5Tokenizer, T5ForConditionalGeneration
+    from transformers import PreTrainedTokenizerFast, T5ForConditionalGeneration
 
 #: The embedded T5's name, in checkpoints and for the command; its folder is another on every machine.
 EMBEDDED = "embedded"
 
 
-def load_tiny(kind: Any = None, **options: Any) -> tuple[T5ForConditionalGeneration, ByT5Tokenizer]:
+def load_tiny(kind: Any = None, **options: Any) -> tuple[T5ForConditionalGeneration, PreTrainedTokenizerFast]:
     """Load the T5 and the tokenizer from the package; nothing is downloaded.
 
     Args:
@@ -32,19 +33,31 @@ def load_tiny(kind: Any = None, **options: Any) -> tuple[T5ForConditionalGenerat
         FileNotFoundError: the package was installed without its assets.
     """
     import torch
-    from transformers import ByT5Tokenizer, T5ForConditionalGeneration
+    from transformers import T5ForConditionalGeneration
 
-    asset = _asset()
-    for name in ("config.json", "model.safetensors"):
-        if not (asset / name).is_file():
-            raise FileNotFoundError(
-                f"the embedded T5 lacks {asset / name}: reinstall hyperformer_fast, or make it with "
-                "tools/pretrain_tiny.py"
-            )
-    with as_file(asset) as folder:
+    with as_file(_complete_asset()) as folder:
         options = {"dtype": torch.float32, **options, "local_files_only": True}
         t5 = (kind or T5ForConditionalGeneration).from_pretrained(folder, **options)
-    return t5.eval(), ByT5Tokenizer()
+    return t5.eval(), load_tiny_tokenizer()
+
+
+def load_tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Load the tokenizer of the embedded T5 from the package.
+
+    Raises:
+        FileNotFoundError: the package was installed without its assets.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    with as_file(_complete_asset()) as folder:
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+
+
+def fits_embedded(config: Mapping[str, Any]) -> bool:
+    """Return whether a T5's configuration has the sizes of the embedded T5, which are others in other versions."""
+    ours = json.loads((_asset() / "config.json").read_text(encoding="utf-8"))
+    sizes = ("vocab_size", "d_model", "d_kv", "d_ff", "num_heads", "num_layers", "num_decoder_layers")
+    return all(config.get(size) == ours[size] for size in sizes)
 
 
 def name_of(t5: nn.Module) -> str:
@@ -60,3 +73,14 @@ def name_of(t5: nn.Module) -> str:
 
 def _asset() -> Any:
     return files("hyperformer_fast") / "assets" / "tiny_t5"
+
+
+def _complete_asset() -> Any:
+    asset = _asset()
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        if not (asset / name).is_file():
+            raise FileNotFoundError(
+                f"the embedded T5 lacks {asset / name}: reinstall hyperformer_fast, or make it with "
+                "tools/pretrain_tiny.py"
+            )
+    return asset

@@ -109,6 +109,20 @@ def test_the_embedded_t5_is_known_by_its_name(tmp_path):
     assert all(map(torch.equal, model.state_dict().values(), again.state_dict().values()))
 
 
+@pytest.mark.parametrize("sizes", ["other sizes", "the same sizes"])
+def test_the_embedded_t5_of_an_earlier_version_is_refused(tmp_path, sizes):
+    embedded, _ = load_tiny()
+    t5 = tiny_t5() if sizes == "other sizes" else load_tiny()[0]
+    t5.config.name_or_path = embedded.config.name_or_path
+    with torch.no_grad():
+        t5.shared.weight.mul_(1.5)
+    get_hyperformer_model(t5, tiny_config()).save_pretrained(tmp_path)
+    told = "It names the embedded T5, which was another in an earlier version of this library: train again"
+    for given in ({}, {"t5": embedded}):
+        with pytest.raises(CheckpointError, match=f"was trained on another T5: .*{told}"):
+            HyperFormerModel.from_pretrained(tmp_path, **given)
+
+
 def test_a_classifier_is_loaded_with_its_labels(tmp_path):
     tiny_t5(dtype=torch.float32).save_pretrained(tmp_path / "t5")
     t5 = T5ForSequenceClassification.from_pretrained(tmp_path / "t5", num_labels=5)

@@ -1,61 +1,50 @@
 """The built-in tasks: a synthetic multi-task corpus that needs no download and covers every output format.
 
-Small grammars over the lexicons below produce the sentences. A row depends only on (task, split, seed). The three
-splits of a task are disjoint, and no first sentence of a row occurs in two splits.
+Small grammars over the words of :mod:`.builtin_words` produce the rows. A row depends only on (task, split, seed). The
+three splits of a task are disjoint, and no first sentence of a row occurs in two splits.
 """
 
 from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+
+from .builtin_words import (
+    AGES,
+    BAD,
+    COLOURS,
+    DEALS,
+    DEGREES,
+    GOOD,
+    INFINITIVES,
+    PEOPLE,
+    PLACES,
+    REVIEWED,
+    SINGULAR,
+    STARTS,
+    THINGS,
+    TIMES,
+    TOPICS,
+    VERBS,
+    WHERE,
+    third_person,
+)
+
+__all__ = [
+    "BUILTIN_SPECS",
+    "BUILTIN_TASKS",
+    "SIZES",
+    "TOPICS",
+    "TRANSFER_TASKS",
+    "event_passive",
+    "load_builtin",
+    "unlabelled_text",
+]
 
 #: A row by column: the texts, and the label under "label".
 Row = dict[str, Any]
-
-PEOPLE = "Anna Tom Maria Peter Lucy Omar Nina Carl Ivy Hugo".split()
-PEOPLE += "Lena Boris Clara Felix Rosa Simon Vera Max Edith Paul".split()
-COLOURS = "red blue green black white yellow brown grey".split()
-PLACES = "Paris Rome Oslo Cairo Lima Delhi Tokyo Dublin Boston Madrid Vienna Prague".split()
-THINGS = "car coat lamp chair table piano bike boat clock phone camera guitar hat bag ring sofa".split()
-DEALS = {"bought": "sold", "found": "lost", "painted": "cleaned"}
-DEALS |= {opposite: deed for deed, opposite in DEALS.items()}
-TIMES = ("on Monday", "last week", "in May", "yesterday", "at noon", "on Friday", "in July", "last year")
-
-GOOD = "great lovely superb delightful brilliant charming excellent wonderful pleasant splendid".split()
-BAD = "awful dull terrible boring dreadful poor horrible tedious weak nasty".split()
-REVIEWED = "film play book song meal hotel show story concert speech dinner garden".split()
-DEGREES = ("", "really ", "quite ", "very ", "truly ", "rather ")
-STARTS = ("the {r} was", "a {r} that was", "{p} said the {r} was", "this {r} is", "{p} found that the {r} was")
-
-TOPICS = {
-    "sport": (
-        "team player coach runner goalkeeper champion striker referee".split(),
-        "won lost missed watched celebrated filmed".split(),
-        "match goal race medal final season league penalty".split(),
-    ),
-    "food": (
-        "cook baker chef waiter farmer butcher guest grocer".split(),
-        "boiled served roasted tasted ordered peeled".split(),
-        "soup bread rice cheese pasta salad onion stew".split(),
-    ),
-    "music": (
-        "singer drummer pianist band choir violinist composer conductor".split(),
-        "played sang rehearsed recorded performed composed".split(),
-        "song opera waltz concerto melody symphony ballad tune".split(),
-    ),
-    "weather": (
-        "storm wind rain frost cloud snow fog thunder".split(),
-        "covered reached hit crossed darkened flooded".split(),
-        "valley coast hills river shore mountains island bay".split(),
-    ),
-}
-
-SINGULAR = "dog cat boy girl teacher nurse farmer sailor bird horse".split()
-VERBS = "sleep walk sing swim jump work wait dance read shout".split()
-WHERE: tuple[str, ...] = ("near the lake", "in the park", "at home", "by the river", "in the yard", "at school")
-WHERE += ("on the hill", "near the gate")
 
 SIZES = {"train": 2000, "validation": 250, "test": 250}
 
@@ -67,18 +56,32 @@ BUILTIN_SPECS: dict[str, dict[str, Any]] = {
     "grammar": {"columns": ("sentence",), "labels": ("0", "1"), "metrics": ("matthews",)},
     "entailment": {"columns": _PAIR, "labels": ("0", "1")},
     "similarity": {"columns": _PAIR, "target": "number"},
+    "question": {
+        "columns": ("context", "question"),
+        "target": "text",
+        "metrics": ("exact_match", "squad_f1"),
+        "max_target_length": 8,
+    },
+    "question_type": {"columns": ("question",), "labels": ("0", "1", "2", "3", "4", "5")},
+    "paraphrase": {"columns": _PAIR, "labels": ("0", "1")},
 }
-BUILTIN_TASKS = tuple(BUILTIN_SPECS)
+#: The tasks that are kept from training, so that a trained model can be transferred to them.
+TRANSFER_TASKS = ("paraphrase",)
+#: The tasks that a run trains on where it names none.
+BUILTIN_TASKS = tuple(task for task in BUILTIN_SPECS if task not in TRANSFER_TASKS)
 
 
 def _sentiment(draw: random.Random) -> Row:
-    """A review of one clause, in which ``not`` reverses the sentiment. Three in five are positive."""
-    positive = draw.random() < 0.6
+    """A review of one clause with one adjective or two, whose sense ``not`` and ``neither`` reverse."""
+    positive = draw.random() < 0.55
     negated = draw.random() < 0.35
-    word = draw.choice(GOOD if positive != negated else BAD)
-    degree = draw.choice(DEGREES)
+    words = draw.sample(GOOD if positive != negated else BAD, 2)
     start = draw.choice(STARTS).format(r=draw.choice(REVIEWED), p=draw.choice(PEOPLE))
-    return {"sentence": f"{start} {'not ' if negated else ''}{degree}{word}", "label": int(positive)}
+    if draw.random() < 0.3:
+        said = f"neither {words[0]} nor {words[1]}" if negated else f"{words[0]} and {words[1]}"
+    else:
+        said = f"{'not ' if negated else ''}{draw.choice(DEGREES)}{words[0]}"
+    return {"sentence": f"{start} {said}", "label": int(positive)}
 
 
 def _topic(draw: random.Random) -> Row:
@@ -89,24 +92,24 @@ def _topic(draw: random.Random) -> Row:
 
 
 def _grammar(draw: random.Random) -> Row:
-    """Whether the verb agrees with its subject. About two in three do."""
-    plural, right = draw.random() < 0.5, draw.random() < 0.65
+    """Whether the verb agrees with its subject. About three in five do."""
+    plural, right = draw.random() < 0.5, draw.random() < 0.6
     subject = draw.choice(SINGULAR) + ("s" if plural else "")
     verb = draw.choice(VERBS)
-    third = verb + ("es" if verb.endswith("ch") else "s")
-    colour = draw.choice(("", "", "old ", "young ", "small ", "tired "))
-    sentence = f"the {colour}{subject} {verb if plural == right else third} {draw.choice(WHERE)}"
-    return {"sentence": sentence, "label": int(right)}
+    shown = verb if plural == right else third_person(verb)
+    return {"sentence": f"the {draw.choice(AGES)}{subject} {shown} {draw.choice(WHERE)}", "label": int(right)}
+
+
+_POOLS: tuple[Sequence[str], ...] = (PEOPLE, sorted(DEALS), COLOURS, THINGS, PLACES)
 
 
 def _event(draw: random.Random) -> list[str]:
     """Draw an event: [who, did, colour, thing, where]."""
-    return [draw.choice(part) for part in (PEOPLE, sorted(DEALS), COLOURS, THINGS, PLACES)]
+    return [draw.choice(pool) for pool in _POOLS]
 
 
 def _other(draw: random.Random, slot: int, value: str) -> str:
-    pool = (PEOPLE, sorted(DEALS), COLOURS, THINGS, PLACES)[slot]
-    return draw.choice([word for word in pool if word != value])
+    return draw.choice([word for word in _POOLS[slot] if word != value])
 
 
 def _entailment(draw: random.Random) -> Row:
@@ -118,12 +121,23 @@ def _entailment(draw: random.Random) -> Row:
     if label:
         slot = draw.choice([i for i, keep in enumerate(kept) if keep])
         claimed[slot] = DEALS[event[1]] if slot == 1 else _other(draw, slot, event[slot])
-    return {"sentence1": _say(event, [True] * 5), "sentence2": _say(claimed, kept), "label": label}
+    return {"sentence1": _say(event), "sentence2": _say(claimed, kept), "label": label}
 
 
-def _say(event: list[str], kept: list[bool]) -> str:
+def _say(event: Sequence[str], kept: Sequence[bool] = (True,) * 5) -> str:
     who, did, colour, thing, place = event
     return f"{who} {did} a {colour + ' ' if kept[2] else ''}{thing}{' in ' + place if kept[4] else ''}"
+
+
+def _turned(event: Sequence[str]) -> str:
+    who, did, colour, thing, place = event
+    return f"in {place} {who} {did} a {colour} {thing}"
+
+
+def event_passive(event: Sequence[str]) -> str:
+    """Say in the passive that somebody (who, did, colour, thing, where) did something."""
+    who, did, colour, thing, place = event
+    return f"a {colour} {thing} was {did} by {who} in {place}"
 
 
 def _similarity(draw: random.Random) -> Row:
@@ -133,12 +147,51 @@ def _similarity(draw: random.Random) -> Row:
     for slot in draw.sample(range(5), different):
         second[slot] = _other(draw, slot, first[slot])
     turned = draw.random() < 0.3
-    sentences = [_say(first, [True] * 5), _say(second, [True] * 5)]
-    if turned:
-        who, did, colour, thing, place = second
-        sentences[1] = f"in {place} {who} {did} a {colour} {thing}"
     label = round(max(0.0, 5 - different - 0.2 * turned), 1)
-    return {"sentence1": sentences[0], "sentence2": sentences[1], "label": label}
+    return {"sentence1": _say(first), "sentence2": _turned(second) if turned else _say(second), "label": label}
+
+
+def _question(draw: random.Random) -> Row:
+    """An event, and a question about one of its parts; the answer is a word or three of the event."""
+    event = _event(draw)
+    who, did, colour, thing, place = event
+    question, answer = draw.choice(
+        (
+            (f"who {did} the {thing}", who),
+            (f"what colour was the {thing}", colour),
+            (f"where did {who} {INFINITIVES[did]} the {thing}", place),
+            (f"what did {who} {INFINITIVES[did]}", f"a {colour} {thing}"),
+        )
+    )
+    return {"context": _turned(event) if draw.random() < 0.3 else _say(event), "question": question, "label": answer}
+
+
+def _question_type(draw: random.Random) -> Row:
+    """What a question asks for: a person, a place, a time, a colour, a thing or a number."""
+    label = draw.choices(range(6), weights=(8, 5, 4, 3, 3, 3))[0]
+    who, did, colour, thing, place = _event(draw)
+    do, when = INFINITIVES[did], draw.choice(TIMES)
+    question = draw.choice(
+        (
+            (f"who {did} the {colour} {thing} {when}", f"which person {did} a {colour} {thing} in {place}"),
+            (f"where did {who} {do} the {colour} {thing}", f"in which town was the {thing} that {who} {did} {when}"),
+            (f"when did {who} {do} the {colour} {thing}", f"on which day did {who} {do} the {thing} in {place}"),
+            (f"what colour was the {thing} that {who} {did}", f"which colour has the {thing} of {who} in {place}"),
+            (f"what did {who} {do} in {place} {when}", f"which {colour} thing did {who} {do} in {place}"),
+            (f"how many {thing}s did {who} {do} {when}", f"what number of {thing}s did {who} {do} in {place}"),
+        )[label]
+    )
+    return {"question": question, "label": label}
+
+
+def _paraphrase(draw: random.Random) -> Row:
+    """Label 1: the second sentence tells all of the first's event in other words; else one of its parts differs."""
+    event = _event(draw)
+    told, label = list(event), int(draw.random() < 0.45)
+    if not label:
+        slot = draw.randrange(5)
+        told[slot] = _other(draw, slot, event[slot])
+    return {"sentence1": _say(event), "sentence2": draw.choice((event_passive, _turned))(told), "label": label}
 
 
 _MAKERS: dict[str, Callable[[random.Random], Row]] = {
@@ -147,6 +200,9 @@ _MAKERS: dict[str, Callable[[random.Random], Row]] = {
     "grammar": _grammar,
     "entailment": _entailment,
     "similarity": _similarity,
+    "question": _question,
+    "question_type": _question_type,
+    "paraphrase": _paraphrase,
 }
 
 
@@ -154,7 +210,7 @@ def load_builtin(task: str, split: str, seed: int = 0) -> list[Row]:
     """Generate the rows of one split, in the form in which a JSON-lines file would hold them.
 
     Args:
-        task: one of ``BUILTIN_TASKS``.
+        task: one of ``BUILTIN_SPECS``.
         split: ``train`` (2,000 rows), ``validation`` or ``test`` (250 each).
         seed: a different seed gives a different corpus.
 
@@ -162,7 +218,7 @@ def load_builtin(task: str, split: str, seed: int = 0) -> list[Row]:
         ValueError: the task or the split is unknown.
     """
     if task not in _MAKERS:
-        raise ValueError(f"unknown built-in task {task!r}; there are {', '.join(BUILTIN_TASKS)}")
+        raise ValueError(f"unknown built-in task {task!r}; there are {', '.join(BUILTIN_SPECS)}")
     if split not in SIZES:
         raise ValueError(f"split must be one of {', '.join(SIZES)}, got {split!r}")
     # random.Random hashes a string seed with SHA-512, so every process generates the same rows.
@@ -185,13 +241,27 @@ def _home(text: tuple[str, ...]) -> str:
     return "test" if share < 28 else "validation" if share < 56 else "train"
 
 
+def sentences_of(task: str, split: str, seed: int = 0) -> Iterator[str]:
+    """Yield the sentences of a split, without their labels."""
+    for row in load_builtin(task, split, seed):
+        yield from (value for name, value in row.items() if name != "label")
+
+
 def unlabelled_text(seed: int = 0) -> Iterator[str]:
-    """Yield the sentences of the train splits, except those that also occur in another split."""
+    """Yield the sentences of the train splits of the tasks that a run trains on, except those of another split.
 
-    def sentences(split: str) -> Iterator[str]:
-        for task in BUILTIN_TASKS:
-            for row in load_builtin(task, split, seed):
-                yield from (value for name, value in row.items() if name != "label")
+    Nor is any sentence of a validation or test row of a transfer task among them.
+    """
+    held = held_out_sentences(seed)
+    for task in BUILTIN_TASKS:
+        yield from (sentence for sentence in sentences_of(task, "train", seed) if sentence not in held)
 
-    held = {*sentences("validation"), *sentences("test")}
-    yield from (sentence for sentence in sentences("train") if sentence not in held)
+
+def held_out_sentences(seed: int = 0) -> set[str]:
+    """Return the sentences of all validation and test splits."""
+    return {
+        sentence
+        for task in BUILTIN_SPECS
+        for split in ("validation", "test")
+        for sentence in sentences_of(task, split, seed)
+    }

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..extras import require
 from ..nearest import did_you_mean
-from .builtin import BUILTIN_TASKS
+from .builtin import BUILTIN_SPECS, BUILTIN_TASKS
 from .cache import Cache
 from .examples import Examples, TaskData, make_examples
 from .examples import examples as examples
@@ -185,7 +185,7 @@ class _Loader:
         if entry is not None and entry.dataset is not None and (data_dir is None or name in self.own):
             return Hub(entry, entry.dataset, entry.dataset_config, self.cache)
         if data_dir is None:
-            return BuiltIn(name) if name in BUILTIN_TASKS else None
+            return BuiltIn(name) if name in BUILTIN_SPECS else None
         if data_dir == HUB_GLUE or name not in _tasks_of(data_dir):
             return None
         return Folder(Path(data_dir) / name, entry, self.cache)
@@ -217,7 +217,7 @@ class _Loader:
                 self.say(f"{name}: {split} has the rows of train, so that its results say nothing of new rows")
 
     def builtin_names(self) -> Sequence[str]:
-        return BUILTIN_TASKS if self.options.data_dir is None else ()
+        return tuple(BUILTIN_SPECS) if self.options.data_dir is None else ()
 
     def spec(self, name: str, place: Place, train: Rows) -> TaskSpec:
         """Return the entry of a task, changed by its ``task.json``, or a specification inferred from its rows."""

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import ByT5Tokenizer
 
 from ..fusion.pieces import Fuse
-from ..tiny import load_tiny
+from ..tiny import load_tiny, load_tiny_tokenizer
 from .arguments import EMBEDDED, ModelArguments
 from .folder import RunError
 
@@ -75,7 +74,7 @@ def load_tokenizer(arguments: ModelArguments, model: str) -> PreTrainedTokenizer
             warnings.warn(
                 f"tokenizer_name={arguments.tokenizer_name!r} is not the embedded T5's: ignored", stacklevel=3
             )
-        return ByT5Tokenizer()
+        return load_tiny_tokenizer()
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(arguments.tokenizer_name or model, **_hub(arguments))

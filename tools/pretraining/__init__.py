@@ -1,0 +1,1 @@
+"""The parts of tools/pretrain_tiny.py: text, tokenizer, objectives, model and state."""
