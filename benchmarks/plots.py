@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from comparison import OF_A_STACK, POINTS, splits_in_words, title_of
 from timing import RESULTS, described
 
 #: The label of every axis that shows how a rival compares.
@@ -30,10 +31,10 @@ LEAST = 1e-9
 
 
 @contextlib.contextmanager
-def panels(count: int, path: Path, where: Mapping[str, str], **settings) -> Iterator[Sequence]:
+def panels(count: int, path: Path, where: Mapping[str, str], height: float = HEIGHT, **settings) -> Iterator[Sequence]:
     """``count`` axes side by side in one style, under the machine's description; saved as ``path`` at the end.
 
-    The lines of all axes share one legend, below them.
+    The lines of all axes share one legend, below them, whose first row is within ``height``.
     """
     import matplotlib
 
@@ -43,7 +44,7 @@ def panels(count: int, path: Path, where: Mapping[str, str], **settings) -> Iter
     style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}
     with plt.rc_context({**style, "grid.alpha": 0.25, "axes.titlesize": 11}):
         figure, axes = plt.subplots(
-            1, count, figsize=(max(8, 4.3 * count), HEIGHT), squeeze=False, layout="constrained", **settings
+            1, count, figsize=(max(8, 4.3 * count), height), squeeze=False, layout="constrained", **settings
         )
         try:
             yield axes[0]
@@ -54,7 +55,7 @@ def panels(count: int, path: Path, where: Mapping[str, str], **settings) -> Iter
                     lines.setdefault(label, line)
             letters = max(map(len, lines)) + LETTERS_PER_LINE
             columns = min(len(lines), int(figure.get_figwidth() * LETTERS_PER_INCH / letters)) or 1
-            figure.set_figheight(HEIGHT + LEGEND_ROW * (math.ceil(len(lines) / columns) - 1))
+            figure.set_figheight(height + LEGEND_ROW * (math.ceil(len(lines) / columns) - 1))
             figure.legend(lines.values(), lines, loc="outside lower center", ncols=columns, frameon=False)
             figure.savefig(path, dpi=130)
         finally:
@@ -148,29 +149,94 @@ def gpu_report(results: dict, where: Mapping[str, str], path: Path) -> None:
         plain_logarithmic(axis.xaxis, sorted({r["N"] for r in found}))
 
 
-def real_text(results: dict, where: Mapping[str, str], path: Path) -> None:
-    """The score of each method on each task of real text, with its deviation over seeds, above the majority class."""
+def heading(results: Mapping) -> str:
+    """The rows, seeds and steps of a study."""
+    told, rows = results["settings"], splits_in_words(results["evaluated"]) if "evaluated" in results else "validation"
+    seeds = "1 seed" if told["seeds"] == 1 else f"{told['seeds']} seeds"
+    return f"{rows}, {seeds}, {told['steps']} steps of {told['batch']} rows"
+
+
+def color_of(label: str) -> str:
+    """One color for each recipe, and one for methods that have none."""
+    return "C1" if label.endswith("(authors)") else "C0" if label.endswith(")") else "0.45"
+
+
+def comparison(results: dict, where: Mapping[str, str], path: Path) -> None:
+    """The average of each method with its deviation over seeds, and the score of each method on each task."""
     most, methods = results["majority"], results["methods"]
-    groups = [*most["tasks"], "average"]
+    places, tasks = range(len(methods)), list(most["tasks"])
+    without = "a method without recipes" if any("(" in label for label in methods) else "mean and deviation"
+    with panels(2, path, where, sharey=True, width_ratios=(1, 1.5)) as (left, right):
+        for place, (label, method) in zip(places, methods.items()):
+            average = method["average_metrics"]
+            recipe = label.partition("(")[2].rstrip(")")
+            left.errorbar(
+                average["mean"], place, xerr=average["deviation"] or 0.0, fmt="o", capsize=3, color=color_of(label),
+                label=f"recipe {recipe}" if recipe else without,
+            )  # fmt: skip
+        left.axvline(most["average_metrics"], color="black", linestyle=":", label="majority class")
+        left.set_yticks(places, [title_of(label) for label in methods])
+        left.set(xlabel="average of all metrics, percent")
+        left.set_title(heading(results), fontsize=9)
+        left.invert_yaxis()
+        scores = [[method["tasks"][task]["score"]["mean"] for task in tasks] for method in methods.values()]
+        above = [[score - most["tasks"][task]["score"] for score, task in zip(row, tasks)] for row in scores]
+        bound = max(abs(value) for row in above for value in row) or 1.0
+        right.imshow(above, aspect="auto", cmap="RdBu", vmin=-bound, vmax=bound, alpha=0.55)
+        for y, row in enumerate(scores):
+            for x, score in enumerate(row):
+                right.text(x, y, f"{score:.0f}", ha="center", va="center", fontsize=8)
+        right.set_xticks(range(len(tasks)), tasks, rotation=30, ha="right", rotation_mode="anchor", fontsize=8)
+        right.set_title("score of each task; blue: above the majority class", fontsize=9)
+        right.grid(visible=False)
+
+
+def rates(results: dict, where: Mapping[str, str], path: Path) -> None:
+    """The average of each method over the learning rate, and the range in which it is near its best."""
     with panels(1, path, where) as (axis,):
-        for i, (name, method) in enumerate(methods.items()):
-            found = [*(task["score"] for task in method["tasks"].values()), method["average_metrics"]]
-            places = [group + (i - (len(methods) - 1) / 2) * 0.8 / len(methods) for group in range(len(groups))]
-            axis.bar(
-                places,
-                [one["mean"] for one in found],
-                width=0.8 / len(methods),
-                yerr=[one["deviation"] or 0.0 for one in found],
-                capsize=2,
-                label=name,
-            )
-        for group, score in enumerate([*(task["score"] for task in most["tasks"].values()), most["average_metrics"]]):
-            label = "majority class" if group == 0 else None
-            axis.hlines(score, group - 0.42, group + 0.42, color="black", linestyle=":", label=label)
-        axis.set_xticks(range(len(groups)), groups)
-        steps, batch = results["settings"]["steps"], results["settings"]["batch"]
-        axis.set(ylabel="mean of the task's metrics, percent", title=f"real text, {steps} steps of {batch} rows")
-        axis.grid(axis="x", visible=False)
+        for i, (label, method) in enumerate(results["methods"].items()):
+            tried, near = [each["rate"] for each in method["rates"]], method["within"]
+            means, deviations = ([each[name] or 0.0 for each in method["rates"]] for name in ("mean", "deviation"))
+            axis.errorbar(tried, means, yerr=deviations, marker="o", markersize=4, capsize=3, color=f"C{i}",
+                          label=f"{title_of(label)}: a factor of {near['factor']:.3g}")  # fmt: skip
+            good = [(rate, mean) for rate, mean in zip(tried, means) if near["low"] <= rate <= near["high"]]
+            axis.plot(*zip(*good), color=f"C{i}", linewidth=9, alpha=0.2, marker="o", markersize=9)
+        most = results["majority"]["average_metrics"]
+        axis.axhline(most, color="black", linestyle=":", label="majority class")
+        title = f"{heading(results)}; broad: within {POINTS:g} points of the best"
+        axis.set(xlabel="learning rate", ylabel="average of all metrics, percent", title=title)
+        plain_logarithmic(axis.xaxis, sorted({e["rate"] for m in results["methods"].values() for e in m["rates"]}))
+
+
+def many(results: dict, where: Mapping[str, str], path: Path) -> None:
+    """The score of each method on each of many tasks, and what their diagnostics logged while training."""
+    most, methods, curves = results["majority"], results["methods"], results["diagnostics"]
+    logged = {name.partition("/")[2] for of_method in curves.values() for name in of_method}
+    figures, tasks = {name: title for name, title in OF_A_STACK.items() if name in logged}, list(most["tasks"])
+    with panels(1 + len(figures), path, where) as (first, *others):
+        for i, (label, method) in enumerate(methods.items()):
+            found = [method["tasks"][task]["score"] for task in tasks]
+            places = [place + (i - (len(methods) - 1) / 2) * 0.2 for place in range(len(tasks))]
+            first.errorbar(
+                [one["mean"] for one in found], places, xerr=[one["deviation"] or 0.0 for one in found], fmt="o",
+                markersize=3.5, capsize=2, color=f"C{i}",
+                label=f"{title_of(label)}: {method['average_metrics']['mean']:.1f} on average",
+            )  # fmt: skip
+        scores = [most["tasks"][task]["score"] for task in tasks]
+        label = f"majority class: {most['average_metrics']:.1f}"
+        first.plot(scores, range(len(tasks)), "|", color="black", markersize=9, label=label)
+        first.set_yticks(range(len(tasks)), tasks, fontsize=7)
+        first.invert_yaxis()
+        first.set(xlabel="mean of the task's metrics, percent", title=heading(results))
+        for axis, (name, title) in zip(others, figures.items()):
+            for stack, style in (("encoder", "-"), ("decoder", "--")):
+                axis.plot([], [], style, color="0.3", label=stack)  # for the legend alone
+                for i, label in enumerate(methods):
+                    points = curves[label].get(f"{stack}/{name}")
+                    if points:
+                        axis.plot(*zip(*points), style, color=f"C{i}")
+            axis.set(xlabel="optimizer step")
+            axis.set_title(title, fontsize=9)
 
 
 def fewshot(results: dict, where: Mapping[str, str], path: Path) -> None:
@@ -184,20 +250,27 @@ def fewshot(results: dict, where: Mapping[str, str], path: Path) -> None:
 def step(results: dict, where: Mapping[str, str], path: Path) -> None:
     """The time of each row over the bare T5's, and what the time goes to in the groups that were looked into."""
     looked = [(name, group) for name, group in results.items() if group["components"]][:2]
-    with panels(1 + len(looked), path, where) as (first, *others):
+    with panels(1 + len(looked), path, where, height=6.4, gridspec_kw={"width_ratios": [1.5, *[1] * len(looked)]}) as (
+        first,
+        *others,
+    ):
         rows = list(dict.fromkeys(row for group in results.values() for row in group["rows"] if row != "bare"))
-        height = 0.8 / max(1, len(rows))
         for i, row in enumerate(rows):
-            for place, group in enumerate(results.values()):
-                if row in group["rows"]:
-                    found = group["rows"][row]
-                    low, high = found["quartiles"]
-                    spread = [[max(0.0, found["ratio"] - low)], [max(0.0, high - found["ratio"])]]
-                    first.barh(
-                        [-place - (i + 0.5) * height], [found["ratio"]], height, xerr=spread, color=f"C{i}", label=row
-                    )
+            measured = [
+                (place, group["rows"][row]) for place, group in enumerate(results.values()) if row in group["rows"]
+            ]
+            ratios = [found["ratio"] for _, found in measured]
+            spread = [[abs(found["quartiles"][end] - found["ratio"]) for _, found in measured] for end in (0, 1)]
+            # rows of a group one below the other, so that no dot hides another
+            places = [-place - 0.7 * i / max(1, len(rows) - 1) for place, _ in measured]
+            first.errorbar(ratios, places, xerr=spread, fmt="o", markersize=4.5, linewidth=1, color=f"C{i}", label=row)
+        for place in range(1, len(results)):
+            first.axhline(0.15 - place, color="0.9", linewidth=0.8)
         first.axvline(1, color="0.4", linewidth=1)
-        first.set_yticks([-place - 0.4 for place in range(len(results))], list(results), fontsize=6)
+        # A row that something else disturbed would press all others together.
+        most = max(found["ratio"] for group in results.values() for found in group["rows"].values())
+        first.set_xlim(0, 1.1 * most)
+        first.set_yticks([-place - 0.35 for place in range(len(results))], list(results), fontsize=8)
         first.set(xlabel="time over the bare T5's", title="a step")
         first.grid(axis="y", visible=False)
         parts = list(dict.fromkeys(part for _, g in looked for found in g["components"].values() for part in found))
@@ -206,7 +279,7 @@ def step(results: dict, where: Mapping[str, str], path: Path) -> None:
             for i, part in enumerate(parts):
                 sizes = [found.get(part, 0.0) for found in group["components"].values()]
                 color = f"C{i}" if i < 10 else ("black", "0.7")[i - 10]
-                axis.bar(range(len(sizes)), sizes, bottom=bottom, color=color, hatch="//", label=f"of it {part}")
+                axis.bar(range(len(sizes)), sizes, bottom=bottom, color=color, label=f"{part} (bars)")
                 bottom = [a + b for a, b in zip(bottom, sizes)]
             axis.set_xticks(
                 range(len(bottom)), list(group["components"]), rotation=30, ha="right", rotation_mode="anchor"
@@ -221,7 +294,10 @@ PLOTS = {
     "adapter": adapter,
     "training": training,
     "gpu-report": gpu_report,
-    "real-text": real_text,
+    "real-text": comparison,
+    "compare": comparison,
+    "rates": rates,
+    "many": many,
     "fewshot": fewshot,
     "step": step,
 }

@@ -43,6 +43,7 @@ def benchmark_module(monkeypatch):
         "stack.py --quick",
         "memory.py --quick",
         "training.py --quick",
+        "diagnostics.py --quick --sizes T5-small demo",
         "small.py --device cpu --rows 3 --rounds 1",
         pytest.param(
             "products.py --quick",
@@ -227,7 +228,53 @@ STEP = {
         for dtype in ("fp32", "bf16")
     },
 }  # fmt: skip
-MADE_UP = {"gpu-report-made-up.json": GPU_REPORT, "step-made-up.json": STEP}
+
+#: As study.py writes them: many methods and tasks, with long names.
+METHODS = ["finetuning", "single_task (default)", "hyperformer-shared (authors)", "hyperformer++ (default)"]
+TASKS = {f"task number {i}": {"accuracy": 50.0, "score": 30.0 + i} for i in range(18)}
+SETTINGS = {"seeds": 3, "steps": 1500, "batch": 16}
+EVALUATED = {"evaluated": {task: {"split": "test", "rows": 250} for task in TASKS}, "settings": SETTINGS}
+COMPARISON = {
+    "machine": STEP["machine"],
+    "results": EVALUATED
+    | {
+        "majority": {"average_metrics": 40.0, "average_tasks": 40.0, "tasks": TASKS},
+        "methods": {
+            label: {
+                "average_metrics": {"mean": 60.0 + i, "deviation": 1.0},
+                "tasks": {task: {"score": {"mean": 55.0 + i, "deviation": 2.0}} for task in TASKS},
+            }
+            for i, label in enumerate(METHODS)
+        },
+        "diagnostics": {
+            label: {f"{stack}/weight_cosine_mean": [[10, 0.5], [20, 0.25]] for stack in ("encoder", "decoder")}
+            for label in METHODS[2:]
+        }
+        | {METHODS[0]: {}, METHODS[1]: {}},
+    },
+}
+RATES = [1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2]
+SWEEP = {
+    "machine": STEP["machine"],
+    "results": EVALUATED
+    | {
+        "majority": {"average_metrics": 40.0},
+        "methods": {
+            label: {
+                "rates": [{"rate": rate, "mean": 50.0 + i, "deviation": 1.0} for i, rate in enumerate(RATES)],
+                "within": {"best": 1e-2, "low": 1e-3, "high": 1e-2, "factor": 10.0, "points": 3.0},
+            }
+            for label in METHODS
+        },
+    },
+}
+MADE_UP = {
+    "gpu-report-made-up.json": GPU_REPORT,
+    "step-made-up.json": STEP,
+    "compare-made-up.json": COMPARISON,
+    "many-made-up.json": COMPARISON,
+    "rates-made-up.json": SWEEP,
+}
 RESULTS = sorted(path for path in (BENCHMARKS / "results").glob("*.json") if path.with_suffix(".png").exists())
 
 

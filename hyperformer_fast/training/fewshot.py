@@ -47,8 +47,8 @@ SOURCES: dict[str, str] = {
 _KEPT = frozenset(
     """fuse model_name_or_path tokenizer_name cache_dir model_revision text_style add_prefix max_source_length
     max_target_length val_max_target_length test_max_target_length max_predict_samples
-    learning_rate lr_scheduler_type optim optim_args adam_beta1 adam_beta2 adam_epsilon weight_decay max_grad_norm
-    label_smoothing_factor loss_reduction
+    learning_rate learning_rate_rule lr_scheduler_type optim optim_args adam_beta1 adam_beta2 adam_epsilon weight_decay
+    max_grad_norm label_smoothing_factor loss_reduction
     per_device_train_batch_size per_device_eval_batch_size bf16 fp16 tf32 use_cpu dataloader_num_workers
     generation_max_length generation_num_beams""".split()
 )

@@ -59,8 +59,11 @@ def _headings(results: Mapping[str, Any]) -> list[str]:
 def _caption(results: Mapping[str, Any]) -> str:
     cell = next(iter(next(iter(results["methods"].values()))["cells"].values()))
     what = "" if results["train"] == "all" else ", the task embedding alone trained"
-    seeds = "1 seed" if results["seeds"] == 1 else f"{results['seeds']} seeds"
-    return f"Transfer to {results['task']}: {cell['split']}, percent, {seeds}{what}"
+    seeds, steps = (
+        f"{count} {word}{'s' * (count != 1)}"
+        for count, word in ((results["seeds"], "seed"), (results["training"]["max_steps"], "step"))
+    )
+    return f"Transfer to {results['task']}: {cell['split']}, percent, {seeds}, {steps}{what}"
 
 
 def table(results: Mapping[str, Any]) -> Table:

@@ -1,0 +1,213 @@
+"""What the runs of a study are given: the methods, where they learn, and the arguments of each run."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import hyperformer_fast
+from hyperformer_fast.data import available_tasks, builtin
+from hyperformer_fast.data.builtin import BUILTIN_SPECS, SIZES, load_builtin
+from hyperformer_fast.recipes import RECIPES
+from hyperformer_fast.training.presets import PRESETS
+
+#: In the order of the tables. "single_task": adapters that each task trains in a run of its own.
+METHODS = ("finetuning", "single_task", "adapters", "hyperformer", "hyperformer-shared", "hyperformer++")
+TEXT_TASKS = ("sst2", "trec", "cola", "mrpc", "stsb", "rte")
+#: The new tasks of a transfer.
+TEXT_TRANSFER, BUILTIN_TRANSFER = ("trec", "scitail"), builtin.TRANSFER_TASKS
+#: On real text. No single rate suits both adapters and a whole T5.
+LEARNING_RATES = {"finetuning": 5e-4, "adapters": 3e-3, "hyperformer": 3e-3, "hyperformer++": 3e-3}
+#: The name of the T5 that is part of the package.
+EMBEDDED = Path(hyperformer_fast.__file__).parent / "assets" / "tiny_t5"
+#: Longest source, reduction factor and width of the task embeddings on real text.
+TEXT_SIZES = {"length": 64, "reduction": 16, "embedding": 32}
+#: What a study decides itself for each run of the preset "demo".
+_DECIDED = frozenset("max_steps warmup_steps learning_rate eval_steps save_steps max_eval_samples".split())
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Line:
+    """A line of a study: a method, with the recipe by which it is trained if it has one."""
+
+    method: str
+    recipe: str | None = None
+
+    @property
+    def label(self) -> str:
+        return self.method if self.recipe is None else f"{self.method} ({self.recipe})"
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The arguments that make a run one of this line."""
+        of_method = {"variant": self.method}
+        if self.method == "single_task":
+            of_method = {"variant": "adapters", "single_task": True}
+        return of_method if self.recipe is None else {**of_method, "recipe": self.recipe}
+
+
+def lines(methods: Iterable[str], recipes: Sequence[str]) -> list[Line]:
+    """Each method with each of the recipes, or with the one that is named behind it: ``adapters:default``.
+
+    Full fine-tuning has none, because a recipe says how adapters start and learn.
+    """
+    found = []
+    for name in methods:
+        method, _, recipe = name.partition(":")
+        if method == "finetuning":
+            found.append(Line(method))
+        else:
+            found += [Line(method, each) for each in ([recipe] if recipe else recipes)]
+    return list(dict.fromkeys(found))
+
+
+def text_options(parser: argparse.ArgumentParser, steps: int | None = 1500, batch: int | None = 16) -> None:
+    """Add what runs on real text are given."""
+    number = functools.partial(parser.add_argument, type=int)
+    default = {name: "" if value is None else f" (default: {value})" for name, value in (("s", steps), ("b", batch))}
+    number("--steps", default=steps, help=f"optimizer steps of each run{default['s']}")
+    number("--batch", default=batch, help=f"rows of a batch{default['b']}")
+    number("--length", default=TEXT_SIZES["length"], help="longest source in tokens (default: %(default)s)")
+    number("--reduction", default=TEXT_SIZES["reduction"], help="adapters' reduction factor (default: %(default)s)")
+    number("--embedding", default=TEXT_SIZES["embedding"], help="width of task embeddings (default: %(default)s)")
+    number("--eval-rows", default=400, help="rows of each task to evaluate (default: %(default)s)")
+    number("--jobs", default=1, help="runs at a time (default: %(default)s)")
+
+
+def text_configuration(
+    options: argparse.Namespace, fields: Mapping[str, Any], tasks: Sequence[str], rate: float, seed: int
+) -> dict[str, Any]:
+    """The arguments of one run on real text, as `hyperformer-fast train` reads them.
+
+    Finished runs are recognised by this content in this order.
+    """
+    return {
+        "model_name_or_path": str(Path(options.t5).resolve()),
+        "data_dir": str(Path(options.data).resolve()),
+        "tasks": list(tasks),
+        **fields,
+        "reduction_factor": options.reduction,
+        "task_embedding_dim": options.embedding,
+        "projected_task_embedding_dim": options.embedding,
+        "max_steps": options.steps,
+        "warmup_steps": options.steps // 10,
+        "learning_rate": rate,
+        "per_device_train_batch_size": options.batch,
+        "max_source_length": options.length,
+        "max_predict_samples": options.eval_rows,
+        "seed": seed,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "logging_steps": 20,
+    }
+
+
+def builtin_configuration(
+    options: argparse.Namespace, fields: Mapping[str, Any], tasks: Sequence[str], rate: float, seed: int
+) -> dict[str, Any]:
+    """The arguments of one run on the embedded T5 and the built-in tasks: those of the preset "demo".
+
+    They are spelt out, so that a run is not taken for finished once the preset is another.
+    """
+    preset = PRESETS["demo"]
+    config = {
+        **{name: value for name, value in preset.items() if name not in _DECIDED},
+        "tasks": list(tasks),
+        **fields,
+        "max_steps": options.steps,
+        "warmup_steps": preset.get("warmup_steps", 0) * options.steps // preset["max_steps"],
+        "learning_rate": rate,
+        "per_device_train_batch_size": options.batch,
+        "max_predict_samples": options.eval_rows,
+        "seed": seed,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+    }
+    return {name: value for name, value in config.items() if value is not None}
+
+
+def configuration(
+    options: argparse.Namespace, line: Line, tasks: Sequence[str], rate: float, seed: int
+) -> dict[str, Any]:
+    """The arguments of one run of a study.
+
+    Tasks that are trained one by one share the steps evenly, so that they see as many rows together as where all tasks
+    are trained by one run. A task without labelled test rows is cut by the authors' rule, so that what is chosen on
+    validation rows is not reported on them.
+    """
+    steps = max(1, options.steps // len(tasks)) if line.method == "single_task" else options.steps
+    of_run = argparse.Namespace(**{**vars(options), "steps": steps})
+    make = builtin_configuration if options.t5 is None else text_configuration
+    config = make(of_run, line.fields, tasks, rate, seed)
+    if options.data is not None:
+        config["split_validation_test"] = True
+    return {**config, **options.set}
+
+
+def named(work: Path, line: Line, rate: float, seed: int, config: Mapping[str, Any], contents: str) -> Path:
+    """The folder of a run. Its name ends in a digest of all that the run depends on.
+
+    Args:
+        work: where all runs are kept.
+        line, rate, seed: what a person tells runs apart by.
+        config: the run's arguments.
+        contents: a digest of its T5 and data.
+    """
+    depends = json.dumps([config, contents, recipe_fields(line.recipe)], sort_keys=True)
+    label = line.method if line.recipe is None else f"{line.method}-{line.recipe}"
+    return (work / f"{label}-{rate:g}-{seed}-{_digest(depends.encode())}").resolve()
+
+
+def recipe_fields(name: str | None) -> dict[str, Any]:
+    """What a recipe sets, by field; nothing where there is none."""
+    return {} if name is None else RECIPES[name]._asdict()
+
+
+def contents_of(options: argparse.Namespace, tasks: Sequence[str]) -> str:
+    """A digest of the T5 and of the tasks' rows, so that runs on earlier ones are not taken for runs on these."""
+    found = hashlib.sha256()
+    folders = [EMBEDDED if options.t5 is None else Path(options.t5)]
+    folders += [Path(options.data) / task for task in tasks] if options.data is not None else []
+    for path in [path for folder in folders for path in sorted(folder.iterdir()) if path.is_file()]:
+        found.update(f"{path.parent.name}/{path.name}".encode())
+        found.update(path.read_bytes())
+    if options.data is None:
+        found.update(json.dumps([load_builtin(task, split) for task in tasks for split in SIZES]).encode())
+    return found.hexdigest()
+
+
+def with_builtin(work: Path, data: Path) -> Path:
+    """Make a folder of all tasks of ``data`` and of the built-in ones, which are written out; return it.
+
+    Raises:
+        SystemExit: a task of the folder has the name of a built-in one.
+    """
+    others = available_tasks(str(data))
+    if both := set(others) & set(BUILTIN_SPECS):
+        raise SystemExit(f"{data} has tasks with the names of built-in ones ({', '.join(sorted(both))}): rename them")
+    rows = {
+        f"{task}/{split}.jsonl": "".join(json.dumps(row) + "\n" for row in load_builtin(task, split))
+        for task in BUILTIN_SPECS
+        for split in SIZES
+    }
+    folder = (work / f"data-{_digest(json.dumps([rows, str(data.resolve()), others]).encode())}").resolve()
+    if not folder.exists():
+        partial = folder.with_name(f".{folder.name}.{os.getpid()}")
+        for name, content in rows.items():
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            (partial / name).write_text(content)
+        for task in others:
+            (partial / task).symlink_to((data / task).resolve(), target_is_directory=True)
+        partial.rename(folder)
+    return folder
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:10]
