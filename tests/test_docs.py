@@ -11,6 +11,7 @@ import pytest
 
 import hyperformer_fast
 from hyperformer_fast.cli import _parser
+from hyperformer_fast.data import registry
 from hyperformer_fast.data.registry import read_task_entries
 from hyperformer_fast.training.parser import parse_flags
 
@@ -29,6 +30,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 def test_the_quick_start_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(registry, "_REGISTERED", {})  # what it registers is not for other tests
     names: dict = {"__name__": "quickstart"}
     for number, block in enumerate(blocks(ROOT / "docs/quickstart.md", "python"), 1):
         exec(compile(block, f"docs/quickstart.md, block {number}", "exec"), names)
