@@ -162,8 +162,9 @@ def test_a_collapse_is_warned_of_once(tmp_path):
 def test_a_healthy_run_is_not_warned_of_a_collapse(tmp_path):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*collapsed")
-        # widths at which embeddings that are drawn at random are far apart
+        # widths at which embeddings that are drawn at random are far apart, and the recipe that leaves them there
         wide = {"task_embedding_dim": 64, "projected_task_embedding_dim": 64, "task_hidden_dim": 128}
+        wide |= {"recipe": "default"}
         trainer = small_trainer(tmp_path, diagnostics_steps=1, tasks=THREE, max_steps=12, learning_rate=3e-4, **wide)
         trainer.train()
     assert all(each["encoder/weight_variation"] > 10 * COLLAPSED for each in figures(trainer))
