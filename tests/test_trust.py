@@ -48,7 +48,9 @@ class Library:
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A package's folder with the library in it."""
-    native.cpu_library()  # a test before this one may have forgotten it, and to load the copy would crash the process
+    # A test before this one may have forgotten that they are loaded, and to load the copy would crash the process.
+    native.status()
+    native.cpu_library()
     file = shutil.copy2(native.library_file("cpu"), tmp_path / "_hf_cpu.so")
     monkeypatch.setattr(native, "library_file", lambda library: tmp_path / "_hf_cpu.so" if library == "cpu" else None)
     return file.parent

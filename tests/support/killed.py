@@ -12,6 +12,8 @@ import shutil
 import signal
 import sys
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -33,11 +35,39 @@ def newest(folder: Path) -> int:
     return max((int(path.name.split("-")[1]) for path in checkpoints(folder)), default=0)
 
 
-def wait_for(folder: Path, step: int) -> None:
+def forked(work: Callable[[], None]) -> int:
+    """The process that does ``work``. The parent does nothing but wait, so that no thread of its own, whose locks a
+    fork would copy, is ever running."""
+    child = os.fork()
+    if not child:
+        try:
+            work()
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
+        os._exit(0)
+    return child
+
+
+def wait_for(folder: Path, step: int, child: int) -> None:
     until = time.monotonic() + 60
     while newest(folder) < step:
+        assert os.waitpid(child, os.WNOHANG) == (0, 0), "the run ended by itself"
         assert time.monotonic() < until, "no progress"
         time.sleep(0.001)
+
+
+def check(folder: Path, left: Path) -> None:
+    """Every checkpoint that is left is whole. Copies the weights of the newest."""
+    assert sorted(folder.glob("checkpoint-*")) == sorted(checkpoints(folder)), "an incomplete checkpoint"
+    for path in checkpoints(folder):
+        for name in ("optimizer.pt", "scheduler.pt"):
+            torch.load(path / name, weights_only=True)
+        model = HyperFormerModel.from_pretrained(path, t5=small_t5())
+    copy = left / f"{newest(folder)}.safetensors"
+    if not copy.exists():
+        save_file(trained(model), copy)
 
 
 def main() -> None:
@@ -47,25 +77,15 @@ def main() -> None:
     draw = random.Random(5)
     for _ in range(10):
         before = newest(folder)
-        child = os.fork()
-        if not child:
-            try:
-                train(folder)
-            finally:
-                os._exit(1)
+        child = forked(lambda: train(folder))
         # one save must be through, the kill falls into the steps and saves after it
-        wait_for(folder, before + 1)
+        wait_for(folder, before + 1, child)
         time.sleep(draw.uniform(0, 0.2))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+        _, status = os.waitpid(forked(lambda: check(folder, left)), 0)
+        assert status == 0, "what is left is broken"
         step = newest(folder)
-        assert sorted(folder.glob("checkpoint-*")) == sorted(checkpoints(folder)), "an incomplete checkpoint"
-        for path in checkpoints(folder):
-            for name in ("optimizer.pt", "scheduler.pt"):
-                torch.load(path / name, weights_only=True)
-            model = HyperFormerModel.from_pretrained(path, t5=small_t5())
-        if not (left / f"{step}.safetensors").exists():
-            save_file(trained(model), left / f"{step}.safetensors")
         print(step)
     assert (folder / f"checkpoint-{step}" / WEIGHTS_NAME).is_file()
     shutil.rmtree(folder)
