@@ -56,7 +56,7 @@ from hyperformer_fast.data import available_tasks
 from hyperformer_fast.data.builtin import BUILTIN_SPECS, BUILTIN_TASKS
 from hyperformer_fast.recipes import RECIPES
 from hyperformer_fast.training import fewshot_report
-from hyperformer_fast.training.presets import PRESETS
+from hyperformer_fast.training.presets import PRESETS, with_preset
 
 RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
 QUICK = {"steps": 4, "rates": [1e-3, 3e-3], "batch": 4, "seeds": 1, "eval_rows": 8, "fewshot_steps": 2, "samples": [4]}
@@ -213,7 +213,7 @@ def rates_of(options: argparse.Namespace) -> dict[str, float]:
                 raise SystemExit(f"{options.chosen} has no rate of {like.label}: give one with --learning-rate")
             rate = chosen[like.label]["within"]["best"]
         elif options.t5 is None:
-            rate = PRESETS["demo"]["learning_rate"]
+            rate = with_preset({"preset": "demo", **like.fields})["learning_rate"]
         else:
             rate = LEARNING_RATES.get(like.method, LEARNING_RATES["hyperformer++"])
         found[line.label] = rate

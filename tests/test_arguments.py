@@ -169,6 +169,7 @@ def test_the_demo_is_chosen_for_the_embedded_t5_without_a_file(tmp_path):
         ({}, 3e-3),
         ({"recipe": "authors"}, 1e-3),
         ({"learning_rate_rule": "uniform"}, 1e-3),
+        ({"variant": "finetuning"}, 1e-3),
         ({"recipe": "authors", "learning_rate_rule": "fan_in"}, 3e-3),
         ({"recipe": "authors", "learning_rate": 3e-4}, 3e-4),
     ],

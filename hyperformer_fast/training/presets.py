@@ -56,11 +56,10 @@ def with_preset(given: Mapping[str, Any]) -> dict[str, Any]:
     if name not in PRESETS:
         raise RunConfigError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}{did_you_mean(name, PRESETS)}")
     preset = dict(PRESETS[name])
-    if given.get("learning_rate_rule") == "uniform" or (
-        given.get("learning_rate_rule") is None and given.get("recipe") == "authors"
-    ):
+    rule = given.get("learning_rate_rule") or ("uniform" if given.get("recipe") == "authors" else None)
+    if rule == "uniform" or given.get("variant") == "finetuning":
         # The preset's rate is for generators that get it divided by their width. Undivided, a lower one did better on
-        # validation (docs/choosing.md).
+        # validation (docs/choosing.md), and a whole T5 wants a lower one, too.
         preset["learning_rate"] = FIRST_RELEASE_EMBEDDED["learning_rate"]
     if "num_train_epochs" in given and "max_steps" not in given:
         del preset["max_steps"]  # it would silently win over the epochs that were asked for
