@@ -38,6 +38,9 @@ class TaskNumbers(nn.Module):
         """Append a task. The arguments and errors are those of ``TaskEmbeddings.add_task``."""
         self.config = self.config.with_task(name, init_from)
 
+    def of_tasks(self) -> None:
+        """The parameters that belong to one task each: none here."""
+
 
 class AdapterTable(AdapterSource):
     """The learned adapters of one stack: projections for each task and site, layer norms for each site.
@@ -78,6 +81,10 @@ class AdapterTable(AdapterSource):
             value = torch.stack([self.adapters[self.config.embedding_of(source)] for source in sources]).mean(0)
         self.adapters[name] = nn.Parameter(value)
         self.config = config
+
+    def of_tasks(self) -> NamedParameters:
+        """The parameters that belong to one task each, by the names of ``config.embedding_of``."""
+        return self.adapters
 
     def forward(self, task_numbers: Tensor) -> Tensor:
         """Return the packed weights [S, R, P] of the tasks whose numbers are ``task_numbers`` [R]."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from . import recipes
@@ -287,6 +287,41 @@ class HyperFormerConfig(ConfigFiles):
         return self.replace(
             tasks=[*self.tasks, name], task_to_embeddings=None if mapping is None else {**mapping, name: name}
         )
+
+    def without_task(self, name: str) -> HyperFormerConfig:
+        """Return a copy without the task ``name``. ValueError if there is no such task, or no other one."""
+        place = self.task_id(name)
+        if len(self.tasks) == 1:
+            raise ValueError(f"task {name!r} is the only one, and a model has at least one: add another one first")
+        tasks, mapping = list(self.tasks), self.task_to_embeddings
+        del tasks[place]
+        if mapping is not None:
+            mapping = {task: embedding for task, embedding in mapping.items() if task != name}
+        return self.replace(tasks=tasks, task_to_embeddings=mapping)
+
+    def with_task_renamed(self, old: str, new: str) -> HyperFormerConfig:
+        """Return a copy in which the task ``old`` is called ``new``, and so is an embedding ``old`` that only it uses.
+
+        Raises:
+            ValueError: there is no such task, or the new name is taken.
+        """
+        place = self.task_id(old)
+        if new in self.tasks or new in self.embedding_names:
+            raise ValueError(f"task {new!r} exists already: choose a name other than {', '.join(self.tasks)}")
+        tasks, mapping = list(self.tasks), self.task_to_embeddings
+        tasks[place] = new
+        if mapping is not None:
+            alone = mapping[old] == old and list(mapping.values()).count(old) == 1
+            mapping = {new if task == old else task: embedding for task, embedding in mapping.items()}
+            mapping |= {new: new} if alone else {}
+        return self.replace(tasks=tasks, task_to_embeddings=mapping)
+
+    def task_ids(self, tasks: Sequence[str]) -> list[int]:
+        """Return the index of each of ``tasks``. Raises ValueError for an unknown task."""
+        if len(tasks) < 8:
+            return [self.task_id(task) for task in tasks]
+        places = {task: place for place, task in enumerate(self.tasks)}
+        return [places[task] if task in places else self.task_id(task) for task in tasks]
 
     def task_id(self, task: str) -> int:
         """Return the index of ``task``, as ``task_index`` counts tasks. Raises ValueError for an unknown task."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +23,9 @@ def check_tasks(config: HyperFormerConfig) -> None:
         _check_name("tasks", task)
     if not config.tasks:
         raise ValueError("tasks must name at least one task, got []")
-    repeated = sorted({task for task in config.tasks if config.tasks.count(task) > 1})
-    if repeated:
+    names = set(config.tasks)
+    if len(names) < len(config.tasks):
+        repeated = sorted(task for task, count in collections.Counter(config.tasks).items() if count > 1)
         raise ValueError(f"tasks must be unique, got {repeated} more than once")
     if config.task_to_embeddings is None:
         return
@@ -31,7 +33,7 @@ def check_tasks(config: HyperFormerConfig) -> None:
         raise TypeError(f"task_to_embeddings must map task names to embedding names, got {config.task_to_embeddings!r}")
     config.task_to_embeddings = dict(config.task_to_embeddings)
     missing = [task for task in config.tasks if task not in config.task_to_embeddings]
-    unknown = [task for task in config.task_to_embeddings if task not in config.tasks]
+    unknown = [task for task in config.task_to_embeddings if task not in names]
     if missing or unknown:
         raise ValueError(
             f"task_to_embeddings must have exactly the tasks {config.tasks} as keys; "

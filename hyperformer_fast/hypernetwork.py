@@ -76,11 +76,16 @@ class TaskEmbeddings(nn.Module):
 
         Autocast is switched off within, as in :meth:`HyperNetwork.forward`.
         """
-        stacked = torch.stack([self.task_to_embeddings[self.config.embedding_of(task)] for task in self.config.tasks])
+        return self.projected(
+            torch.stack([self.task_to_embeddings[self.config.embedding_of(task)] for task in self.config.tasks])
+        )
+
+    def projected(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return what :meth:`forward` makes of tasks' own embeddings [T, embedding_dim]."""
         if self.projector is None:
-            return stacked
-        with torch.autocast(stacked.device.type, enabled=False):
-            projected: torch.Tensor = self.projector(as_read(stacked, self.config))
+            return embeddings
+        with torch.autocast(embeddings.device.type, enabled=False):
+            projected: torch.Tensor = self.projector(as_read(embeddings, self.config))
         return projected
 
     @torch.no_grad()
@@ -104,6 +109,10 @@ class TaskEmbeddings(nn.Module):
             value = torch.stack([self.task_to_embeddings[self.config.embedding_of(s)] for s in sources]).mean(0)
         self.task_to_embeddings[name] = nn.Parameter(value)
         self.config = config
+
+    def of_tasks(self) -> NamedParameters:
+        """The parameters that belong to one task each, by the names of ``config.embedding_of``."""
+        return self.task_to_embeddings
 
 
 class Generator(nn.Module):
@@ -186,6 +195,10 @@ class AdapterSource(nn.Module):
     def add_task(self, config: HyperFormerConfig, name: str, init_from: str | list[str] | None = None) -> None:
         """Take over ``config``, which has the new task ``name``. Here a task has no weights beside its embedding."""
         self.config = config
+
+    def of_tasks(self) -> NamedParameters | None:
+        """The parameters that belong to one task each, by the names of ``config.embedding_of``; None without any."""
+        return None
 
     def forward_each(self, task_embeddings: torch.Tensor) -> torch.Tensor:
         """The packed weights that the forward returns, where those of a task do not depend on other tasks."""

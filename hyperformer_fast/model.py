@@ -17,16 +17,17 @@ from .delegate import is_checkpointing
 from .fusion import AUTO_PIECES, Fuse, fuse_t5, pieces_of, resolve, unfuse_t5
 from .fusion.before import reads_no_cache
 from .gradient_flow import expect_gradients
-from .hypernetwork import AdapterSource
+from .hypernetwork import AdapterSource, TaskEmbeddings
 from .loss import as_share, smoothed
 from .methods import build_parts, freeze_but_task_embeddings
 from .parameters import ParameterCount
 from .prepared import MemoryFootprint, PreparedWeights, may_be_prepared
-from .saving import SavedModel
 from .sharding import is_fsdp2, separate_embeddings, share_embeddings
 from .sites import ForwardContext, Owner, StackWeights, active, find_sites
 from .t5 import Snapshot, place, tie, tied_names, trained_names, untied_head_kept
-from .task_choice import choose_outside_the_graph, select
+from .task_choice import NewTask, Selection, choose_outside_the_graph, select
+from .task_methods import ManagedTasks
+from .task_order import TaskOrder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,7 +49,7 @@ def get_hyperformer_model(t5: nn.Module, config: HyperFormerConfig, fuse: Fuse =
     return HyperFormerModel(t5, config, fuse)
 
 
-class HyperFormerModel(SavedModel):
+class HyperFormerModel(ManagedTasks):
     """A frozen T5 with hypernetwork-generated adapters behind self-attention and feed-forward (arXiv 2106.04489).
 
     The T5 is not copied. Its modules get forward hooks, and its parameters ``requires_grad=False``, except for its
@@ -108,6 +109,7 @@ class HyperFormerModel(SavedModel):
         # inference (bitsandbytes in 4 bits does), so that an inference sets it back.
         self._gradients_flow = False
         self._prepared = PreparedWeights()
+        self._task_order = TaskOrder(config.tasks)
         #: What watches the tasks' gradients now.
         self._task_gradients: TaskGradients | None = None
         self._owner = Owner()
@@ -302,8 +304,9 @@ class HyperFormerModel(SavedModel):
         names = config.tasks if tasks is None else [tasks] if isinstance(tasks, str) else list(dict.fromkeys(tasks))
         if not names:
             raise ValueError("tasks must name at least one task, got none")
-        ids = [config.task_id(name) for name in names]
-        self._prepared.prepare(self, ids, self._base.dtype if dtype is None else dtype, self._own_device())
+        dtype = self._base.dtype if dtype is None else dtype
+        with self._task_order.lock:
+            self._prepared.prepare(self, self.hyperformer_config.task_ids(names), dtype, self._own_device())
 
     def memory_footprint(self) -> MemoryFootprint:
         """The bytes of this model's tensors, by what they are for."""
@@ -320,11 +323,20 @@ class HyperFormerModel(SavedModel):
         return next(itertools.chain(part.parameters(), part.buffers())).device
 
     def _context(self, task: Any, task_index: Tensor | None, encoded: bool, generating: bool = False) -> ForwardContext:
+        if torch.compiler.is_compiling():
+            return self._chosen_context(task, task_index, encoded, generating)
+        with self._task_order.lock:
+            return self._chosen_context(task, task_index, encoded, generating)
+
+    def _chosen_context(self, task: Any, task_index: Tensor | None, encoded: bool, generating: bool) -> ForwardContext:
         nets = {name: net for name, net in self.hypernetworks.items() if not (encoded and name == "encoder")}
-        selection = None
+        selection, config, order = None, self.hyperformer_config, self._task_order
+        if isinstance(task, NewTask):
+            embeddings = cast(TaskEmbeddings, self.task_embeddings).projected(task.embedding.unsqueeze(0))
+            return self._generated_context(nets, embeddings, task.selection(), generating)
         if nets and may_be_prepared(self):
             device = self._own_device()
-            selection = select(self.hyperformer_config, task, task_index, device)
+            selection = select(config, task, task_index, device, order)
             kept = self._prepared.find(self, selection, device)
             if kept is not None:
                 stacks = {name: StackWeights.kept(cast(AdapterSource, nets[name]), kept.stacks[name]) for name in nets}
@@ -336,10 +348,15 @@ class HyperFormerModel(SavedModel):
                 "offload the T5 (accelerate's cpu_offload or dispatch_model) before it gets adapters, and only the T5"
             )
         if selection is None:
-            selection = select(self.hyperformer_config, task, task_index, embeddings.device)
+            selection = select(config, task, task_index, embeddings.device, order)
         if selection.rows is not None:
             # Selected from all embeddings, so that each has a gradient, even if it is zero.
             embeddings = embeddings.index_select(0, selection.rows)
+        return self._generated_context(nets, embeddings, selection, generating)
+
+    def _generated_context(
+        self, nets: Mapping[str, nn.Module], embeddings: Tensor, selection: Selection, generating: bool
+    ) -> ForwardContext:
         watch = None if torch.compiler.is_compiling() or not self.training else self._task_gradients
         if watch is None or not torch.is_grad_enabled():
             packed = {name: net(embeddings) for name, net in nets.items()}
@@ -348,24 +365,6 @@ class HyperFormerModel(SavedModel):
         activation = self.hyperformer_config.non_linearity
         stacks = {name: StackWeights(cast(AdapterSource, net), packed[name], activation) for name, net in nets.items()}
         return ForwardContext(self._owner, stacks, selection.task_index, selection.samples, generating)
-
-    def add_task(self, name: str, init_from: str | list[str] | None = None) -> None:
-        """Add a task, with an embedding of its own.
-
-        Args:
-            name: the new task's name.
-            init_from: a task to copy the embedding of, a list of tasks to take the mean of, or None for a standard
-                normal draw.
-
-        An optimizer made before does not know the new parameter.
-
-        Raises:
-            ValueError: the name is taken, or ``init_from`` names an unknown task.
-        """
-        self.task_embeddings.add_task(name, init_from)
-        self.hyperformer_config = self.task_embeddings.config
-        for net in self.hypernetworks.values():
-            cast(AdapterSource, net).add_task(self.hyperformer_config, name, init_from)
 
     def train_only_task_embeddings(self) -> None:
         """Train nothing but the tasks' embeddings from now on (``freeze_model_but_task_embeddings``).

@@ -33,3 +33,12 @@ class NamedParameters(nn.ParameterDict):
 
     def _key_to_attr(self, key: str) -> str:
         return attribute_of(super()._key_to_attr(key))
+
+    def rename(self, old: str, new: str) -> None:
+        """Give the parameter ``old`` another name. It stays the same object, and in its place among the others: an
+        optimizer's state and a checkpoint go by their order."""
+        before = list(self.items())
+        for name, _ in before:
+            del self[name]
+        for name, parameter in before:
+            self[new if name == old else name] = parameter

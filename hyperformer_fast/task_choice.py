@@ -22,6 +22,7 @@ from .ops.checks import check_task_range
 
 if TYPE_CHECKING:
     from .model import HyperFormerModel
+    from .task_order import TaskOrder
 
 
 class Selection(NamedTuple):
@@ -123,6 +124,7 @@ class TaskChoice:
     """
 
     def __init__(self, config: HyperFormerConfig, task: str | Sequence[str], device: torch.device):
+        self.config, self.task = config, task
         if isinstance(task, str):
             names, self.samples = [task], None
         elif isinstance(task, Sequence) and task and all(isinstance(name, str) for name in task):
@@ -134,7 +136,7 @@ class TaskChoice:
             )
         else:
             raise ValueError(f"task must be a name or a list of names, one per sample, got {task!r}")
-        ids = self.ids = [config.task_id(name) for name in names]
+        ids = self.ids = config.task_ids(names)
         self.is_single = len(ids) == 1
         if self.is_single:
             # A fill, because a copy from the host would wait for the GPU.
@@ -157,23 +159,38 @@ class TaskChoice:
         return Selection(self.rows, self.index, self.samples, self.ids, self.places)
 
 
+class NewTask(TaskChoice):
+    """A task that the model does not have: the embedding [dim] that is all of it, while it is learned."""
+
+    def __init__(self, embedding: Tensor):
+        self.embedding = embedding
+
+    def selection(self) -> Selection:
+        """One row of weights for a batch of any size."""
+        return Selection(None, None)
+
+
 def index_on(device: torch.device, numbers: Sequence[int]) -> Tensor:
     """``numbers`` as int64 on ``device``, kept for the next call with the same ones. It must not be written to."""
     return _numbers.on(device, numbers)
 
 
-def select(config: HyperFormerConfig, task: Any, task_index: Tensor | None, device: torch.device) -> Selection:
+def select(
+    config: HyperFormerConfig, task: Any, task_index: Tensor | None, device: torch.device, order: TaskOrder
+) -> Selection:
     """What ``task`` (names, or a :class:`TaskChoice`) or ``task_index`` [B] stand for. ValueError where neither or both
-    are given, or a task is unknown."""
+    are given, a task is unknown, or an index may have been computed for other tasks than those that there are now."""
     if task is not None and task_index is not None:
         raise ValueError("give task or task_index, not both")
     if task_index is not None:
         _check_task_index(task_index, len(config.tasks))
-        return Selection(None, task_index.to(device), task_index.shape[0])
+        return Selection(None, order.checked(task_index, config.tasks).to(device), task_index.shape[0])
     if task is None:
         if len(config.tasks) > 1:
             raise ValueError(f"say which task: task= or task_index=; this model has {', '.join(config.tasks)}")
         task = config.tasks[0]
+    if isinstance(task, TaskChoice) and not torch.compiler.is_compiling() and task.config is not config:
+        task = task.task  # another thread has added or removed tasks since this was chosen
     choice = task if isinstance(task, TaskChoice) else TaskChoice(config, task, device)
     return choice.selection()
 

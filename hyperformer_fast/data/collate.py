@@ -42,8 +42,12 @@ class HyperFormerDataCollator(DataCollatorForSeq2Seq):
         known = self._tasks_of_model()
         if names and len(names) < len(features) or indices and len(indices) < len(features):
             raise ValueError("some examples of a batch have a task and others have none: give every example one")
-        if indices and known is not None and max(indices) >= len(known):
-            raise ValueError(f"task_index {max(indices)} is out of range: the model has {', '.join(known)}")
+        order = getattr(self.model, "_task_order", None)
+        if indices and not names and known is not None:
+            if max(indices) >= len(known):
+                raise ValueError(f"task_index {max(indices)} is out of range: the model has {', '.join(known)}")
+            if order is not None:
+                order.expect_current(indices, known)
         if not names and indices and known is not None and min(indices) >= 0:
             names = [known[index] for index in indices]
         if names and len(set(names)) == 1:
@@ -52,6 +56,8 @@ class HyperFormerDataCollator(DataCollatorForSeq2Seq):
             unknown = sorted(set(names) - set(known))
             if unknown:
                 raise ValueError(f"unknown task {unknown[0]!r}; the model has {', '.join(known)}")
+            if order is not None and order.stale:
+                return {"task": names}  # which cannot be mistaken for what an index meant before
             indices = [known.index(name) for name in names]
         elif len(set(names)) > len(set(indices)) > 0:
             raise ValueError(

@@ -10,22 +10,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..data import TaskBatchSampler
+from ..task_order import TaskOrder
 
 
-def task_of_rows(dataset: Any, tasks: Sequence[str]) -> NDArray[np.int64]:
+def task_of_rows(dataset: Any, tasks: Sequence[str], order: TaskOrder | None = None) -> NDArray[np.int64]:
     """Return the index in ``tasks`` of each row's task, as an int64 array.
 
     Args:
         dataset: rows with a column ``task_index`` (indices in ``tasks``) or ``task`` (names, or a ``ClassLabel`` of
             them). With a single task neither is needed.
         tasks: the model's tasks.
+        order: what indices meant before tasks of the model were removed.
 
     Raises:
-        ValueError: there is no such column, or a row has an unknown task.
+        ValueError: there is no such column, or a row has an unknown task, or an index that meant another one.
     """
     columns = getattr(dataset, "column_names", None) or (list(dataset[0]) if len(dataset) else [])
-    if "task_index" in columns:
+    # Names, which ``encode`` gives as well, are in no doubt.
+    if "task_index" in columns and not (order is not None and order.stale and "task" in columns):
         found = np.asarray(_column(dataset, "task_index"), dtype=np.int64)
+        if order is not None and order.stale:
+            order.expect_current(np.unique(found).tolist(), tasks)
         beyond = found[(found < 0) | (found >= len(tasks))]
         if beyond.size:
             raise ValueError(

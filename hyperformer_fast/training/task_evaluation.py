@@ -91,7 +91,7 @@ class TaskEvaluatingTrainer(Seq2SeqTrainer):
                     raise ValueError(f"eval_dataset[{key!r}] has rows of {', '.join(sorted(parts.keys() - {key}))}")
                 found |= {name if name == key else f"{key}_{name}": part for name, part in parts.items()}
             return found
-        index = task_of_rows(rows, names)
+        index = task_of_rows(rows, names, self.adapted._task_order)
         return {
             names[i]: (names[i], _with_task(_select(rows, np.flatnonzero(index == i)), names[i]))
             for i in np.unique(index)

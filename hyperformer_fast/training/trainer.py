@@ -158,7 +158,7 @@ class HyperFormerTrainer(DiagnosingTrainer):
         args, rows = self.args, self.train_dataset
         if rows is None or not len(rows):
             raise ValueError("training needs a train_dataset with rows")
-        index = task_of_rows(rows, self.task_names)
+        index = task_of_rows(rows, self.task_names, self.adapted._task_order)
         sizes = np.bincount(index)
         per_epoch, total = self._steps()
         sampler = TaskBatchSampler(
