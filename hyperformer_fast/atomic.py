@@ -30,17 +30,23 @@ _LEFTOVER = re.compile(r"\..+\.partial-[0-9a-f]{12}", re.DOTALL)
 
 
 @contextlib.contextmanager
-def write_file(path: str | Path) -> Iterator[Path]:
+def write_file(path: str | Path, replace: bool = True) -> Iterator[Path]:
     """Write one file completely or not at all.
 
     Yields the path of a temporary file beside ``path`` to write to. On a clean exit it is flushed to the disk and
     renamed to ``path`` in one step; on an exception it is removed. Each writer also removes the temporary files that
     killed writers of the same path left.
 
+    Args:
+        path: the file.
+        replace: False: raise FileExistsError where there is a file of this name, be it that of a writer at work now.
+
     Raises:
         OSError: the file cannot be created, or the disk is full; an old file is intact.
     """
     path = Path(os.path.realpath(path))
+    if not replace and os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, "there is a file of this name already", str(path))
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "a directory has the name of the file to write", str(path))
     if path.exists() and not path.is_file():
@@ -54,11 +60,25 @@ def write_file(path: str | Path) -> Iterator[Path]:
         with explain_full_disk(path):
             yield partial
             _sync(partial)
-            os.replace(partial, path)
+            if replace or not _link(partial, path):
+                os.replace(partial, path)
             _sync(path.parent)
     finally:
         os.close(handle)
         partial.unlink(missing_ok=True)
+
+
+def _link(partial: Path, path: Path) -> bool:
+    """Give a file a second name, unless that is taken. Returns False where the file system has no such names."""
+    try:
+        os.link(partial, path)
+    except FileExistsError:
+        raise FileExistsError(errno.EEXIST, "there is a file of this name already", str(path)) from None
+    except OSError as error:
+        if error.errno not in UNSUPPORTED | {errno.EPERM}:
+            raise
+        return False
+    return True
 
 
 @contextlib.contextmanager

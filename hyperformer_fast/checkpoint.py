@@ -85,7 +85,7 @@ def save_checkpoint(
     directory = Path(directory)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     content: dict[str, Any] = json.loads(json.dumps(dict(description)))
-    content[DIGEST] = _digest(tensors, content)
+    content[DIGEST] = digest_of(tensors, content)
     text = json.dumps(content)
     tensors[DESCRIPTION] = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
     with explain_unwritable(directory):
@@ -162,7 +162,7 @@ class CheckpointFile:
                 f"{self.path} is a safetensors file, but not a HyperFormer checkpoint: its header lacks {_HEADER!r}"
             )
         self._text = header[_HEADER]
-        self.description = _parsed(self._text, f"{self.path}: the header's {_HEADER!r}")
+        self.description = parsed_description(self._text, f"{self.path}: the header's {_HEADER!r}")
         copy = OLD_CONFIG_NAME if self.path.name == OLD_WEIGHTS_NAME else CONFIG_NAME
         _compare_copy(directory / copy, self.description, self.path)
 
@@ -176,7 +176,7 @@ class CheckpointFile:
             raise CheckpointError(f"{self.path} is not a whole safetensors file: {error}") from error
         # A copy that is not the header's text counts as one more tensor, which the digest does not know.
         changed = {} if copy is None or _bytes_of(copy) == self._text.encode() else {DESCRIPTION: copy}
-        _expect_digest(str(self.path), {**tensors, **changed}, self.description)
+        expect_digest(str(self.path), {**tensors, **changed}, self.description)
         return tensors
 
 
@@ -198,13 +198,13 @@ class LoadedCheckpoint:
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
         self.dtypes = {name: _SPELLINGS.get(tensor.dtype, str(tensor.dtype)) for name, tensor in self._tensors.items()}
         text = _bytes_of(state_dict[DESCRIPTION]).decode("utf-8", "replace")
-        self.description = _parsed(text, f"{self.path}'s {DESCRIPTION!r}")
+        self.description = parsed_description(text, f"{self.path}'s {DESCRIPTION!r}")
 
     @functools.cached_property
     def tensors(self) -> dict[str, Tensor]:
         """All tensors, on the CPU. Raises CheckpointError if their digest differs from the description's."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self._tensors.items()}
-        _expect_digest(self.path, tensors, self.description)
+        expect_digest(self.path, tensors, self.description)
         return tensors
 
 
@@ -219,7 +219,7 @@ def load_checkpoint(directory: str | Path) -> tuple[dict[str, Tensor], dict[str,
     return file.tensors, file.description
 
 
-def _digest(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> str:
+def digest_of(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> str:
     """Return the SHA-256 of a description without its digest, and of the names, dtypes, shapes and bytes of tensors."""
     rest = {field: value for field, value in description.items() if field != DIGEST}
     sha = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
@@ -229,11 +229,11 @@ def _digest(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> st
     return sha.hexdigest()
 
 
-def _expect_digest(name: str, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
+def expect_digest(name: str, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
     """Raise CheckpointError unless the description has no digest (as in old files), or the right one."""
     if DIGEST not in description:
         return
-    said, found = description[DIGEST], _digest(tensors, description)
+    said, found = description[DIGEST], digest_of(tensors, description)
     if said != found:
         raise CheckpointError(
             f"{name} is not what was saved (bit rot, or edited): the SHA-256 of its description and tensors "
@@ -245,7 +245,8 @@ def _bytes_of(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def _parsed(text: str, where: str) -> dict[str, Any]:
+def parsed_description(text: str, where: str) -> dict[str, Any]:
+    """Return the description that a header holds as JSON. Raises CheckpointError if it is none."""
     try:
         description = parse(text, max_depth=_MAX_DEPTH)
     except ValueError as error:

@@ -142,6 +142,50 @@ def difference(weights: Weights, theirs: Tensor, digests: Record | None) -> tupl
     return differs, sorted({*unread, *alone}) if differs is None else []
 
 
+def summary(weights: Weights) -> dict[str, str]:
+    """Return the digest of all weights together in each precision, where :func:`record` has one for each weight.
+
+    It is empty where a weight is opaque or not all weights have one precision, because it would agree with nothing.
+    """
+    own = {weight.dtype if weight is not None else None for weight in weights.values()}
+    precision = own.pop() if len(own) == 1 else None
+    if precision is None:
+        return {}
+    return {_spelling(p): _digest_of_all(weights, p) for p in (precision, *_NARROWER.get(precision, ()))}
+
+
+def differs_from_summary(weights: Weights, said: Mapping[str, str]) -> bool | None:
+    """Return whether a T5's weights are others than those of a :func:`summary`; None where they cannot be compared.
+
+    As in :func:`difference`, they are the same if they agree in the own precision of one side, or if one side is the
+    other one rounded to a narrower precision and widened again.
+    """
+    ours = summary(weights)
+    if not ours or not said:
+        return None
+    (mine, *_), (theirs, *_) = ours, said
+    shared = theirs if theirs in ours else mine if mine in said else None
+    if shared is None:  # bfloat16 and float16
+        return None
+    if ours[shared] == said[shared]:
+        return False
+    own = next(weight.dtype for weight in weights.values() if weight is not None)
+    for narrow in _NARROWER.get(own, ()):
+        if mine == theirs and said.get(_spelling(narrow)) == ours[_spelling(narrow)]:
+            if _digest_of_all(weights, own, narrow) in (ours[mine], said[mine]):
+                return False
+    return True
+
+
+def _digest_of_all(weights: Weights, precision: torch.dtype, through: torch.dtype | None = None) -> str:
+    plain = {name: weight for name, weight in weights.items() if weight is not None}
+    _read((weight, [(precision, through)]) for weight in plain.values())
+    sha = hashlib.sha256()
+    for name, weight in plain.items():
+        sha.update(f"{name} {_digest_of(weight, precision, through)}\n".encode())
+    return sha.hexdigest()
+
+
 def _missing_elsewhere(ours: Set[str], opaque: Set[str], digests: Record) -> str | None:
     """Return the first name that only one of two T5s has and that quantising the other does not explain; or None.
 

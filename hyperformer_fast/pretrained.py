@@ -213,7 +213,7 @@ def described(file: CheckpointFile | LoadedCheckpoint, directory: str | Path, t5
                 f"{directory} was trained on another T5: {fact} was {theirs.get(fact)!r}, this one's is {ours[fact]!r}"
                 f"{_embedded_before(theirs)}"
             )
-    said, here = _computation(theirs.get("config")), _computation(fingerprint.config_of(t5).to_dict())
+    said, here = computation_of(theirs.get("config")), computation_of(fingerprint.config_of(t5).to_dict())
     for field in said:
         if field in here and said[field] != here[field]:
             raise CheckpointError(
@@ -264,7 +264,7 @@ def _facts(t5: nn.Module) -> dict[str, Any]:
     return facts | {fact: getattr(config, fact) for fact in _FACTS}
 
 
-def _computation(fields: Any) -> dict[str, Any]:
+def computation_of(fields: Any) -> dict[str, Any]:
     """The fields of a T5's configuration, those of ``_COMPUTATION``, that decide what the same weights compute.
 
     Variant ``"finetuning"`` has no frozen weights by which another T5 would be noticed.

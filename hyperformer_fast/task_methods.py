@@ -1,10 +1,12 @@
-"""The methods of a model by which tasks come and go."""
+"""The methods of a model by which tasks come, go and travel as files."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
-from . import task_changes
+from . import task_changes, task_files
 from .saving import SavedModel
 from .task_order import TaskOrder
 
@@ -78,6 +80,57 @@ class ManagedTasks(SavedModel):
         """
         with self._task_order.lock:
             self._task_order.accept(self.hyperformer_config.tasks)
+
+    def export_task(self, name: str, path: str | os.PathLike[str], overwrite: bool = False) -> None:
+        """Write one task to a small safetensors file, which :meth:`import_task` takes into another copy of this model.
+
+        The file holds the task's embedding (its adapters in variant ``"adapters"``) and says what it belongs to: the
+        SHA-256 of the hypernetworks, which are all weights that tasks share, and the fingerprint of the T5. It appears
+        in one step.
+
+        Args:
+            name: the task.
+            path: the file to write; its folder is created if necessary.
+            overwrite: replace a file of this name.
+
+        Raises:
+            ValueError: there is no such task, its values are not finite, or tasks have nothing of their own (variant
+                ``"finetuning"``).
+            FileExistsError: there is such a file, and ``overwrite`` is False.
+            OSError: it cannot be written.
+            RuntimeError: as :meth:`remove_task`.
+        """
+        task_files.export_task(self._model, name, path, overwrite)
+
+    def import_task(self, path: str | os.PathLike[str], name: str | None = None) -> str:
+        """Add the task of a file that :meth:`export_task` wrote. On an error nothing has changed.
+
+        A warning says where the T5 cannot be compared, because it is quantised here or was where the task was exported.
+        The task is trained from now on if the model's other tasks are.
+
+        Args:
+            path: the file.
+            name: the task's name here; None for the one in the file.
+
+        Returns:
+            The task's name.
+
+        Raises:
+            CheckpointError: (a ValueError) the file is broken, is no task, or belongs to other hypernetworks or another
+                T5; the message has both hashes.
+            ValueError: the name is taken.
+            FileNotFoundError: there is no such file.
+            RuntimeError: as :meth:`remove_task`.
+        """
+        return task_files.import_tasks(self._model, [path], [name])[0]
+
+    def import_tasks(self, paths: Sequence[str | os.PathLike[str]]) -> list[str]:
+        """Add the tasks of several files, all or, on an error, none. The errors are those of :meth:`import_task`.
+
+        Returns:
+            The tasks' names, in the order of the files.
+        """
+        return task_files.import_tasks(self._model, paths)
 
     @property
     def _model(self) -> HyperFormerModel:
