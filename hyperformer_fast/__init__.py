@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .layout import AdapterLayout
     from .learning_rates import parameter_groups
     from .model import HyperFormerModel, get_hyperformer_model
+    from .task_fitting import fit_task, nearest_task
     from .task_gradients import TaskGradients
 
 __version__ = "0.1.0"
@@ -33,8 +34,10 @@ _PUBLIC = {
     "TaskGradients": "task_gradients",
     "explain": "backends",
     "explain_fusion": "fusion",
+    "fit_task": "task_fitting",
     "fuse_t5": "fusion",
     "get_hyperformer_model": "model",
+    "nearest_task": "task_fitting",
     "parameter_groups": "learning_rates",
     "register_task": "data.registry",
     "unfuse_t5": "fusion",
@@ -51,8 +54,10 @@ __all__ = [
     "backends",
     "explain",
     "explain_fusion",
+    "fit_task",
     "fuse_t5",
     "get_hyperformer_model",
+    "nearest_task",
     "official",
     "ops",
     "parameter_groups",

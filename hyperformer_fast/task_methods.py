@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from . import task_changes, task_files
+from . import task_changes, task_files, task_fitting
 from .saving import SavedModel
 from .task_order import TaskOrder
 
@@ -131,6 +131,14 @@ class ManagedTasks(SavedModel):
             The tasks' names, in the order of the files.
         """
         return task_files.import_tasks(self._model, paths)
+
+    def fit_task(self, name: str, rows: Any, **options: Any) -> task_fitting.FittedTask:
+        """Add a task whose embedding is learned from a few rows: :func:`hyperformer_fast.fit_task`."""
+        return task_fitting.fit_task(self._model, name, rows, **options)
+
+    def nearest_task(self, rows: Any, **options: Any) -> list[task_fitting.NearTask]:
+        """The tasks by their loss on some rows, best first: :func:`hyperformer_fast.nearest_task`."""
+        return task_fitting.nearest_task(self._model, rows, **options)
 
     @property
     def _model(self) -> HyperFormerModel:

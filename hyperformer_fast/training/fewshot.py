@@ -13,17 +13,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
-from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from ..atomic import write_file
 from ..checkpoint import DIGEST, CheckpointFile
 from ..config import HyperFormerConfig
-from ..data import HyperFormerDataCollator, TaskData, encode, load_tasks
+from ..data import TaskData, encode, load_tasks
 from ..json_files import read_object
 from ..model import HyperFormerModel
+from ..task_fitting import nearest_task
 from .arguments import RunArguments
 from .evaluate import load_model, weights_folder
 from .fewshot_report import NAME, PLOT_NAME, TABLE_NAME, markdown, plot, summary, table
@@ -341,23 +340,10 @@ class _Study:
             return named, "the paper's choice"
         if len(run.config.tasks) == 1:
             return run.config.tasks[0], "the only task"
-        losses = self._losses(run, rows, seed)
-        return min(losses, key=lambda task: losses[task]), "lowest loss on the rows"
-
-    @torch.no_grad()
-    def _losses(self, run: _Run, rows: int, seed: int) -> dict[str, float]:
-        """Return the loss on the rows of a cell with the weights of each trained task."""
         model, tokenizer = self._loaded(run)
         lengths = run.arguments.data.max_source_length, run.arguments.data.max_target_length
         examples = encode(self._data(run, rows, seed), "train", tokenizer, *lengths)
-        collate = HyperFormerDataCollator(tokenizer)
-        found = dict.fromkeys(run.config.tasks, 0.0)
-        for batch in DataLoader(examples.remove_columns("task"), batch_size=32, collate_fn=collate):
-            inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask", "labels")}
-            tokens = int((inputs["labels"] != -100).sum())
-            for task in found:
-                found[task] += tokens * float(model(**inputs, task=task).loss)
-        return found
+        return nearest_task(model, examples)[0].task, "lowest loss on the rows"
 
     def results(self, runs: Sequence[_Run], samples: Sequence[int], seeds: int) -> dict[str, Any]:
         """Return the content of fewshot.json."""
