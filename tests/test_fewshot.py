@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -272,3 +274,14 @@ def test_cells_have_the_prefix_of_their_run_and_the_losses_are_of_the_cells_rows
     run.arguments.data.split_validation_test = True
     monkeypatch.setattr("hyperformer_fast.data.sources.cut", lambda *_: 1 / 0)
     assert list(study._data(run, 5, 42).splits["train"]["source"]) == sources["adapters"]
+
+
+def test_the_benchmark_of_embeddings_alone_runs(trained, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    arguments = [str(trained / "hyperformer++"), "--task", "rte", "--quick", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["kshot.py", *arguments])
+    importlib.import_module("kshot").main()
+    (found,) = tmp_path.glob("kshot-rte-*.json")
+    results = json.loads(found.read_text())["results"]
+    (cell,) = results["cells"]["4"]
+    assert cell["nearest"] in results["tasks"] == ["cola", "stsb"] and 0 <= cell["score"] <= 100
