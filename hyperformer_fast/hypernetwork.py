@@ -13,6 +13,7 @@ from torch import nn
 
 from . import ops
 from .config import HyperFormerConfig
+from .embedding_mark import EmbeddingReader
 from .initialisation import AUTHORS, Initialisation, draw_generator, linear, plain_norms
 from .layout import AdapterLayout
 from .names import NamedParameters
@@ -40,7 +41,7 @@ class TaskProjector(nn.Sequential):
         )
 
 
-class TaskEmbeddings(nn.Module):
+class TaskEmbeddings(EmbeddingReader):
     """The task embeddings, which encoder and decoder share (``TaskEmbeddingController`` in the authors' code).
 
     Every forward uses all embeddings, so that each of them gets a gradient, which is zero for a task that is not in the
@@ -65,6 +66,7 @@ class TaskEmbeddings(nn.Module):
             if config.train_task_embeddings
             else None
         )
+        self.mark_state_dicts()
 
     @property
     def out_dim(self) -> int:
@@ -206,7 +208,7 @@ class AdapterSource(nn.Module):
         return packed
 
 
-class HyperNetwork(AdapterSource):
+class HyperNetwork(EmbeddingReader, AdapterSource):
     """All hypernetworks of one stack, in any of the three variants. Arguments are those of :class:`AdapterSource`."""
 
     def __init__(self, config: HyperFormerConfig, d: int, num_layers: int):
@@ -235,6 +237,7 @@ class HyperNetwork(AdapterSource):
             "hyperformer": self.num_sites,
         }
         self.generator = Generator(counts[config.variant], self.layout, k, config.generates_norms, init, mean_square)
+        self.mark_state_dicts()
 
     def embeddings(self, task_embeddings: torch.Tensor) -> torch.Tensor:
         """Combine the task embeddings [T, k_task] with those of layers and positions (paper section 3.3).

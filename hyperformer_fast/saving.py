@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 from transformers import AutoConfig, PretrainedConfig
 
-from . import hub, model_card, parameters, pretrained
+from . import embedding_mark, hub, model_card, parameters, pretrained
 from .adapter_table import TaskNumbers
 from .checkpoint import DESCRIPTION, MODEL_TYPE, CheckpointError, CheckpointFile, LoadedCheckpoint
 from .config import HyperFormerConfig
@@ -241,9 +241,12 @@ class SavedModel(T5Delegate):
         A checkpoint's are checked as :meth:`load_weights` checks them, and loaded all or none. They lack the T5's
         frozen weights, which are verified instead, so that no key counts as missing; ``assign`` is not read.
 
+        A state dict of a model that reads its embeddings in another way (``normalize_embeddings``), and would silently
+        compute something else here, is refused too; with ``strict=False`` it is a warning.
+
         Raises:
-            CheckpointError: the checkpoint is broken, or of another configuration or T5; or, with ``strict=False``,
-                nothing in the state dict belongs to this model.
+            CheckpointError: the checkpoint is broken, or of another configuration or T5; the state dict is of a model
+                with other ``normalize_embeddings``; or, with ``strict=False``, nothing in it belongs to this model.
         """
         if DESCRIPTION in state_dict:
             file = LoadedCheckpoint(state_dict)
@@ -256,6 +259,9 @@ class SavedModel(T5Delegate):
                 f"none of the {len(state_dict)} tensors ({next(iter(state_dict))} for one) is one that this model "
                 "trains: this is no checkpoint of a HyperFormerModel"
             )
+        reason = embedding_mark.read_otherwise(self, state_dict) if strict else None
+        if reason is not None:
+            raise CheckpointError(f"{reason}. Nothing was loaded")
         loaded = super().load_state_dict(state_dict, strict, assign)
         if assign:
             # torch makes a parameter of each name, and a head that is tied would be trained apart, and not saved.

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from .adapter_table import AdapterTable, TaskNumbers
+from .embedding_mark import EmbeddingMark
 from .hypernetwork import Generator, HyperNetwork, TaskEmbeddings, TaskProjector
 from .names import NamedParameters
 
@@ -27,6 +28,7 @@ from .names import NamedParameters
 _KNOWN = frozenset(
     (
         AdapterTable,
+        EmbeddingMark,
         Generator,
         HyperNetwork,
         NamedParameters,

@@ -225,12 +225,14 @@ def check_the_stock_trainer_with_fsdp2(rank: int, folder: Path) -> None:
         return  # its arguments cannot ask for version 2
     for efficient in (False, True):
         config = {"fsdp_version": 2, "cpu_ram_efficient_loading": efficient, "state_dict_type": "FULL_STATE_DICT"}
-        model = tiny_model(unfreeze_lm_head=True)
+        changes = {"unfreeze_lm_head": True, "normalize_embeddings": efficient}  # whose state dict has a mark
+        model = tiny_model(**changes)
         trainer = stock_trainer(folder, model, fsdp=True, fsdp_config=config)
         trainer.train()
         adapted = trainer.accelerator.unwrap_model(trainer.model)
         assert is_sharded(adapted.t5.encoder.block[0].layer[0].SelfAttention.q.weight)
-        compare(values(adapted), expected(tiny_model(unfreeze_lm_head=True).train()))
+        compare(values(adapted), expected(tiny_model(**changes).train()))
+        assert any(name.endswith("normalized._extra_state") for name in adapted.state_dict()) == efficient
 
 
 def check_our_trainer(rank: int, folder: Path) -> None:
