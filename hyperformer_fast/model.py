@@ -14,6 +14,7 @@ from torch.jit._trace import is_tracing
 from . import frozen_head
 from .config import HyperFormerConfig
 from .delegate import is_checkpointing
+from .export.materialize import MaterializedTask, materialize
 from .fusion import AUTO_PIECES, Fuse, fuse_t5, pieces_of, resolve, unfuse_t5
 from .fusion.before import reads_no_cache
 from .gradient_flow import expect_gradients
@@ -316,6 +317,17 @@ class HyperFormerModel(ManagedTasks):
 
         t5, networks, embeddings = map(nbytes, (self._base, self.hypernetworks, self.task_embeddings))
         return MemoryFootprint(t5, networks, embeddings, *self._prepared.footprint())
+
+    def materialize(self, task: str) -> MaterializedTask:
+        """One task as a plain T5: a copy, not fused, with ordinary adapter modules that hold this task's weights.
+
+        Its ``save(folder)`` writes it with a short Python file that loads it without this library, and
+        ``save_adapters(folder)`` writes the format of the ``adapters`` library.
+
+        Raises:
+            ValueError: an unknown task, or weights that are spread over processes or not in memory.
+        """
+        return materialize(self, task)
 
     def _own_device(self) -> torch.device:
         """The device of the hypernetworks and embeddings."""

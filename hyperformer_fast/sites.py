@@ -385,6 +385,13 @@ class _Hook:
         return weights, context.index_for(self.stack, x.shape[0])
 
 
+def remove_hooks(t5: nn.Module) -> None:
+    """Take the adapters' hooks off a copy of a T5, whose model is another one's."""
+    for module in t5.modules():
+        for key in [key for key, hook in module._forward_hooks.items() if isinstance(hook, _Hook)]:
+            del module._forward_hooks[key]
+
+
 def only_hook(module: nn.Module) -> _Hook | None:
     """The hook of a site, if nothing else runs around the forward of its module."""
     if len(module._forward_hooks) != 1 or module._compiled_call_impl is not None:

@@ -1,0 +1,39 @@
+"""The packed weights of chosen tasks, outside of any forward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..sharding import is_sharded
+from ..task_choice import index_on
+
+if TYPE_CHECKING:
+    from ..model import HyperFormerModel
+
+
+def packed_weights(model: HyperFormerModel, tasks: Sequence[int]) -> dict[str, Tensor]:
+    """Return the packed weights [S, T, P] of each stack for the tasks of these indices; empty without adapters.
+
+    Raises:
+        ValueError: FSDP shards them, or they are not in memory.
+    """
+    expect_whole(model.task_embeddings)
+    expect_whole(model.hypernetworks)
+    nets: Any = model.hypernetworks
+    with torch.inference_mode(False), torch.no_grad():
+        embeddings = model.task_embeddings()
+        embeddings = embeddings.index_select(0, index_on(embeddings.device, tasks))
+        return {name: net.forward_each(embeddings) for name, net in nets.items()}
+
+
+def expect_whole(module: nn.Module) -> None:
+    """Raise ValueError where a parameter is spread over processes, or not in memory."""
+    for name, parameter in module.named_parameters():
+        if is_sharded(parameter) or parameter.is_meta:
+            raise ValueError(
+                f"{name} is spread over processes or not in memory: load a saved checkpoint into a model of one process"
+            )
