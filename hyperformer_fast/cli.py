@@ -58,6 +58,14 @@ def _parser() -> argparse.ArgumentParser:
             "--max_steps and --learning_rate, override the run's own.",
         )
     )
+    _export_options(
+        command(
+            "export",
+            "write a saved run as graphs that run without this library",
+            "Writes an encoder and one decoding step, with the weights of all tasks inside and the task of each sample "
+            "as an input, the tokenizer, and export.json, which describes them (docs/export.md).",
+        )
+    )
     command("params", "parameter counts of each variant on T5-small and T5-base")
     tune = command("tune", "find the fastest Triton tiles on this GPU", "Writes a table of tiles that later runs read.")
     tune.add_argument("--d", type=int, nargs="+", default=[768], metavar="N", help="widths of the T5 (default: 768)")
@@ -132,6 +140,20 @@ def _fewshot_options(fewshot: argparse.ArgumentParser) -> None:
         help="where the table and the plot are written (default: fewshot-output)",
     )  # fmt: skip
     _base_option(fewshot)
+
+
+def _export_options(export: argparse.ArgumentParser) -> None:
+    export.add_argument("run_dir", metavar="RUN_DIR", help="folder of a run")
+    export.add_argument(
+        "--format", choices=("torch", "onnx", "aoti"), required=True,
+        help="torch: torch.export; onnx: for onnxruntime; aoti: compiled by AOTInductor for this CPU",
+    )  # fmt: skip
+    export.add_argument("--output", required=True, metavar="DIR", help="folder to write")
+    export.add_argument(
+        "--tasks", nargs="+", action=Names, metavar="TASK",
+        help="tasks to export, in the order of their indices in the graphs (default: all of the run's)",
+    )  # fmt: skip
+    _base_option(export)
 
 
 def _base_option(command: argparse.ArgumentParser) -> None:
@@ -209,6 +231,15 @@ def _fewshot(options: argparse.Namespace) -> None:
     )
 
 
+def _export(options: argparse.Namespace) -> None:
+    from .export.run import export_run
+
+    _quiet()
+    with _own_warnings():
+        base = _base(options)
+    export_run(options.run_dir, options.format, options.output, options.tasks, base)
+
+
 @contextlib.contextmanager
 def _own_warnings() -> Iterator[None]:
     """Print this package's warnings as lines of the command, each once and on the first process only."""
@@ -264,7 +295,7 @@ def _tune(options: argparse.Namespace) -> None:
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "evaluate": _evaluate, "predict": _predict, "fewshot": _fewshot, "params": _params, "tune": _tune,
-    "doctor": _doctor,
+    "doctor": _doctor, "export": _export,
 }  # fmt: skip
 
 

@@ -13,19 +13,20 @@ class MissingPackage(ImportError):
     """An optional package is not installed; the message names it, what needs it and how to install it."""
 
 
-def require(what: str, *modules: str) -> None:
+def require(what: str, *modules: str, extra: str = "train") -> None:
     """Raise :class:`MissingPackage` unless every module can be imported.
 
     Args:
         what: what needs them, as the subject of a sentence ("training").
-        modules: import names of packages that the extra ``train`` installs.
+        modules: import names of packages that the extra installs.
+        extra: the name of the extra.
     """
     missing = [_DISTRIBUTIONS.get(module, module) for module in modules if not _importable(module)]
     if missing:
         names = " and ".join([", ".join(missing[:-1]), missing[-1]] if len(missing) > 1 else missing)
         verb = "are" if len(missing) > 1 else "is"
         raise MissingPackage(
-            f"{what} needs {names}, which {verb} not installed: pip install 'hyperformer-fast[train]'",
+            f"{what} needs {names}, which {verb} not installed: pip install 'hyperformer-fast[{extra}]'",
             name=missing[0],
         )
 
