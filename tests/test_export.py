@@ -18,7 +18,6 @@ from hyperformer_fast.export.graphs import graphs_of
 from hyperformer_fast.export.materialize import plain_copy
 from hyperformer_fast.export.weights import packed_weights
 
-
 OF_T5 = ("gated", "tied", "relative_attention_max_distance", "num_layers")
 
 

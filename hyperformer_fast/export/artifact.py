@@ -181,8 +181,8 @@ def _difference(model: HyperFormerModel, ids: Sequence[int], graphs: Mapping[str
     difference = float((decoded_logits(graphs, batch) - expected).abs().max() / expected.abs().max())
     if not difference <= _TOLERANCE:
         raise RuntimeError(
-            f"the exported graphs do not give this model's logits (they differ by {difference:.2g} of the largest one), "
-            "so nothing was written: something was added to the T5 that an export does not see"
+            f"the exported graphs do not give this model's logits, from which they differ by {difference:.2g} of the "
+            "largest one, so nothing was written: something was added to the T5 that an export does not see"
         )
     return difference
 
