@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.runs import data_folder, saved_t5
-from transformers import AutoTokenizer
+from support.runs import data_folder, small_t5
+from transformers import AutoTokenizer, ByT5Tokenizer
 
 import hyperformer_fast
 from hyperformer_fast import HyperFormerModel, extras
@@ -33,8 +33,16 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     root = tmp_path_factory.mktemp("export")
-    train = ["train", "--model_name_or_path", saved_t5(root / "t5", num_layers=2), "--max_steps", "1"]
-    train += ["--data_dir", data_folder(root / "data"), "--output_dir", str(root / "run"), "--learning_rate", "0.5"]
+    t5 = small_t5()
+    with torch.no_grad():
+        for name, parameter in t5.named_parameters():
+            if parameter.dim() == 2:
+                # As it is drawn it repeats the token before, whatever it reads.
+                parameter.mul_(0.3 if "shared" in name else 2)
+    t5.save_pretrained(root / "t5")
+    ByT5Tokenizer().save_pretrained(root / "t5")
+    train = ["train", "--model_name_or_path", str(root / "t5"), "--max_steps", "1"]
+    train += ["--data_dir", data_folder(root / "data"), "--output_dir", str(root / "run"), "--learning_rate", "1e-3"]
     train += ["--reduction_factor", "4", "--eval_strategy", "no", "--save_strategy", "no", "--recipe", "authors"]
     assert main(train) == 0
     return root / "run"
@@ -64,9 +72,9 @@ def test_greedy_decoding_without_the_library(format, run, tmp_path, capsys):
     batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
     with torch.no_grad():
         tokens = model.generate(**batch, task=TASKS, max_new_tokens=max(longest.values()), do_sample=False)
+    assert len({tuple(row) for row in tokens.tolist()}) > 1
     expected = tokenizer.batch_decode(tokens, skip_special_tokens=True)
     assert done.stdout == "".join(f"{task}: {text}\n" for task, text in zip(TASKS, expected))
-    assert any(expected)
 
 
 def test_what_is_wrong_is_said(run, tmp_path, capsys, monkeypatch):
