@@ -40,6 +40,7 @@ def benchmark_module(monkeypatch):
     [
         "report.py --rows 65 --dtypes fp32 --rounds 1",
         "mixed.py --quick",
+        "export.py --quick",
         "stack.py --quick",
         "memory.py --quick",
         "training.py --quick",
