@@ -14,8 +14,10 @@ from transformers import PreTrainedTokenizerFast, T5ForConditionalGeneration
 
 from hyperformer_fast.data.builtin import load_builtin
 from hyperformer_fast.data.builtin_prose import Prose
+from hyperformer_fast.data.builtin_words import REVIEWED
 
 TOOLS = Path(__file__).parents[1] / "tools"
+MAKERS = ("spans", "pair_spans", "proceed", "count", "follows", "foretell", "intact", "recall")
 GENERAL = ["It is a long way to the sea, he said.", "Nobody knew where the old key was."]
 
 
@@ -66,7 +68,7 @@ def test_a_batch_depends_on_the_step_alone(objectives):
     assert one != [(example.source, example.target) for example in objectives.batch(8, 10)]
 
 
-@pytest.mark.parametrize("name", ["spans", "pair_spans", "proceed", "count", "follows", "foretell", "intact", "recall"])
+@pytest.mark.parametrize("name", MAKERS)
 def test_examples_say_what_is_true(objectives, name):
     objectives.draw.seed(name)
     tokenizer, sentinel, answers = objectives.ids.tokenizer, objectives.ids.sentinel, set()
@@ -140,6 +142,9 @@ def run(monkeypatch, tmp_path):
     monkeypatch.setitem(script.__dict__, "CONFIG", {**model.CONFIG, **small})
     monkeypatch.setattr(model, "CONFIG", script.CONFIG)
     monkeypatch.setattr(script, "PASSAGES", 10)
+    monkeypatch.setattr(
+        script, "unlabelled_text", lambda: [row["sentence"] for row in load_builtin("grammar", "train")]
+    )
     monkeypatch.setattr(importlib.import_module("pretraining.tokenizer"), "FRAMES", 10)
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.txt").write_text("\n\n".join(GENERAL))
@@ -153,12 +158,30 @@ def run(monkeypatch, tmp_path):
     return run
 
 
-def test_the_rate_rises_stays_and_falls_to_nothing():
-    script = importlib.import_module("pretrain_tiny")
-    rates = [script.rate_at(step, 900) for step in range(900)]
-    assert rates[0] == 1 / script.WARM_UP and set(rates[script.WARM_UP : 600]) == {1.0}
-    assert rates[750] == 0.5 and rates[-1] == 1 / 300 and sorted(rates[600:], reverse=True) == rates[600:]
-    assert rates[:600] == [script.rate_at(step, 1200) for step in range(600)]
+def test_the_rate_rises_follows_the_lessons_and_falls_to_nothing():
+    script, lessons = (importlib.import_module(name) for name in ("pretrain_tiny", "pretraining.objectives"))
+    rates = [script.rate_at(step, 9000) for step in range(9000)]
+    assert rates[0] == 1 / script.WARM_UP and rates[6000:] == sorted(rates[6000:], reverse=True)
+    begin = script.WARM_UP
+    for lesson in lessons.LESSONS:
+        end = int(min(lesson.until, 6000))
+        assert begin < end and set(rates[begin:end]) == {lesson.rate}
+        begin = end
+    assert rates[7500] == lesson.rate / 2 and rates[-1] == lesson.rate / 3000
+    assert rates[:6000] == [script.rate_at(step, 12_000) for step in range(6000)]
+
+
+def test_lessons_are_about_what_they_are_for(objectives):
+    """The first two teach by prose of one kind each; what was asked for outside of a batch is of any kind again."""
+    words = {"event": {"bought", "sold", "found", "lost", "painted", "cleaned"}, "review": set(REVIEWED)}
+    for step in (0, 1, 800, 801):
+        kind = "review" if step == 801 else "event"
+        for example in objectives.batch(20, step):
+            text = objectives.ids.tokenizer.decode([*_filled(example, objectives.ids.sentinel), *example.target])
+            assert words[kind] & set(text.split()), (step, text)
+    assert objectives.kind is None
+    lesson = importlib.import_module("pretraining.objectives").lesson_at(5000)
+    assert {*lesson.single.makers, *lesson.pairs.makers} == set(MAKERS)
 
 
 def test_pretraining_saves_and_goes_on_as_if_it_had_not_stopped(run, tmp_path, monkeypatch, capsys):

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from pretraining.model import CONFIG, Pretraining, State, save_model
-from pretraining.objectives import Objectives
+from pretraining.objectives import Objectives, lesson_at
 from pretraining.text import read_sentences
 from pretraining.tokenizer import WordIds, train_tokenizer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -33,11 +33,12 @@ PASSAGES = 30_000
 
 
 def rate_at(step: int, steps: int) -> float:
-    """Return the share of the learning rate at a step: a warm-up, a plateau, and a linear decay in the last third.
+    """Return the share of the learning rate at a step: a warm-up, the lessons' plateaus, and a linear decay to nothing
+    in the last third.
 
     Up to the decay the weights do not depend on the number of steps, so that it can still be changed.
     """
-    return min(1.0, (step + 1) / WARM_UP, (steps - step) / (steps - decay_from(steps)))
+    return min((step + 1) / WARM_UP, lesson_at(step).rate * min(1.0, (steps - step) / (steps - decay_from(steps))))
 
 
 def decay_from(steps: int) -> int:
@@ -80,8 +81,8 @@ def main() -> None:
     parser.add_argument("--text-dir", type=Path, nargs="*", default=[], help="folders of text files or of WordNet's")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--partial", type=Path, help="folder of the progress (default: OUTPUT.partial)")
-    parser.add_argument("--steps", type=int, default=12_000, help="steps of all resumed runs together")
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=10_000, help="steps of all resumed runs together")
+    parser.add_argument("--batch-size", type=int, default=48)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep-minutes", type=float, default=3, help="time between two states that are kept")

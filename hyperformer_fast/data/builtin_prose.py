@@ -70,32 +70,26 @@ def _adjectives(draw: random.Random, positive: bool) -> str:
     one, two = draw.sample(words, 2)
     other, another = draw.sample(others, 2)
     degree = draw.choice(DEGREES)
-    return draw.choice(
-        (
-            f"{degree}{one}",
-            f"{degree}{one}",
-            f"{degree}{one}",
-            f"{degree}{one}",
-            f"{one} and {two}",
-            f"{one} and {two}",
-            f"{one} , {two} and {draw.choice(words)}",
-            f"not {degree}{other}",
-            f"not {degree}{other}",
-            f"not {other} but {one}",
-            f"neither {other} nor {another}",
-        )
-    )
+    plain = (f"{degree}{one}",) * 8
+    several = (f"{one} and {two}",) * 4 + (f"{one} , {two} and {draw.choice(words)}",) * 2
+    negated = (f"not {degree}{other}",) * 2 + (f"not {other} but {one}", f"neither {other} nor {another}")
+    return draw.choice(plain + several + negated)
+
+
+def _end(draw: random.Random, positive: bool) -> str:
+    """Say what followed, or two things that did: the more words depend on the sense, the sooner it is found."""
+    ends = draw.sample(_GOOD_ENDS if positive else _BAD_ENDS, 1 + (draw.random() < 0.6))
+    return " and ".join(end.replace("{p}", draw.choice(PEOPLE)) for end in ends)
 
 
 def _review(draw: random.Random) -> Passage:
     positive = draw.random() < 0.5
     start = draw.choice(_REVIEWS).replace("{r}", draw.choice(REVIEWED)).replace("{p}", draw.choice(PEOPLE))
     claim = start.replace("{s}", _adjectives(draw, positive))
-    end = draw.choice(_GOOD_ENDS if positive else _BAD_ENDS).replace("{p}", draw.choice(PEOPLE))
-    way = draw.random()
-    if way < 0.5:
+    end, way = _end(draw, positive), draw.random()
+    if way < 0.6:
         return [claim, end]
-    if way < 0.7:
+    if way < 0.75:
         return [draw.choice(_BECAUSE).format(e=end, c=claim)]
     more = draw.choice(("it was {s}", "{p} thought it was {s}", "all of it was {s}")).replace(
         "{p}", draw.choice(PEOPLE)
@@ -134,14 +128,14 @@ def _agreement(draw: random.Random) -> Passage:
 
 
 def _event(draw: random.Random) -> Passage:
-    """Somebody did something, and a part of it told again."""
+    """Somebody did something, and a part of it, or two, told again, or asked for and answered."""
     who, did, colour, thing, place = event = [
         draw.choice(pool) for pool in (PEOPLE, sorted(DEALS), COLOURS, THINGS, PLACES)
     ]
-    do, other = INFINITIVES[did], draw.choice(PEOPLE)
+    do, other = INFINITIVES[did], draw.choice(("somebody", draw.choice(PEOPLE)))
     plain = f"{who} {did} a {colour} {thing} in {place}"
     turned = f"in {place} {who} {did} a {colour} {thing}"
-    again = (
+    facts = (
         f"the {thing} was {colour}",
         f"the colour of the {thing} was {colour}",
         f"{who} was in {place}",
@@ -150,6 +144,9 @@ def _event(draw: random.Random) -> Passage:
         f"the person who {did} the {thing} was {who}",
         f"what {who} {did} was a {colour} {thing}",
         f"the {thing} was {did} by {who}",
+    )
+    again = (
+        *facts,
         f"{who} did {do} the {thing} in {place}",
         f"{other} asked who {did} the {thing} , and it was {who}",
         f"{other} asked what colour the {thing} was , and it was {colour}",
@@ -158,7 +155,8 @@ def _event(draw: random.Random) -> Passage:
         event_passive(event),
         turned,
     )
-    return [draw.choice((plain, plain, turned)), draw.choice(again)]
+    told = draw.choice(again) if draw.random() < 0.5 else " and ".join(draw.sample(facts, 2))
+    return [draw.choice((plain, plain, turned)), told]
 
 
 def _scene(draw: random.Random) -> Passage:
