@@ -6,17 +6,27 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from .. import __version__, model_card
 from ..atomic import recover_directory, sweep_leftovers, write_file
-from ..checkpoint import CONFIG_NAME, OLD_CONFIG_NAME, OLD_WEIGHTS_NAME, WEIGHTS_NAME
+from ..checkpoint import (
+    CONFIG_NAME,
+    OLD_CONFIG_NAME,
+    OLD_WEIGHTS_NAME,
+    WEIGHTS_NAME,
+    CheckpointFile,
+    weights_file,
+)
+from ..config import HyperFormerConfig
 from ..data import TaskData, TaskSpec
 from ..json_files import parse, read_object
 from ..recipes import BEFORE_RECIPES
 from .arguments import RunArguments
+from .in_effect import in_effect
 
 RUN_NAME = "run.json"
 HISTORY_NAME = "history.json"
@@ -275,10 +285,19 @@ def check_same(folder: Path, run: RunArguments, data: dict[str, TaskData], world
     before, _, content = read_run(folder)
     theirs, ours = before.to_dict(), run.to_dict()
     defaults = RunArguments.from_dict({}, for_training=False)
-    for name in sorted(theirs.keys() | ours.keys()):
-        one, other = (flat[name] if name in flat else _default(defaults, name) for flat in (theirs, ours))
-        if name not in MAY_CHANGE and one != other:
-            raise RunError(f"cannot resume {folder}: {name} was {one!r} and is now {other!r}")
+    differing = [
+        name
+        for name in sorted((theirs.keys() | ours.keys()) - MAY_CHANGE)
+        if _value(theirs, name, defaults) != _value(ours, name, defaults)
+    ]
+    if differing:
+        config = _config_of_checkpoint(folder) if run.model.init_from is not None else None
+        meant = in_effect(before, list(content["tasks"]), content.get("selecting", False), config)
+        means = in_effect(run, list(data), run.selects, config)
+        for name in differing:
+            one, other = meant.get(name, _value(theirs, name, defaults)), means.get(name, _value(ours, name, defaults))
+            if one != other:
+                raise RunError(f"cannot resume {folder}: {name} was {one!r} and is now {other!r}")
     size, was = examples_per_step(run, world_size), content.get("examples_per_step")
     if was is not None and size != was:
         raise RunError(
@@ -299,9 +318,19 @@ def _cure(run: RunArguments, examples: int, world_size: int) -> str:
     return f"set per_device_train_batch_size to {examples // batches}"
 
 
-def _default(run: RunArguments, name: str) -> Any:
-    groups = (run.model, run.data, run.adapters, run.training)
+def _value(flat: Mapping[str, Any], name: str, defaults: RunArguments) -> Any:
+    """The value of an argument in a run's flat ones, or its default."""
+    if name in flat:
+        return flat[name]
+    groups = (defaults.model, defaults.data, defaults.adapters, defaults.training)
     return next((getattr(group, name) for group in groups if hasattr(group, name)), None)
+
+
+def _config_of_checkpoint(folder: Path) -> HyperFormerConfig | None:
+    checkpoint, _ = newest_checkpoint(folder)
+    if checkpoint is None or weights_file(checkpoint) is None:
+        return None
+    return HyperFormerConfig.from_dict(CheckpointFile(checkpoint).description.get("config", {}))
 
 
 def _versions(*names: str) -> dict[str, str | None]:

@@ -13,7 +13,9 @@ from .field_checks import RunConfigError
 #: How the embedded T5 is named where a name is needed.
 EMBEDDED = "embedded"
 _STRATEGIES = ("eval_strategy", "save_strategy", "logging_strategy")
-_FLAGS = ("unique_hyper_net", "efficient_unique_hyper_net")
+
+#: The authors' two flags, which say a variant.
+VARIANT_FLAGS = ("unique_hyper_net", "efficient_unique_hyper_net")
 
 
 def settled(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -50,8 +52,8 @@ def overridden(fields: Mapping[str, Any], by: Mapping[str, Any]) -> dict[str, An
     """Return ``fields`` overridden ``by`` others, without those that only make sense beside a value that is gone."""
     kept = dict(fields)
     if "variant" in by:
-        kept = {name: value for name, value in kept.items() if name not in _FLAGS}
-    elif any(name in by for name in _FLAGS):
+        kept = {name: value for name, value in kept.items() if name not in VARIANT_FLAGS}
+    elif any(name in by for name in VARIANT_FLAGS):
         kept.pop("variant", None)
     if "num_train_epochs" in by and "max_steps" not in by:
         kept.pop("max_steps", None)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +21,7 @@ from .base import fuse_of, load_base, load_tokenizer
 from .evaluate import weights_folder
 from .folder import RUN_NAME, read_run, tasks_before
 from .progress import say
+from .settle import VARIANT_FLAGS
 
 #: Fields of a TaskSpec that decide what the model reads and writes.
 _TEXTS = ("source", "columns", "prefix", "target", "labels", "label_names", "target_template", "step")
@@ -66,16 +69,31 @@ def build_model(
         t5, tokenizer = load_base(arguments.model, base)
         model = HyperFormerModel.from_pretrained(weights, t5=t5, fuse=fuse, **_of_the_hub(arguments))
     config = model.hyperformer_config
-    for name, value in vars(arguments.adapters).items():
-        if value is not None and value != getattr(config, name):
-            raise RunConfigError(
-                f"{name}={value!r}, but init_from={start!r} has {getattr(config, name)!r}: leave it out"
-            )
+    _expect_same_adapters(arguments, config)
     _expect_trained([task for task in tasks if task not in trained and task not in config.tasks])
     for task in tasks:
         if task not in model.hyperformer_config.tasks:
             model.add_task(task)
     return model, tokenizer
+
+
+def _expect_same_adapters(arguments: RunArguments, config: HyperFormerConfig) -> None:
+    start = arguments.model.init_from
+    given = {name: value for name, value in vars(arguments.adapters).items() if value is not None}
+    theirs = {name: getattr(config, name) for name, value in given.items() if value != getattr(config, name)}
+    if not theirs:
+        return
+    differing = [f"{name}={given[name]!r}, but init_from={start!r} has {value!r}" for name, value in theirs.items()]
+    flags = {name: value for name, value in theirs.items() if value is not None}
+    if any(name in flags for name in VARIANT_FLAGS):  # --variant replaces them
+        flags = {"variant": config.variant, **{n: v for n, v in flags.items() if n not in VARIANT_FLAGS}}
+    said = " ".join(f"--{name} {shlex.quote(_as_flag(value))}" for name, value in flags.items())
+    also = f", or, if a configuration file has or implies it (as the authors' files do), add {said}" if said else ""
+    raise RunConfigError(f"{'; '.join(differing)}: leave it out{also}")
+
+
+def _as_flag(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _expect_trained(others: Sequence[str]) -> None:
