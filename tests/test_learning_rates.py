@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import types
+
 import pytest
 import torch
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from support import runs, t5s
 from support.runs import losses, small_run, trained
 from support.t5s import batch, tiny_t5
@@ -315,3 +318,34 @@ def test_a_warm_up_that_cannot_be_is_refused(tmp_path, changes, message):
     trainer = small_trainer(tmp_path, embedding_warmup_steps=2, **changes)
     with pytest.raises(ValueError, match=message):
         trainer.create_optimizer_and_scheduler(6)
+
+
+@pytest.mark.parametrize("section", ["optimizer", "scheduler"])
+def test_rates_that_deepspeed_would_not_have_are_refused(section, tmp_path, monkeypatch):
+    """DeepSpeed itself is not needed to see what its configuration asks for."""
+    config = HfDeepSpeedConfig({"zero_optimization": {"stage": 2}, section: {"type": "AdamW", "params": {}}})
+    plain = HfDeepSpeedConfig({"zero_optimization": {"stage": 2}})
+
+    def ask(plugin, **fields):
+        trainer = small_trainer(tmp_path, max_steps=1, **fields)
+        monkeypatch.setattr(trainer.accelerator, "state", types.SimpleNamespace(deepspeed_plugin=plugin))
+        trainer._expect_own_rates()
+
+    own = types.SimpleNamespace(hf_ds_config=config)
+    message = f"learning_rate_rule='fan_in' and .* DeepSpeed's configuration has '{section}' of its own.*remove that"
+    with pytest.raises(ValueError, match=message):
+        ask(own, recipe="default")
+    with pytest.raises(ValueError, match="embedding_warmup_steps=3 need"):
+        ask(own, recipe="authors", embedding_warmup_steps=3)
+    ask(own, recipe="default", learning_rate_rule="uniform")
+    ask(own, recipe="authors")
+    ask(types.SimpleNamespace(hf_ds_config=plain), recipe="default")
+
+
+def test_a_training_asks_whether_its_rates_are_its_own(tmp_path, monkeypatch):
+    trainer = small_trainer(tmp_path, max_steps=1, recipe="default")
+    config = HfDeepSpeedConfig({"optimizer": {"type": "AdamW"}})
+    monkeypatch.setattr(type(trainer.accelerator.state), "deepspeed_plugin", types.SimpleNamespace(hf_ds_config=config))
+    with pytest.raises(ValueError, match="DeepSpeed's configuration has 'optimizer' of its own"):
+        trainer.train()
+    assert trainer.optimizer is None and trainer.state.global_step == 0

@@ -12,6 +12,9 @@ from ..learning_rates import EMBEDDINGS, place_parameters, split_groups
 from ..recipes import learning_rate_rule
 from .checkpointing import CheckpointingTrainer
 
+#: The sections of DeepSpeed's configuration that take the place of the Trainer's optimizer and schedule.
+_OF_DEEPSPEED = ("optimizer", "scheduler")
+
 
 class _WarmedUp:
     """A schedule whose first ``steps`` steps rise linearly from 0 to what it is."""
@@ -44,12 +47,36 @@ class OptimizingTrainer(CheckpointingTrainer):
         optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
         if given:
             return optimizer
-        rule = learning_rate_rule(self.adapted.hyperformer_config, getattr(self.args, "learning_rate_rule", None))
-        places = place_parameters(self.adapted, rule)
-        several = any(places[id(p)].scale != 1 for p in self.adapted.parameters() if p.requires_grad)
+        rule, several = self._rates()
         if several or self._embedding_warmup_steps:
             split_groups(optimizer, self.adapted, rule)
         return optimizer
+
+    def _rates(self) -> tuple[str, bool]:
+        """Return the rule of learning rates, and whether parts of the model have others than the one that is set."""
+        rule = learning_rate_rule(self.adapted.hyperformer_config, getattr(self.args, "learning_rate_rule", None))
+        places = place_parameters(self.adapted, rule)
+        return rule, any(places[id(p)].scale != 1 for p in self.adapted.parameters() if p.requires_grad)
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._expect_own_rates()
+        inner: Any = super()._inner_training_loop
+        return inner(*args, **kwargs)
+
+    def _expect_own_rates(self) -> None:
+        """Raise ValueError where DeepSpeed would make an optimizer or a schedule that has one rate for everything."""
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        taken = [] if plugin is None else [name for name in _OF_DEEPSPEED if name in plugin.hf_ds_config.config]
+        if not taken:
+            return
+        rule, several = self._rates()
+        if several or self._embedding_warmup_steps:
+            raise ValueError(
+                f"learning_rate_rule={rule!r} and embedding_warmup_steps={self._embedding_warmup_steps} need the "
+                f"Trainer's optimizer and schedule, but DeepSpeed's configuration has {' and '.join(map(repr, taken))} "
+                "of its own, where all parameters have one learning rate: remove that from DeepSpeed's configuration, "
+                'or set learning_rate_rule="uniform" and embedding_warmup_steps=0'
+            )
 
     def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
         new = self.lr_scheduler is None
