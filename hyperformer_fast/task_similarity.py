@@ -58,7 +58,7 @@ class Grams(NamedTuple):
         return _of_pairs(_cosines(self.whole))
 
     def own_cosines(self) -> Matrix:
-        """The cosines of all pairs of vectors minus the mean over the tasks."""
+        """The cosines of all pairs of vectors minus the mean over the tasks, which is -1 where there are two."""
         return _of_pairs(_cosines(self.own))
 
     def distances(self) -> Matrix:
@@ -108,7 +108,11 @@ class TaskSimilarity:
     stacks: dict[str, StackSimilarity]
 
     def figures(self) -> dict[str, float]:
-        """Numbers for a log, by name."""
+        """Numbers for a log, by name.
+
+        Two tasks have no ``own_weight_cosine``: minus their mean, two vectors are each other's negative, so that it
+        would be -1 whatever the tasks are.
+        """
         found: dict[str, float] = {}
         several = len(self.names) > 1
         if several and self.embeddings is not None:
@@ -118,7 +122,8 @@ class TaskSimilarity:
                 if stack.inputs is not None:
                     found |= _mean_and_max(f"{name}/input_cosine", stack.inputs.cosines())
                 found |= _mean_and_max(f"{name}/weight_cosine", stack.weights.cosines())
-                found |= _mean_and_max(f"{name}/own_weight_cosine", stack.weights.own_cosines())
+                if len(self.names) > 2:
+                    found |= _mean_and_max(f"{name}/own_weight_cosine", stack.weights.own_cosines())
                 found[f"{name}/weight_variation"] = stack.weights.variation()
             found |= {f"{name}/{part}_ratio": size for part, size in stack.sizes.items()}
         return found
@@ -171,14 +176,20 @@ def copied_tasks(model: HyperFormerModel) -> set[tuple[str, str]]:
 
 
 def collapse_explained(
-    similarity: TaskSimilarity, learning_rate: float, recipe: str, besides: Collection[tuple[str, str]] = ()
+    similarity: TaskSimilarity,
+    learning_rate: float,
+    recipe: str,
+    collapsed: Mapping[str, Sequence[tuple[str, str]]] | None = None,
 ) -> str:
     """Say which tasks have collapsed onto each other, where on their way from embedding to adapter, and what to do.
 
-    The pairs ``besides`` are passed over.
+    Args:
+        similarity: the tasks.
+        learning_rate, recipe: those of the training.
+        collapsed: the pairs to speak of, by stack; None for all that have collapsed.
     """
     said = []
-    for stack, pairs in similarity.collapsed(besides).items():
+    for stack, pairs in (similarity.collapsed() if collapsed is None else collapsed).items():
         of_stack = similarity.stacks[stack]
         every = len(similarity.names) * (len(similarity.names) - 1) // 2
         first, second = pairs[0]

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from support.runs import SMALL, data_folder, losses, saved_t5, small_run, small_trainer, trained
 from support.task_gradients import on_generators, stated_pcgrad
-from transformers import Seq2SeqTrainingArguments
+from transformers import Seq2SeqTrainingArguments, TrainerCallback
 
 from hyperformer_fast import task_gradients
 from hyperformer_fast.cli import main
@@ -304,3 +304,45 @@ def test_any_history_is_plotted(tmp_path):
         plot_diagnostics(history, tmp_path / f"{name}.png", "$x_1")
         assert Path(tmp_path / f"{name}.png").stat().st_size
         assert has_diagnostics(history) == (name != "none")
+
+
+def test_a_collapse_that_follows_another_is_warned_of_when_it_is_found(tmp_path):
+    """Once for each stack and pair, also in a run that is resumed."""
+    collapse = {2: ("encoder",), 6: ("encoder", "decoder")}
+
+    class Collapse(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            for stack in collapse.get(state.global_step, ()):
+                with torch.no_grad():
+                    model.hypernetworks[stack].projector[0].bias.fill_(-100.0)
+            seen.append((state.global_step, len(caught)))
+
+    fields = {"diagnostics_steps": 2, "tasks": THREE, "max_steps": 8, "save_steps": 4, "callbacks": [Collapse()]}
+    fields |= {"recipe": "default", "learning_rate": 1e-6, "task_embedding_dim": 64, "task_hidden_dim": 128}
+    fields |= {"projected_task_embedding_dim": 64}
+    found = []
+    for start in (None, str(tmp_path / "checkpoint-4")):
+        seen: list[tuple[int, int]] = []
+        trainer = small_trainer(tmp_path, **fields)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer.train(resume_from_checkpoint=start)
+        said = [str(each.message) for each in caught if "collapsed" in str(each.message)]
+        found.append([(text.split(" tasks")[0], "in the encoder" in text, "in the decoder" in text) for text in said])
+        assert trainer.collapsed_pairs == [("cola", "stsb"), ("cola", "mrpc"), ("stsb", "mrpc")]
+        if start is None:
+            counts = dict(seen)
+            assert counts[2] < counts[3] == counts[6] < counts[7], "each is said in the step after which it was found"
+    assert found == [[("at step 2", True, False), ("at step 6", False, True)], [("at step 6", False, True)]]
+
+
+def test_the_command_says_at_once_and_at_the_end_that_tasks_have_collapsed(tmp_path, capsys):
+    fields = {"model_name_or_path": saved_t5(tmp_path / "t5"), "data_dir": data_folder(tmp_path / "data"), **SMALL}
+    fields |= {"max_steps": 4, "per_device_train_batch_size": 4, "save_strategy": "no", "diagnostics_steps": 2}
+    fields |= {"output_dir": tmp_path / "run", "init_weights": "authors", "learning_rate": 10.0, "warmup_steps": 0}
+    with pytest.warns(UserWarning, match=r"at step \d tasks have collapsed onto each other") as caught:
+        assert main(["train", *(part for name, value in fields.items() for part in (f"--{name}", str(value)))]) == 0
+    stacks = [stack for each in caught for stack in ("encoder", "decoder") if f"in the {stack}" in str(each.message)]
+    assert len(stacks) == len(set(stacks))
+    last = capsys.readouterr().out.splitlines()[-2:]
+    assert last[0] == "warning: 'cola' and 'stsb' collapsed onto each other while training (see above)"

@@ -149,6 +149,14 @@ def test_tasks_that_share_an_embedding_on_purpose_are_one():
     assert "encoder/weight_variation" in similarity.figures()
 
 
+def test_two_tasks_have_no_cosine_of_what_is_their_own():
+    """Minus their mean two vectors are each other's negative, whatever they are."""
+    similarity = task_similarity(fresh_model(tasks=["mnli", "cola"]))
+    assert "encoder/weight_cosine_mean" in similarity.figures()
+    assert not any("own_weight_cosine" in name for name in similarity.figures())
+    assert similarity.stacks["encoder"].weights.own_cosines() == pytest.approx(-1)
+
+
 def test_one_task_has_no_pairs():
     similarity = task_similarity(fresh_model(tasks=["mnli"]))
     assert set(similarity.figures()) == {f"{s}/{p}_weight_ratio" for s in STACKS for p in ("down", "up")}

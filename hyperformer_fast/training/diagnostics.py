@@ -27,8 +27,8 @@ WATCHED_STEPS, WATCHED_STEPS_OF_TASK = 8, 4
 
 
 class TaskDiagnostics(TrainerCallback, ExportableState):
-    """What a resumed training has to know: the statistics of the steps watched so far, whether it has warned, and the
-    pairs of tasks that began as copies, which have not collapsed."""
+    """What a resumed training has to know: the statistics of the steps watched so far, of which collapses it has warned
+    (stack and pair of tasks), and the pairs of tasks that began as copies, which have not collapsed."""
 
     def __init__(self) -> None:
         self.begin([])
@@ -36,7 +36,7 @@ class TaskDiagnostics(TrainerCallback, ExportableState):
     def begin(self, copies: list[list[str]]) -> None:
         """Forget an earlier training of the same Trainer."""
         self.sums: dict[str, Any] = {}
-        self.warned = False
+        self.collapses: list[list[str]] = []
         self.copies = copies
         self.statistics: TaskStatistics | None = None
 
@@ -49,7 +49,7 @@ class TaskDiagnostics(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         sums = self.sums if self.statistics is None else self.statistics.state()
-        return {"args": {}, "attributes": {"sums": sums, "warned": self.warned, "copies": self.copies}}
+        return {"args": {}, "attributes": {"sums": sums, "collapses": self.collapses, "copies": self.copies}}
 
 
 class DiagnosingTrainer(OptimizingTrainer):
@@ -128,6 +128,11 @@ class DiagnosingTrainer(OptimizingTrainer):
         # The Trainer replaces it by one that has the checkpoint's state.
         return next(each for each in self.callback_handler.callbacks if isinstance(each, TaskDiagnostics))
 
+    @property
+    def collapsed_pairs(self) -> list[tuple[str, str]]:
+        """The pairs of tasks that a warning of this training said have collapsed onto each other."""
+        return list(dict.fromkeys((first, second) for _, first, second in self._diagnostics.collapses))
+
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         self._step_begun, self._micro_batch = -1, 0
         # Before anything is loaded, for a run that is resumed began with the model that it is given again.
@@ -180,21 +185,22 @@ class DiagnosingTrainer(OptimizingTrainer):
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _diagnose(self) -> dict[str, float]:
-        """The figures of the interval that ends, and the warning, if tasks have collapsed for the first time."""
+        """The figures of the interval that ends. It warns of the tasks that have collapsed and had not before."""
         model, record = self._watcher().model, self._diagnostics
         similarity = task_similarity(model)
         statistics = record.statistics_of(len(self.task_names))
         record.statistics = TaskStatistics(statistics.tasks)
         found = {**similarity.figures(), **statistics.figures(self.task_names, why_no_conflicts(model) is None)}
-        copies = {(first, second) for first, second in record.copies}
-        collapsed = similarity.collapsed(copies)
+        collapsed = similarity.collapsed({(first, second) for first, second in record.copies})
         if len(similarity.names) > 1 and similarity.stacks:
             found["collapsed_pairs"] = float(len({pair for pairs in collapsed.values() for pair in pairs}))
-        if collapsed and not record.warned:
-            record.warned = True
+        warned = {tuple(each) for each in record.collapses}
+        new = {stack: [pair for pair in pairs if (stack, *pair) not in warned] for stack, pairs in collapsed.items()}
+        new = {stack: pairs for stack, pairs in new.items() if pairs}
+        if new:
+            record.collapses += [[stack, *pair] for stack, pairs in new.items() for pair in pairs]
             if self.is_world_process_zero():
-                recipe = model.hyperformer_config.recipe
-                why = collapse_explained(similarity, self.args.learning_rate, recipe, copies)
+                why = collapse_explained(similarity, self.args.learning_rate, model.hyperformer_config.recipe, new)
                 warnings.warn(f"at step {self.state.global_step} {why}", stacklevel=2)
         return {PREFIX + name: value for name, value in found.items() if math.isfinite(value)}
 

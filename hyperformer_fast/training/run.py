@@ -322,5 +322,9 @@ def _report(
             written.append(name)
         except Exception as error:  # the run is complete: a plot that fails must not fail it
             say(console, f"warning: {name} could not be plotted: {type(error).__name__}: {error}")
+    if trainer.collapsed_pairs:
+        (first, second), *others = trainer.collapsed_pairs
+        more = f" and {len(others)} more pairs" if others else ""
+        say(console, f"warning: {first!r} and {second!r}{more} collapsed onto each other while training (see above)")
     say(console, f"trained in {seconds:.0f} s; {', '.join(written[:-1])} and {written[-1]} are in {folder}")
     return results
