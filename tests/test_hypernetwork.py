@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hyperformer_fast import backends, native
 from hyperformer_fast.config import HyperFormerConfig
 from hyperformer_fast.hypernetwork import POSITIONS, HyperNetwork, TaskEmbeddings
 from hyperformer_fast.variants import HYPERNETWORK_VARIANTS as VARIANTS
@@ -152,3 +153,23 @@ def test_projected_task_embeddings():
     embeddings = TaskEmbeddings(config)
     net = HyperNetwork(config, d=8, num_layers=1)
     assert embeddings().shape == (3, 5) and net.generator.weight.shape[-1] == 5 and net(embeddings()).shape[0] == 2
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize(("d", "layers", "k"), [(12, 1, 5), (17, 2, 33), (32, 3, 40)])
+def test_a_task_has_the_same_bits_in_any_company(variant, backend, d, layers, k):
+    """At sizes where matrix products round by the number of their rows."""
+    if backend == "cpu" and not native.status()["loaded"]:
+        pytest.skip("the compiled library is not there")
+    torch.manual_seed(0)
+    tasks = [f"task{i}" for i in range(9)]
+    config = small(variant, task_embedding_dim=k, projected_task_embedding_dim=k, normalize_embeddings=True)
+    config = config.replace(tasks=tasks)
+    embeddings, net = TaskEmbeddings(config)().detach(), HyperNetwork(config, d, layers)
+    with torch.no_grad(), backends.use_backend(backend):
+        net.generator.bias.normal_()
+        together = net.forward_each(embeddings)
+        torch.testing.assert_close(together, net(embeddings))
+        for company in ([0], [1, 0], [2, 3, 0], [0, 4, 5, 6, 7], [8, 7, 6, 5, 4, 3, 2, 1]):
+            assert torch.equal(net.forward_each(embeddings[company]), together[:, company]), company
