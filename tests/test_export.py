@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.t5s import TASKS, VARIANTS, tiny_model, tiny_t5
 from torch.testing import assert_close
+from transformers.models.t5 import modeling_t5
 
 from hyperformer_fast.export import artifact, export_model
 from hyperformer_fast.export.artifact import decoded_logits
@@ -17,6 +18,9 @@ from hyperformer_fast.export.formats import FORMATS, GRAPHS, Format
 from hyperformer_fast.export.graphs import graphs_of
 from hyperformer_fast.export.materialize import plain_copy
 from hyperformer_fast.export.weights import packed_weights
+
+# Before transformers 5 T5's softmax is in float32, whatever the T5 is in.
+TOLERANCE = 1e-9 if hasattr(modeling_t5, "eager_attention_forward") else 2e-6
 
 OF_T5 = ("gated", "tied", "relative_attention_max_distance", "num_layers")
 
@@ -64,7 +68,7 @@ def test_the_graphs_compute_the_model(kind):
     model = exportable(dtype=torch.float64, **KINDS[kind])
     # Longer than the distances that T5 tells apart, so that each bucket is read.
     batch = inputs(L=90, M=45) if kind == "far apart" else inputs()
-    assert_close(decoded_logits(modules(model), batch), expected(model, batch), rtol=1e-9, atol=1e-9)
+    assert_close(decoded_logits(modules(model), batch), expected(model, batch), rtol=0, atol=TOLERANCE)
 
 
 def test_a_sample_without_a_task_and_one_of_an_unknown_task():

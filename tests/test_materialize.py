@@ -13,6 +13,7 @@ from support.t5s import VARIANTS, batch, tiny_model, tiny_t5, train
 from torch.testing import assert_close
 
 import hyperformer_fast
+from hyperformer_fast.export.plain_t5 import Adapter
 from hyperformer_fast.fusion.classes import original_class
 
 FIELDS = {
@@ -26,6 +27,10 @@ FIELDS = {
 def answers(model, task):
     with torch.no_grad():
         return model(**batch(), task=task).logits
+
+
+def hooks_of(module):
+    return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
 
 
 def check(model, task="stsb"):
@@ -65,6 +70,8 @@ def test_the_model_keeps_its_own():
     before = answers(model, "mnli")
     plain = model.materialize("stsb").t5
     assert all(original_class(type(module)) is None for module in plain.modules())
+    hooks = [hook for module in plain.modules() for hook in hooks_of(module)]
+    assert {hook.__module__ for hook in hooks} == {"hyperformer_fast.export.plain_t5"}
     assert not any("hyperformer" in str(part.config._attn_implementation) for part in (plain, plain.encoder))
     with torch.no_grad():
         for parameter in plain.parameters():
@@ -83,6 +90,13 @@ def test_half_precision_keeps_the_adapters_precision():
     assert plain.encoder.block[0].layer[0].SelfAttention.adapter.down.weight.dtype == torch.float32
     with torch.no_grad():
         assert_close(plain(**batch()).logits, answers(model, "stsb"), rtol=0.05, atol=0.05)
+
+
+def test_what_overflowed_in_float16_does_not_become_nan():
+    adapter = Adapter(d=8, b=2, activation="relu", norm_before=False, norm_after=True)
+    x = torch.ones(2, 8, dtype=torch.float16)
+    x[0, 0] = torch.inf
+    assert adapter(x).isfinite().all()
 
 
 LOADER = """

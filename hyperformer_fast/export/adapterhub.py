@@ -64,7 +64,7 @@ def save(plain: MaterializedTask, folder: Path, name: str) -> Path | None:
         "name": name,
         "version": f"adapters.{_VERSION}",
     }
-    state = {}
+    state: dict[str, Tensor] = {}
     for path, adapter in plain.adapters.items():
         owner = path.rpartition(".")[0]  # the sublayer, with T5's norm and dropout
         state |= {f"{owner}.adapters.{name}.{key}": value for key, value in _state(adapter, layout).items()}

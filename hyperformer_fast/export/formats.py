@@ -6,12 +6,13 @@ Letters: B samples, L tokens of a source, P slots of the cache.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -124,8 +125,7 @@ def _write_onnx(program: ExportedProgram, path: Path, name: str) -> None:
 
 
 def _load_onnx(path: Path) -> Run:
-    import onnxruntime
-
+    onnxruntime: Any = importlib.import_module("onnxruntime")  # type checkers need not have it
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
     def run(*inputs: Tensor) -> list[Tensor]:

@@ -10,7 +10,7 @@ vocabulary, T tasks.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,7 +62,7 @@ class Encoder(nn.Module):
         places = torch.arange(input_ids.shape[1], device=input_ids.device)
         relative = places.unsqueeze(0) - places.unsqueeze(1)
         bias = mask
-        for block, table in zip(self.blocks, self.biases):
+        for block, table in _with_biases(self):
             if table is not None:
                 bias = table(relative).permute(2, 0, 1).unsqueeze(0) + mask
             q, k, v = block.projected(x)
@@ -124,7 +124,7 @@ class DecodingStep(nn.Module):
         written = torch.cat([relative[:, :-1] < 0, torch.ones_like(relative[:, -1:], dtype=torch.bool)], 1)
         bias = x.new_zeros(())
         new_keys, new_values = [], []
-        for i, (block, table) in enumerate(zip(self.blocks, self.biases)):
+        for i, (block, table) in enumerate(_with_biases(self)):
             if table is not None:
                 bias = table(relative).permute(0, 2, 1).unsqueeze(2)
                 bias = torch.where(written[:, None, None, :], bias, torch.finfo(x.dtype).min)
@@ -177,8 +177,8 @@ class _RelativeBias(nn.Module):
 
     def __init__(self, attention: Any, bidirectional: bool):
         super().__init__()
-        # Beyond max_distance all distances have one bias.
-        self.most = 2 * attention.relative_attention_max_distance
+        # From there on all distances have one bias.
+        self.most = attention.relative_attention_max_distance
         distances = torch.arange(-self.most, self.most + 1)
         buckets = _buckets(
             distances,
@@ -216,6 +216,10 @@ def _biases(t5: PreTrainedModel, stack: str) -> nn.ModuleList:
         own = attention.has_relative_attention_bias
         found.append(_RelativeBias(attention, stack == "encoder") if own else None)
     return nn.ModuleList(found)
+
+
+def _with_biases(stack: Encoder | DecodingStep) -> Iterator[tuple[Any, Any]]:
+    return zip(stack.blocks, stack.biases)
 
 
 def _of(t5: PreTrainedModel, stack: str) -> Any:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import frozen_head
 from ..atomic import write_directory
 from ..fingerprint import is_plain
 from ..fusion import unfuse_t5
@@ -154,7 +153,6 @@ def plain_copy(model: HyperFormerModel) -> PreTrainedModel:
     expect_whole(model._base)
     t5 = copy.deepcopy(model._base)
     remove_hooks(t5)
-    frozen_head.restore(t5)
     return unfuse_t5(t5).eval()
 
 

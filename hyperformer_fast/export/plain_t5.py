@@ -80,7 +80,7 @@ def add_adapters(t5: nn.Module, **arguments: Any) -> dict[str, Adapter]:
     return adapters
 
 
-def _adapt(module: nn.Module, args: Any, output: Any) -> Any:
+def _adapt(module: Any, args: Any, output: Any) -> Any:
     if isinstance(output, tuple):
         return (module.adapter(output[0]), *output[1:])
     return module.adapter(output)
