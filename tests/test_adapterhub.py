@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.t5s import LAYERS, VARIANTS, batch, tiny_model, tiny_t5
 from torch.testing import assert_close
-from transformers import T5ForConditionalGeneration, T5Model
+from transformers import T5EncoderModel, T5ForConditionalGeneration
 
 FIELDS = {
     **{variant: {"variant": variant} for variant in VARIANTS},
@@ -92,9 +92,6 @@ def test_what_the_library_has_no_form_for_is_refused(name, tmp_path):
 
 
 def test_a_t5_of_another_class_is_refused(tmp_path):
-    class Own(T5Model):
-        pass
-
-    plain = tiny_model(t5=Own(tiny_t5().config)).materialize("cola")
-    with pytest.raises(ValueError, match="not for Own"):
+    plain = tiny_model(t5=T5EncoderModel(tiny_t5().config)).materialize("cola")
+    with pytest.raises(ValueError, match="not for T5EncoderModel"):
         plain.save_adapters(tmp_path / "x")

@@ -151,6 +151,21 @@ def test_saving_replaces_its_own_and_nothing_else(tmp_path):
     assert (tmp_path / "home" / "thesis.txt").read_text() == "years"
 
 
+@pytest.mark.parametrize("where", ["in it", "around it"])
+def test_what_could_not_be_loaded_again_is_refused(tmp_path, where):
+    plain = tiny_model().eval().materialize("cola")
+    if where == "in it":
+        plain.t5.encoder.block[0].layer[0].SelfAttention.q.lora = torch.nn.Linear(2, 2)
+        message = "q.lora.bias is no parameter of a T5ForConditionalGeneration"
+    else:
+        plain.t5.__class__ = type("Wrapped", (type(plain.t5),), {"__module__": "peft"})
+        message = "this T5 is a Wrapped"
+    for save in (plain.save, plain.save_adapters):
+        with pytest.raises(ValueError, match=message):
+            save(tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_file_for_users_imports_nothing_of_the_library():
     source = (hyperformer_fast.__path__[0]) + "/export/plain_t5.py"
     with open(source, encoding="utf-8") as file:

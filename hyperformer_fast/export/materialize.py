@@ -65,7 +65,8 @@ class MaterializedTask:
         ``plain_t5.py`` there has ``load(folder)``. The files appear in one step, and replace those of an earlier call.
 
         Raises:
-            ValueError: a weight is quantised, spread over processes or not in memory; there are no adapters.
+            ValueError: the T5 is quantised, or has something in or around it (LoRA, say) that its class has not; there
+                are no adapters.
             OSError: the folder cannot be written, or has files that no earlier call wrote.
         """
         if self.layout is None:
@@ -73,7 +74,7 @@ class MaterializedTask:
                 "variant 'finetuning' has no adapters, so that its T5 is a plain one: save it with "
                 "materialize(task).t5.save_pretrained(folder)"
             )
-        self._expect_plain()
+        self._expect_loadable()
         check_replaceable(folder, DESCRIPTION)
         from safetensors.torch import save_file
 
@@ -108,18 +109,34 @@ class MaterializedTask:
 
         Raises:
             ValueError: the library has no such adapters (``train_adapters_blocks=False``, no adapters at all), no T5 of
-                this class, or no adapter of this name; or a weight is quantised or not in memory.
+                this class, or no adapter of this name; or as for :meth:`save`.
             OSError: the folder cannot be written, or has files that no earlier call wrote.
         """
         from .adapterhub import save
 
-        self._expect_plain()
+        self._expect_loadable()
         return save(self, Path(folder), self.task if name is None else name)
 
-    def _expect_plain(self) -> None:
+    def _expect_loadable(self) -> None:
+        """Raise ValueError where the T5 is not one that its class and its configuration alone can build again."""
         for name, parameter in self.t5.named_parameters():
             if not is_plain(parameter):
                 raise ValueError(f"{name} is quantised or not in memory: save a T5 in floating point")
+        t5: Any = self.t5
+        if not type(t5).__module__.startswith("transformers."):
+            raise ValueError(
+                f"this T5 is a {type(t5).__name__}, and only transformers' own classes can be loaded again: take out "
+                "what was put around it (PEFT's merge_and_unload() does)"
+            )
+        with torch.device("meta"):
+            names = type(t5)(t5.config).state_dict().keys()
+        found = {name for name in t5.state_dict() if ".adapter." not in name}
+        for name in sorted(found ^ names):
+            raise ValueError(
+                f"{name} is {'no parameter' if name in found else 'a parameter'} of a {type(t5).__name__} of this "
+                "configuration, so that this T5 could not be loaded again: take out what was put into it (PEFT's "
+                "merge_and_unload() does)"
+            )
 
 
 def materialize(model: HyperFormerModel, task: str) -> MaterializedTask:
