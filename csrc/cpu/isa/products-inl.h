@@ -51,9 +51,16 @@ HFF_INLINE void dot_tile(const typename P::X* const* x, const typename P::Y* con
   if (c < d) {
 #pragma GCC unroll 8
     for (int i = 0; i < MR; ++i) {
-      const typename P::Operand xv = P::x_part(x[i] + c, int(d - c));
+      // In registers, so that compilers fuse these multiplications and additions in every tile: otherwise they see the
+      // numbers that vectors are made of, and a row's sum depends on how many rows its tile has.
+      typename P::Operand xv = P::x_part(x[i] + c, int(d - c));
+      HFF_IN_REGISTER(xv.v);
 #pragma GCC unroll 8
-      for (int j = 0; j < NR; ++j) acc[j][i] = P::add(acc[j][i], xv, P::y_part(y[j] + c, int(d - c)));
+      for (int j = 0; j < NR; ++j) {
+        typename P::Operand yv = P::y_part(y[j] + c, int(d - c));
+        HFF_IN_REGISTER(yv.v);
+        acc[j][i] = P::add(acc[j][i], xv, yv);
+      }
     }
   }
 #pragma GCC unroll 8
