@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import warnings
 from collections.abc import Mapping, Sequence
@@ -29,6 +30,7 @@ from .t5 import Snapshot, place, tie, tied_names, trained_names, untied_head_kep
 from .task_choice import NewTask, Selection, choose_outside_the_graph, select
 from .task_methods import ManagedTasks
 from .task_order import TaskOrder
+from .threads import Threads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -106,6 +108,7 @@ class HyperFormerModel(ManagedTasks):
             parameter.requires_grad_(name in trained)
         if config.freeze_model_but_task_embeddings:
             freeze_but_task_embeddings(self.task_embeddings, self.hypernetworks, t5)
+        self._threads = Threads()
         # True after a forward that trained, whose autograd graph was checked. A T5 can begin to cut gradients after any
         # inference (bitsandbytes in 4 bits does), so that an inference sets it back.
         self._gradients_flow = False
@@ -153,8 +156,8 @@ class HyperFormerModel(ManagedTasks):
 
         Raises:
             ValueError: an unknown task, both or neither of ``task`` and ``task_index``, or not as many as samples.
-            RuntimeError: the model was unloaded, an adapter did not run because its hook or its block is gone, or no
-                gradient flows through the T5 in a forward that is to train.
+            RuntimeError: the model was unloaded, an adapter did not run because its hook or its block is gone, no
+                gradient flows through the T5 in a forward that is to train, or another thread trains the model.
         """
         given = {
             "input_ids": input_ids,
@@ -168,12 +171,27 @@ class HyperFormerModel(ManagedTasks):
             **kwargs,
         }
         given = {name: value for name, value in given.items() if value is not None}
-        t5 = self._base
         if is_tracing():
             raise RuntimeError(
                 "torch.jit.trace would take this forward's task and weights for constants: use torch.compile or "
                 "torch.export"
             )
+        if torch.compiler.is_compiling():
+            return self._forward(given, task, task_index, num_items_in_batch, smoothing, output_logits)
+        with self._threads.running(self):
+            return self._forward(given, task, task_index, num_items_in_batch, smoothing, output_logits)
+
+    def _forward(
+        self,
+        given: dict[str, Any],
+        task: str | Sequence[str] | None,
+        task_index: Tensor | None,
+        num_items_in_batch: Tensor | int | None,
+        smoothing: float,
+        output_logits: bool | None,
+    ) -> Any:
+        """:meth:`forward`, with the T5's arguments in ``given``."""
+        t5, labels = self._base, given.get("labels")
         context = self._context(task, task_index, "encoder_outputs" in given)
         if not context.stacks and context.samples is not None:
             context.expect_samples(given)
@@ -217,7 +235,6 @@ class HyperFormerModel(ManagedTasks):
         """
         if len(args) > len(_GENERATE_ARGUMENTS):
             raise TypeError(f"generate takes {', '.join(_GENERATE_ARGUMENTS)} by position, and the rest by name")
-        t5 = self._base
         # by name, because PEFT's wrapper of a T5 takes nothing by position
         positional = dict(zip(_GENERATE_ARGUMENTS, args, strict=False))
         twice = sorted(positional.keys() & kwargs.keys())
@@ -231,6 +248,16 @@ class HyperFormerModel(ManagedTasks):
                 return self.generate(task=task, task_index=task_index, **kwargs)
             # Every process takes part in gathering the blocks for each token, even if its own texts have ended.
             kwargs["synced_gpus"] = True
+        assistant = kwargs.get("assistant_model")
+        with contextlib.ExitStack() as stack:
+            for model in {id(each): each for each in (self, assistant) if isinstance(each, HyperFormerModel)}.values():
+                stack.enter_context(model._threads.running(model))
+                stack.enter_context(model._threads.static_cache(model.t5, kwargs))
+            return self._generate(task, task_index, kwargs)
+
+    def _generate(self, task: str | Sequence[str] | None, task_index: Tensor | None, kwargs: dict[str, Any]) -> Any:
+        """:meth:`generate`, with all other arguments by name."""
+        t5 = self._base
         context = self._context(task, task_index, kwargs.get("encoder_outputs") is not None, generating=True)
         contexts = [context]
         assistant = kwargs.get("assistant_model")
@@ -268,16 +295,23 @@ class HyperFormerModel(ManagedTasks):
         return state
 
     def train(self, mode: bool = True) -> Self:
-        """``torch.nn.Module.train``. Weights that were kept for inference are freed."""
-        if mode:
-            self._prepared.clear()
-        super().train(mode)
+        """``torch.nn.Module.train``. Weights that were kept for inference are freed. RuntimeError where the mode is to
+        change while another thread is in a forward of this model."""
+        changes = any(part.training != mode for part in self.modules())
+        what = f"set this model to {'training' if mode else 'evaluation'}"
+        with self._threads.alone(what) if changes else contextlib.nullcontext():
+            if mode:
+                self._prepared.clear()
+            else:
+                self._threads.stopped_training()
+            super().train(mode)
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         # the way of every move to a device or a dtype
-        self._prepared.clear()
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        with self._threads.alone("move or cast this model"):
+            self._prepared.clear()
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def prepare(self, tasks: str | Sequence[str] | None = None, dtype: torch.dtype | None = None) -> None:
@@ -457,14 +491,15 @@ class HyperFormerModel(ManagedTasks):
                 f"the {site.position} of {site.stack} block {site.layer} was taken out or replaced since the adapters "
                 "were put in, so this T5 cannot be given back as it came: put the block back first"
             )
-        self._snapshot.restore_values(t5)
-        self.gradient_checkpointing_disable()
-        self._prepared.clear()
-        self._owner.remove()
-        frozen_head.restore(t5)
-        unfuse_t5(t5)
-        fuse_t5(t5, self._fused_before)
-        separate_embeddings(t5, self._embeddings)
-        self._snapshot.restore_flags(t5)
-        self.t5 = None
+        with self._threads.alone("unload this model"):
+            self._snapshot.restore_values(t5)
+            self.gradient_checkpointing_disable()
+            self._prepared.clear()
+            self._owner.remove()
+            frozen_head.restore(t5)
+            unfuse_t5(t5)
+            fuse_t5(t5, self._fused_before)
+            separate_embeddings(t5, self._embeddings)
+            self._snapshot.restore_flags(t5)
+            self.t5 = None
         return t5

@@ -24,12 +24,16 @@ from .hypernetwork import TaskEmbeddings
 from .sharding import is_fsdp2, spread, whole_state
 from .sites import find_sites
 from .t5 import Snapshot, tie, trained_names
+from .threads import Threads
 from .tiny import name_of
 
 if TYPE_CHECKING:
     from .parameters import ParameterCount
 
 _Model = TypeVar("_Model", bound="SavedModel")
+
+#: What other threads' forwards must not meet halfway.
+_LOAD = "load weights into this model"
 
 
 class _ConfigFile(PretrainedConfig):
@@ -52,6 +56,7 @@ class SavedModel(T5Delegate):
     card_metrics: Mapping[str, Mapping[str, float]] | None
     _snapshot: Snapshot
     _tied: list[list[str]]
+    _threads: Threads
 
     if TYPE_CHECKING:  # HyperFormerModel's
 
@@ -262,10 +267,11 @@ class SavedModel(T5Delegate):
         reason = embedding_mark.read_otherwise(self, state_dict) if strict else None
         if reason is not None:
             raise CheckpointError(f"{reason}. Nothing was loaded")
-        loaded = super().load_state_dict(state_dict, strict, assign)
-        if assign:
-            # torch makes a parameter of each name, and a head that is tied would be trained apart, and not saved.
-            tie(self._base, self._tied)
+        with self._threads.alone(_LOAD):
+            loaded = super().load_state_dict(state_dict, strict, assign)
+            if assign:
+                # torch makes a parameter of each name, and a head that is tied would be trained apart, and not saved.
+                tie(self._base, self._tied)
         return loaded
 
     def _expect(self, checkpoint: pretrained.Checkpoint) -> None:
@@ -289,8 +295,9 @@ class SavedModel(T5Delegate):
     def _load(self, checkpoint: pretrained.Checkpoint) -> None:
         targets = self._trained_tensors()
         values = checkpoint.values_for(targets)
-        for name, target in targets.items():
-            target.copy_(spread(values[name], target))
+        with self._threads.alone(_LOAD):
+            for name, target in targets.items():
+                target.copy_(spread(values[name], target))
 
     def _trained_tensors(self) -> dict[str, Tensor]:
         """All tensors of a checkpoint under their names in it. They share memory with the parameters."""

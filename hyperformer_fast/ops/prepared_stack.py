@@ -56,8 +56,9 @@ class PreparedStack(Stack):
     @property
     def nbytes(self) -> int:
         """The bytes of all weights that it holds."""
-        folded = (part for sites in self._folded.values() for of_site in sites for part in of_site)
-        prepared = (weights for sites in self._prepared.values() for weights in sites or ())
+        # copied in one step, because other threads may fold for another dtype meanwhile
+        folded = (part for sites in tuple(self._folded.values()) for of_site in sites for part in of_site)
+        prepared = (weights for sites in tuple(self._prepared.values()) for weights in sites or ())
         return self._packed.nbytes + sum(part.nbytes for part in itertools.chain(folded, prepared))
 
     def of_task(self, task: int) -> PreparedStack:
