@@ -46,7 +46,8 @@ def _parser() -> argparse.ArgumentParser:
             "predict",
             "label new rows with a saved run",
             "Writes each row with two more columns, 'prediction' and the generated 'prediction_text'. If the rows "
-            "already have such a column, it is kept, and the new one's name begins with 'hyperformer_'.",
+            "already have such a column, it is kept, and the new one's name begins with 'hyperformer_'. The output "
+            "grows as OUTPUT.partial; if the command is interrupted, the same command goes on there.",
         )
     )
     _fewshot_options(
@@ -111,8 +112,12 @@ def _predict_options(predict: argparse.ArgumentParser) -> None:
     predict.add_argument(
         "--output",
         metavar="FILE",
-        help="a .jsonl, .csv, .tsv or .parquet file (default: JSON lines to standard output)",
+        help="a .jsonl, .json, .csv, .tsv or .parquet file (default: JSON lines to standard output)",
     )
+    predict.add_argument(
+        "--batch_size", "--batch-size", type=int, metavar="N",
+        help="rows in a batch (default: the run's per_device_eval_batch_size)",
+    )  # fmt: skip
     _base_option(predict)
 
 
@@ -204,7 +209,9 @@ def _predict(options: argparse.Namespace) -> None:
     _quiet()
     with _own_warnings():
         base = _base(options)
-    predict_file(options.run_dir, options.input, options.output, options.task, options.text, base)
+    predict_file(
+        options.run_dir, options.input, options.output, options.task, options.text, base, batch_size=options.batch_size
+    )
 
 
 def _fewshot(options: argparse.Namespace) -> None:

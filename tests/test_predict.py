@@ -49,10 +49,12 @@ def writes(monkeypatch):
     """A function that sets what the model writes: texts in order, or a function of the source."""
 
     def set_texts(*written):
-        def generated(model, tokenizer, spec, sources, *_, **kwargs):
-            return [written[0](spec, source) for source in sources] if callable(written[0]) else list(written)
+        def generated(model, tokenizer, tasks, sources, *_):
+            if not callable(written[0]):
+                return list(written)
+            return [written[0](task, source) for task, source in zip(tasks, sources, strict=True)]
 
-        monkeypatch.setattr(predict_module, "generate_texts", generated)
+        monkeypatch.setattr(predict_module, "generate_mixed", generated)
 
     return set_texts
 
@@ -144,7 +146,7 @@ def test_texts_are_decoded_as_in_the_evaluation(run, monkeypatch):
     content["tasks"]["rte"] |= {"target": "text", "labels": None, "label_names": [], "metrics": ["bleu"]}
     path.write_text(json.dumps(content))
     given = {}
-    monkeypatch.setattr(predict_module, "generate_texts", lambda *_, **kwargs: given.update(kwargs) or [" a text "])
+    monkeypatch.setattr(predict_module, "generate_mixed", lambda *all: given.update(all[4]["rte"]) or [" a text "])
     try:
         (line,) = predict_run(run, [texts("rte", 0)], "rte")
     finally:
@@ -231,8 +233,8 @@ MIXED = [
 ANSWERS = [4, "not_entailment", "10", 4, 2.6]
 
 
-def written_by_task(spec, source):
-    return {"trec": "4", "rte": "1", "star": "1", "stsb": "2.6"}[spec.name]
+def written_by_task(task, source):
+    return {"trec": "4", "rte": "1", "star": "1", "stsb": "2.6"}[task]
 
 
 def write_input(path, rows):
@@ -263,7 +265,7 @@ def test_every_kind_of_file_keeps_its_columns(run, tmp_path, writes, source, out
             assert row[name] == (value or "" if as_text else value), name
         # One type for a column in CSV and parquet.
         assert row["prediction"] == (answer if "json" in output else str(answer))
-        assert row["prediction_text"] == written_by_task(type("Spec", (), {"name": row["task"]}), "")
+        assert row["prediction_text"] == written_by_task(row["task"], "")
 
 
 def test_tasks_may_be_mixed_or_grouped(run):

@@ -1,28 +1,46 @@
-"""Predict the labels or the texts of new rows with a saved run."""
+"""Predict the labels or the texts of new rows with a saved run.
+
+The rows are read twice: first to check all of them, which needs no model, and then stretch by stretch, of which only
+one is in memory. So errors come before any work, and a large file needs no more memory than a small one. (A source that
+cannot be read twice, a JSON list and the writing of parquet need all rows at once.)
+"""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
+import hashlib
+import itertools
+import json
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
+from .. import __version__
+from ..checkpoint import weights_file
 from ..data import DataError, TaskSpec
+from ..data.cache import file_print, text_print
+from ..model import HyperFormerModel
 from .arguments import RunArguments
-from .evaluate import known_tasks, load_model
-from .folder import RunError, kept_tasks, read_run
-from .generation import generate_texts
+from .evaluate import known_tasks, load_model, weights_folder
+from .folder import RUN_NAME, RunError, kept_tasks, read_run
+from .generation import generate_mixed
+from .outputs import Columns, Output, check_output, output_for
 from .progress import progress_bars, say
-from .ranks import process_group, rank_and_size
-from .tables import Table, check_output, json_line, read_table, write_table
+from .ranks import on_first, process_group, rank_and_size
+from .tables import Row, Source, json_line, open_rows
 
 #: The column that names each row's task, where rows of several tasks stand together.
 TASK_COLUMN = "task"
+
+#: How many batches of rows are read at once, and sorted by length.
+BATCHES_READ = 32
 
 
 def predict_run(
@@ -31,6 +49,7 @@ def predict_run(
     task: str | None = None,
     model: str | None = None,
     console: Console | None = None,
+    batch_size: int | None = None,
 ) -> list[dict[str, Any]]:
     """Return each row with two more columns, its ``prediction`` and the generated ``prediction_text``.
 
@@ -51,13 +70,16 @@ def predict_run(
             the run has only one.
         model: where the T5 is now; None for where it was when the run was trained.
         console: where to print; None for standard output.
+        batch_size: rows in a batch; None for the run's ``per_device_eval_batch_size``.
 
     Raises:
         RunError: the run cannot be used, a task is not the run's, or the rows have columns of both names.
         CheckpointError, DataError, OSError: the weights, a row or a file cannot be used.
     """
     with process_group():
-        return _predict(run_dir, rows, task, model, console or Console(quiet=rank_and_size()[0] > 0)).rows
+        console = console or Console(quiet=rank_and_size()[0] > 0)
+        work = _Work(run_dir, rows, task, model, console, batch_size)
+        return [row for stretch in work.stretches() for row in stretch]
 
 
 def predict_file(
@@ -68,71 +90,205 @@ def predict_file(
     texts: Sequence[str] | None = None,
     model: str | None = None,
     console: Console | None = None,
+    batch_size: int | None = None,
 ) -> None:
     """Label the rows of a file, or one row of texts, and write them: ``hyperformer-fast predict``.
+
+    The output grows beside its place (``out.csv.partial``) and takes its name when it is whole. If that is interrupted,
+    the same call goes on behind the last stretch of rows that was written; one that would write something else is
+    refused.
 
     Args:
         run_dir: the run folder.
         source: the file of the rows, as :func:`predict_run` reads it; None with ``texts``.
         output: the file to write, in the format that its suffix names; it must not be ``source``. None: JSON lines are
             printed to standard output.
-        task, model: as for :func:`predict_run`.
+        task, model, batch_size: as for :func:`predict_run`.
         texts: one text for each of the task's columns, in order, in place of ``source``.
         console: where to print; None for standard error.
 
     Raises:
-        RunError, CheckpointError, DataError, OSError: as for :func:`predict_run`; or ``output`` cannot be written.
+        RunError, CheckpointError, DataError, OSError: as for :func:`predict_run`; or ``output`` cannot be written, or
+            is the unfinished output of another call.
     """
     if (source is None) == (texts is None):
         raise RunError("give either a file of rows or the texts of one row")
     if output is not None:
-        check_output(output, source)
+        check_output(output, source, run_dir)
     with process_group():
         first = rank_and_size()[0] == 0
         console = console or Console(stderr=True, quiet=not first)
         rows = source if texts is None else [row_of_texts(run_dir, task, texts)]
-        table = _predict(run_dir, rows, task, model, console)
-        if not first:
-            return
+        work = _Work(run_dir, rows, task, model, console, batch_size)
         if output is None:
-            encoding = sys.stdout.encoding or "utf-8"
-            sys.stdout.write("".join(json_line(row, encoding) for row in table.rows))
+            for stretch in work.stretches():
+                if first:
+                    encoding = sys.stdout.encoding or "utf-8"
+                    sys.stdout.write("".join(json_line(row, encoding) for row in stretch))
+                    sys.stdout.flush()
             return
-        write_table(Path(output), table)
-        say(console, f"{len(table.rows)} rows in {output}")
+        with contextlib.ExitStack() as stack:
+            written: Output | None = None
+
+            def begin() -> int:
+                nonlocal written
+                written = stack.enter_context(output_for(Path(output), work.rows, work.columns, work.stamp()))
+                return written.done
+
+            def add(stretch: list[Row]) -> None:
+                assert written is not None
+                written.add(stretch)
+
+            def finish() -> None:
+                assert written is not None
+                written.finish()
+
+            done = on_first(begin)
+            if done:
+                say(console, f"going on behind row {done} of {work.count}")
+            try:
+                for stretch in work.stretches(done):
+                    on_first(functools.partial(add, stretch))
+                    done += len(stretch)
+                on_first(finish)
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(
+                    f"interrupted; the same command goes on behind row {done} of {work.count}"
+                ) from None
+        say(console, f"{work.count} rows in {output}")
 
 
-def _predict(run_dir: str | Path, rows: Any, task: str | None, model: str | None, console: Console) -> Table:
-    run, specs = _run_and_tasks(run_dir)
-    rows, task = _in_todays_order(rows, task, specs)
-    table = read_table(rows)
-    names = _tasks_of_rows(table, task, specs)
-    sources = [specs[name].source_text(row, place) for name, row, place in zip(names, table.rows, table.places)]
-    columns = [_free_column(column, table, console) for column in ("prediction", "prediction_text")]
-    adapted, tokenizer = load_model(run_dir, run, model, console)
-    on_device: Any = adapted  # the annotations of transformers take a device for the model itself
-    on_device.to(run.training.device)
-    found: list[tuple[Any, str]] = [(None, "")] * len(sources)
-    with progress_bars(console) as progress:
-        # Task by task, because each has its own way to decode (beams, longest target).
-        for name in dict.fromkeys(names):
-            spec, chosen = specs[name], [i for i, of in enumerate(names) if of == name]
-            by_name = _by_name(spec, table, chosen)
-            bar = progress.add_task(f"predicting {name}", total=len(chosen), note="")
-            written = generate_texts(
-                adapted,
-                tokenizer,
-                spec,
-                [sources[i] for i in chosen],
-                run.training.per_device_eval_batch_size,
-                run.data.max_source_length,
-                functools.partial(progress.advance, bar),
-                **_decoding(spec, tokenizer, run),
-            )
-            for i, text in zip(chosen, written, strict=True):
-                found[i] = spec.answer(spec.parse(text), by_name), text
-    labelled = [{**row, **dict(zip(columns, pair))} for row, pair in zip(table.rows, found, strict=True)]
-    return Table(labelled, table.places, table.features, columns)
+class _Work:
+    """The rows to predict, all of which were checked, and how.
+
+    Raises:
+        RunError, DataError, OSError: as for :func:`predict_run`.
+    """
+
+    def __init__(
+        self, run_dir: str | Path, rows: Any, task: Any, model: str | None, console: Console, batch_size: int | None
+    ):
+        self._run_dir, self._model, self._console = run_dir, model, console
+        self._run, self._specs = _run_and_tasks(run_dir)
+        if batch_size is not None and batch_size < 1:
+            raise RunError(f"batch_size must be at least 1, got {batch_size}")
+        self._batch_size = batch_size or self._run.training.per_device_eval_batch_size
+        rows, self._task = _in_todays_order(rows, task, self._specs)
+        if self._task is not None:
+            known_tasks([self._task], self._specs)
+        self.rows = open_rows(rows)
+        found = _survey(self.rows, self._task, self._specs)
+        self.count, self._digest, self._by_name = found.count, found.digest, found.by_name
+        taken = dict.fromkeys([*found.columns, *self.rows.features])
+        added = [_free_column(column, taken, console) for column in ("prediction", "prediction_text")]
+        self.columns = Columns(added, [*found.columns, *added])
+
+    def stamp(self) -> dict[str, Any]:
+        """Return what tells the output of this work from any other, but for the file's name."""
+        weights = weights_file(weights_folder(self._run_dir, Console(quiet=True)))
+        content = (Path(self._run_dir) / RUN_NAME).read_text(encoding="utf-8")
+        return {
+            "hyperformer_fast": __version__,
+            "rows": self.count,
+            "content of the rows": self._digest,
+            "task": self._task,
+            "columns": list(self.columns.added),
+            "run.json": text_print(content),
+            "weights": None if weights is None else file_print(weights),
+            "batch_size": self._batch_size,
+            "batches that are read at once": BATCHES_READ,
+        }
+
+    def stretches(self, done: int = 0) -> Iterator[list[Row]]:
+        """Yield the rows behind the first ``done`` ones with their predictions, some batches of rows at a time."""
+        digest = hashlib.sha256()
+        rows = _digested(self.rows, digest)
+        for _ in itertools.islice(rows, done):
+            pass
+        size = BATCHES_READ * self._batch_size
+        if done < self.count:
+            adapted, tokenizer = load_model(self._run_dir, self._run, self._model, self._console)
+            on_device: Any = adapted  # the annotations of transformers take a device for the model itself
+            on_device.to(self._run.training.device)
+            decoding = {name: _decoding(self._specs[name], tokenizer, self._run) for name in self._by_name}
+            with progress_bars(self._console) as progress:
+                bar = progress.add_task("predicting", total=self.count, completed=done, note="")
+                advance = functools.partial(progress.advance, bar)
+                while stretch := list(itertools.islice(rows, size)):
+                    yield self._predicted(stretch, adapted, tokenizer, decoding, advance)
+        if digest.hexdigest() != self._digest:
+            raise RunError("the rows changed while they were read: start anew")
+
+    def _predicted(
+        self,
+        placed: Sequence[tuple[str, Row]],
+        adapted: HyperFormerModel,
+        tokenizer: PreTrainedTokenizerBase,
+        decoding: Mapping[str, Mapping[str, Any]],
+        advance: Any,
+    ) -> list[Row]:
+        names = [_task_of(row, place, self._task, self._specs, self.rows.features) for place, row in placed]
+        tasks = [str(name or next(iter(self._specs))) for name in names]
+        sources = [self._specs[name].source_text(row, place) for name, (place, row) in zip(tasks, placed)]
+        length = self._run.data.max_source_length
+        texts = generate_mixed(adapted, tokenizer, tasks, sources, decoding, self._batch_size, length, advance)
+        labelled = []
+        for name, (_, row), text in zip(tasks, placed, texts, strict=True):
+            spec = self._specs[name]
+            found = spec.answer(spec.parse(text), self._by_name[name]), text
+            labelled.append({**row, **dict(zip(self.columns.added, found))})
+        return labelled
+
+
+@dataclasses.dataclass(frozen=True)
+class _Survey:
+    """What all rows together say.
+
+    Args:
+        count: how many there are.
+        columns: the names of their columns, in the order in which they first occur.
+        digest: of their content.
+        by_name: for each task that a row is of, whether its classes are to be given by their names.
+    """
+
+    count: int
+    columns: Sequence[str]
+    digest: str
+    by_name: Mapping[str, bool]
+
+
+def _survey(rows: Source, task: str | None, specs: Mapping[str, TaskSpec]) -> _Survey:
+    """Check every row. Raises RunError or DataError for the first that cannot be predicted."""
+    digest, columns, count = hashlib.sha256(), dict[str, None](), 0
+    by_name: dict[str, bool] = {}
+    without: str | None = None
+    for place, row in _digested(rows, digest):
+        count += 1
+        columns.update(dict.fromkeys(row))
+        name = _task_of(row, place, task, specs, rows.features)
+        if name is None:  # it has no column that would name its task
+            without = without or place
+            if len(specs) > 1:
+                continue
+            name = next(iter(specs))
+        spec = specs[name]
+        spec.source_text(row, place)
+        by_name[name] = by_name.get(name, False) or spec.holds_name(row)
+    if without is not None and TASK_COLUMN in columns:
+        raise _no_task(without, None, specs)
+    if without is not None and len(specs) > 1:
+        raise RunError(
+            f"name the task of the rows, or add a column {TASK_COLUMN!r} to them; this run has {', '.join(specs)}"
+        )
+    for name in by_name:
+        by_name[name] = by_name[name] or _declared_by_name(specs[name], rows)
+    return _Survey(count, list(columns), digest.hexdigest(), by_name)
+
+
+def _digested(rows: Iterable[tuple[str, Row]], digest: Any) -> Iterator[tuple[str, Row]]:
+    for place, row in rows:
+        digest.update(json.dumps(row, default=str, skipkeys=True).encode() + b"\n")
+        yield place, row
 
 
 def _run_and_tasks(run_dir: str | Path) -> tuple[RunArguments, dict[str, TaskSpec]]:
@@ -158,50 +314,45 @@ def _in_todays_order(rows: Any, task: Any, specs: Mapping[str, TaskSpec]) -> tup
     return rows, task
 
 
-def _tasks_of_rows(table: Table, task: str | None, specs: Mapping[str, TaskSpec]) -> list[str]:
-    """Return the name of each row's task."""
+def _task_of(
+    row: Row, place: str, task: str | None, specs: Mapping[str, TaskSpec], features: Mapping[str, Any]
+) -> str | None:
+    """Return the name of a row's task, None where neither the call nor the row names it."""
+    named = row.get(TASK_COLUMN)
+    label_names = getattr(features.get(TASK_COLUMN), "names", None)
+    if label_names is not None and isinstance(named, int) and 0 <= named < len(label_names):
+        named = label_names[named]
+    known = isinstance(named, str) and named in specs
     if task is not None:
-        known_tasks([task], specs)
-    elif TASK_COLUMN not in table.columns():
-        if len(specs) > 1:
-            raise RunError(
-                f"name the task of the rows, or add a column {TASK_COLUMN!r} to them; this run has {', '.join(specs)}"
-            )
-        return list(specs) * len(table.rows)
-    label_names = getattr(table.features.get(TASK_COLUMN), "names", None)
-    names = []
-    for row, place in zip(table.rows, table.places):
-        named = row.get(TASK_COLUMN)
-        if label_names is not None and isinstance(named, int) and 0 <= named < len(label_names):
-            named = label_names[named]
-        known = isinstance(named, str) and named in specs
-        if task is not None:
-            # A column of that name may hold anything else, but a row of another task must not be taken for this one's.
-            if known and named != task:
-                raise DataError(f"{place}: column {TASK_COLUMN!r} says {named!r}, but the task given is {task!r}")
-            names.append(task)
-            continue
-        if not known:
-            raise DataError(
-                f"{place}: column {TASK_COLUMN!r} must be the name of one of the run's tasks ({', '.join(specs)}), "
-                f"got {named!r}"
-            )
-        names.append(str(named))
-    return names
+        # A column of that name may hold anything else, but a row of another task must not be taken for this one's.
+        if known and named != task:
+            raise DataError(f"{place}: column {TASK_COLUMN!r} says {named!r}, but the task given is {task!r}")
+        return task
+    if TASK_COLUMN not in row:
+        return None
+    if not known:
+        raise _no_task(place, named, specs)
+    return str(named)
 
 
-def _by_name(spec: TaskSpec, table: Table, chosen: Sequence[int]) -> bool:
-    """Return whether the classes of a task's rows are to be given by their names."""
-    if spec.rows_have_names or any(spec.holds_name(table.rows[i]) for i in chosen):
+def _no_task(place: str, named: Any, specs: Mapping[str, TaskSpec]) -> DataError:
+    return DataError(
+        f"{place}: column {TASK_COLUMN!r} must be the name of one of the run's tasks ({', '.join(specs)}), got "
+        f"{named!r}"
+    )
+
+
+def _declared_by_name(spec: TaskSpec, rows: Source) -> bool:
+    """Return whether the classes of a task's rows are to be given by their names, whatever labels the rows have."""
+    if spec.rows_have_names:
         return True
-    features = (table.features.get(column) for column in spec.label_columns)
+    features = (rows.features.get(column) for column in spec.label_columns)
     # Also in another order than the task's, where the index of a class would be that of another name.
     return any(sorted(getattr(each, "names", None) or [""]) == sorted(map(str, spec.label_names)) for each in features)
 
 
-def _free_column(column: str, table: Table, console: Console) -> str:
+def _free_column(column: str, taken: Iterable[str], console: Console) -> str:
     """Return a name for a new column that no row has: ``column`` if possible, else ``hyperformer_<column>``."""
-    taken = {*table.columns(), *table.features}
     if column not in taken:
         return column
     other = f"hyperformer_{column}"

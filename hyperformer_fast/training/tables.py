@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from ..atomic import write_file
 from ..data import DataError
 from ..data.formats import Rows, json_lines, rows_of_dataset, rows_of_file, saved_dataset
 from ..extras import require
-from .folder import RunError
 
 Row = dict[str, Any]
 
@@ -51,6 +51,47 @@ class Table:
         return list(dict.fromkeys(name for row in self.rows for name in row))
 
 
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Rows that can be read again and again, each with its place. A file is read anew each time, and not kept.
+
+    Args:
+        read: returns the rows with their places.
+        features: as in :class:`Table`.
+    """
+
+    read: Callable[[], Iterable[tuple[str, Row]]]
+    features: Mapping[str, Any]
+
+    def __iter__(self) -> Iterator[tuple[str, Row]]:
+        return iter(self.read())
+
+    def table(self) -> Table:
+        """Return all rows."""
+        table = Table([], [], self.features)
+        for place, row in self:
+            table.rows.append(row)
+            table.places.append(place)
+        return table
+
+
+def open_rows(source: Any) -> Source:
+    """Return the rows of a source, which is what :func:`read_table` takes. A pipe, which cannot be read again, is read
+    here."""
+    if isinstance(source, (str, os.PathLike)):
+        path = Path(source)
+        found = _rows_of_path(path)
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            kept = list(found)
+            return Source(lambda: kept, found.features or {})
+        return Source(lambda: found, found.features or {})
+    if hasattr(source, "features") and hasattr(source, "with_format"):
+        rows = rows_of_dataset(source, "row")
+        return Source(lambda: rows, rows.features or {})
+    listed = _listed(source)
+    return Source(lambda: listed, {})
+
+
 def read_table(source: Any) -> Table:
     """Read rows.
 
@@ -62,17 +103,7 @@ def read_table(source: Any) -> Table:
         DataError: there are no rows, or one of them cannot be read; the message names its place.
         OSError: a file cannot be read.
     """
-    if isinstance(source, (str, os.PathLike)):
-        rows = _rows_of_path(Path(source))
-    elif hasattr(source, "features") and hasattr(source, "with_format"):
-        rows = rows_of_dataset(source, "row")
-    else:
-        return Table(*_listed(source))
-    table = Table([], [], rows.features or {})
-    for place, row in rows:
-        table.rows.append(row)
-        table.places.append(place)
-    return table
+    return open_rows(source).table()
 
 
 def _rows_of_path(path: Path) -> Rows:
@@ -88,14 +119,14 @@ def _rows_of_path(path: Path) -> Rows:
     return Rows(str(path), "", lambda columns: json_lines(path))
 
 
-def _listed(source: Any) -> tuple[list[Row], list[str]]:
+def _listed(source: Any) -> list[tuple[str, Row]]:
     rows = list(source)
     for i, row in enumerate(rows, 1):
         if not isinstance(row, Mapping):
             raise DataError(f"row {i} must be a mapping of columns to values, got {type(row).__name__}")
     if not rows:
         raise DataError("there are no rows to predict")
-    return [dict(row) for row in rows], [f"row {i}" for i in range(1, len(rows) + 1)]
+    return [(f"row {i}", dict(row)) for i, row in enumerate(rows, 1)]
 
 
 def kind_of(path: Path) -> str:
@@ -106,29 +137,95 @@ def kind_of(path: Path) -> str:
     return kind
 
 
-def check_output(output: str | Path, source: Any) -> None:
-    """Raise RunError, DataError or OSError if rows of ``source`` cannot be written to ``output``, before any work."""
-    path = Path(output)
-    kind_of(path)
-    if path.is_dir():
-        raise RunError(f"{path} is a folder: give the name of a file")
-    if not path.parent.is_dir():
-        raise RunError(f"{path} cannot be written: {path.parent} is not a folder")
-    if isinstance(source, (str, os.PathLike)) and path.is_file() and os.path.exists(source):
-        if path.samefile(source):
-            raise RunError(f"{path} is the input: give another name, so that it is not overwritten")
-
-
 def write_table(path: Path, table: Table) -> None:
     """Write rows in the kind of file that the suffix of ``path`` names, completely or not at all."""
-    write = {"jsonl": _write_jsonl, "json": _write_json, "csv": _write_csv, "tsv": _write_csv}
-    act: Callable[[Path, Table, str], None] = write.get(kind_of(path), _write_parquet)
     if path.exists() and not path.is_file():
         # A device or a pipe, such as /dev/stdout, is written to, where a file would be replaced.
-        act(path, table, kind_of(path))
+        _write(path, table, kind_of(path))
         return
     with write_file(path) as partial:
-        act(Path(partial), table, kind_of(path))
+        _write(Path(partial), table, kind_of(path))
+
+
+def _write(path: Path, table: Table, kind: str) -> None:
+    text = TEXTS.get(kind)
+    if text is None:
+        _write_parquet(path, table)
+        return
+    form = text(table.columns())
+    path.write_bytes(form.head() + form.rows(table.rows, 0) + form.tail())
+
+
+class Lines:
+    """How JSON lines are written: what a file begins with, what each stretch of rows adds, and what ends it.
+
+    Args:
+        columns: the columns of all rows.
+    """
+
+    def __init__(self, columns: Sequence[str]):
+        self.columns = list(columns)
+
+    def head(self) -> bytes:
+        """Return what stands before the rows."""
+        return b""
+
+    def rows(self, rows: Sequence[Row], before: int) -> bytes:
+        """Return some rows, behind ``before`` others."""
+        return "".join(map(json_line, rows)).encode()
+
+    def tail(self) -> bytes:
+        """Return what stands behind the rows."""
+        return b""
+
+
+class JsonList(Lines):
+    """How a JSON list is written."""
+
+    def head(self) -> bytes:
+        return b"[\n"
+
+    def rows(self, rows: Sequence[Row], before: int) -> bytes:
+        lines = ",\n".join(json_line(row).rstrip("\n") for row in rows)
+        return (",\n" if before and rows else "").encode() + lines.encode()
+
+    def tail(self) -> bytes:
+        return b"\n]\n"
+
+
+class Csv(Lines):
+    """How CSV is written."""
+
+    delimiter = ","
+
+    def head(self) -> bytes:
+        return self._lines([self.columns])
+
+    def rows(self, rows: Sequence[Row], before: int) -> bytes:
+        return self._lines([_cell(row.get(name)) for name in self.columns] for row in rows)
+
+    def _lines(self, lines: Iterable[Sequence[Any]]) -> bytes:
+        text = io.StringIO(newline="")
+        writer = csv.writer(text, delimiter=self.delimiter, lineterminator="\n")
+        # Python quotes a carriage return only where it is part of the line's end, but reads it only in quotes.
+        quoting = csv.writer(text, delimiter=self.delimiter, lineterminator="\n", quoting=csv.QUOTE_ALL)
+        for cells in lines:
+            (quoting if any("\r" in str(cell) for cell in cells) else writer).writerow(cells)
+        try:
+            return text.getvalue().encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start : error.end]
+            raise DataError(f"CSV cannot hold half of a surrogate pair ({half!r}): write .jsonl") from error
+
+
+class Tsv(Csv):
+    """How TSV is written."""
+
+    delimiter = "\t"
+
+
+#: The kinds of files that are text, which can be written stretch by stretch.
+TEXTS: dict[str, type[Lines]] = {"jsonl": Lines, "json": JsonList, "csv": Csv, "tsv": Tsv}
 
 
 def json_line(row: Mapping[str, Any], encoding: str = "utf-8") -> str:
@@ -141,34 +238,11 @@ def json_line(row: Mapping[str, Any], encoding: str = "utf-8") -> str:
     return line + "\n"
 
 
-def _write_jsonl(path: Path, table: Table, kind: str) -> None:
-    path.write_text("".join(map(json_line, table.rows)), encoding="utf-8")
-
-
-def _write_json(path: Path, table: Table, kind: str) -> None:
-    lines = ",\n".join(json_line(row).rstrip("\n") for row in table.rows)
-    path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
-
-
-def _write_csv(path: Path, table: Table, kind: str) -> None:
-    columns = table.columns()
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        delimiter = "\t" if kind == "tsv" else ","
-        writer = csv.writer(file, delimiter=delimiter, lineterminator="\n")
-        # Python quotes a carriage return only where it is part of the line's end, but reads it only in quotes.
-        quoting = csv.writer(file, delimiter=delimiter, lineterminator="\n", quoting=csv.QUOTE_ALL)
-        try:
-            for cells in (columns, *([_cell(row.get(name)) for name in columns] for row in table.rows)):
-                (quoting if any("\r" in str(cell) for cell in cells) else writer).writerow(cells)
-        except UnicodeEncodeError as error:
-            raise DataError(f"CSV cannot hold half of a surrogate pair ({error.object!r}): write .jsonl") from error
-
-
 def _cell(value: Any) -> Any:
     return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, (list, dict, bool)) else value
 
 
-def _write_parquet(path: Path, table: Table, kind: str) -> None:
+def _write_parquet(path: Path, table: Table) -> None:
     require("writing parquet", "datasets")
     import pyarrow
     from datasets import Dataset, Features
