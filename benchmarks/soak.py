@@ -4,8 +4,8 @@
 
 Each thread asks for a forward or a generation (greedy, beams, a static cache) of some rows, each of a task drawn for
 it. The answers of each row with each task were stored before, each from a call by itself. Another thread adds tasks, a
-copy of an older one each, asks for them, and removes them again (where this version can remove tasks). The memory of
-the process is watched: it must stop growing once everything was used.
+copy of an older one each, asks for them, and removes them again. The memory of the process is watched: it must stop
+growing once everything was used.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 import psutil
 import torch
 
-from hyperformer_fast import HyperFormerConfig, HyperFormerModel, get_hyperformer_model
+from hyperformer_fast import HyperFormerConfig, get_hyperformer_model
 from hyperformer_fast.data.builtin import BUILTIN_TASKS, load_builtin
 from hyperformer_fast.data.registry import builtin_spec
 from hyperformer_fast.tiny import load_tiny
@@ -108,19 +108,15 @@ class Soak:
     def _change(self) -> None:
         """Add a copy of a task, ask for it among others, remove it."""
         draw, number = random.Random(f"{self.seed} changes"), 0
-        removes = hasattr(HyperFormerModel, "remove_task")
         while not self._stop.is_set():
             old, number = draw.choice(self.tasks), number + 1
-            if not removes and number > 50:
-                return  # nothing takes tasks away again
             new = f"copy {number}"
             self.model.add_task(new, init_from=old)
             self.counts["tasks added"] += 1
             for _ in range(4):
                 self._ask(draw, lambda task: new if task == old else task)
-            if removes:
-                self.model.remove_task(new)
-                self.counts["tasks removed"] += 1
+            self.model.remove_task(new)
+            self.counts["tasks removed"] += 1
 
     def run(self, seconds: float) -> dict[str, Any]:
         """Ask for so long, and return what was found."""

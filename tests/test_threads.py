@@ -143,6 +143,25 @@ def test_one_thread_asks_for_gradients_and_another_is_in_inference_mode(model):
         assert torch.equal(other, answer) and torch.equal(third, answer)
 
 
+def test_tasks_come_and_go_meanwhile(model):
+    expected = {task: logits(model, task, **INPUTS) for task in TASKS}
+
+    def change() -> list[torch.Tensor]:
+        answers = []
+        for i in range(6):
+            model.add_task(f"new {i}", init_from="cola")
+            answers.append(logits(model, f"new {i}", **INPUTS))
+            model.remove_task(f"new {i}")
+        return answers
+
+    added, *found = at_once(
+        change, *(lambda task=task: [logits(model, task, **INPUTS) for _ in range(12)] for task in TASKS)
+    )
+    for task, answers in (("cola", added), *zip(TASKS, found, strict=True)):
+        assert all(torch.equal(each, expected[task]) for each in answers), task
+    assert model.hyperformer_config.tasks == TASKS
+
+
 class Held:
     """A forward, in a thread of its own, that stops in its first block until the ``with`` block is left."""
 
