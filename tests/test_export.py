@@ -174,6 +174,20 @@ def test_what_an_export_does_not_see_is_refused(tmp_path, untraced):
     assert not list(tmp_path.iterdir())
 
 
+def test_each_task_is_compared(tmp_path, untraced, monkeypatch):
+    tasks = list("abcdefgh")
+    model = exportable(tasks=tasks)
+
+    def wrong(model, ids):
+        packed = packed_weights(model, ids)
+        packed["decoder"][:, -1] *= 1.1
+        return packed
+
+    monkeypatch.setattr(artifact, "packed_weights", wrong)
+    with pytest.raises(RuntimeError, match="do not give this model's logits"):
+        export_model(model, tmp_path / "x", untraced)
+
+
 REFUSED = {
     "format": ({}, {"format": "tflite"}, "torch, onnx, aoti"),
     "task": ({}, {"tasks": ["rte"]}, "rte"),

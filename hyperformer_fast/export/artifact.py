@@ -33,8 +33,12 @@ FORMAT_VERSION = 1
 #: The largest difference of logits from the model's, over the largest logit, with which a graph is written.
 _TOLERANCE = 1e-3
 
-#: Samples, tokens of a source and of a target that the graphs are traced with, and others that they are compared with.
-_TRACED, _COMPARED = (2, 3, 4), (5, 11, 6)
+#: Samples, tokens of a source and of a target that the graphs are traced with.
+_TRACED = (2, 3, 4)
+
+#: The tokens that they are compared with, and the fewest and the most samples: within these one of each task, and one
+#: without.
+_COMPARED, _FEWEST, _MOST = (11, 6), 5, 64
 
 
 def export_model(
@@ -170,7 +174,8 @@ def decoded_logits(graphs: Mapping[str, Run | Any], batch: Mapping[str, Tensor])
 
 def _difference(model: HyperFormerModel, ids: Sequence[int], graphs: Mapping[str, Run]) -> float:
     """The largest difference of the graphs' logits from the model's, over the largest logit."""
-    batch = _batch(model.config, len(ids), *_COMPARED)
+    samples = min(max(len(ids) + 1, _FEWEST), _MOST)
+    batch = _batch(model.config, len(ids), samples, *_COMPARED)
     training = model.training
     of_model = torch.tensor([*ids, -1])[batch["task_index"]]
     try:
