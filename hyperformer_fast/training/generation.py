@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -119,7 +119,7 @@ def _batches(
 
 def _kind(model: HyperFormerModel, task: str, options: Mapping[str, Any]) -> str:
     """Return a text that is the same for tasks whose rows may share a batch."""
-    config: Any = model.t5.generation_config
+    config = cast(Any, model.t5).generation_config
     does_sample = options.get("do_sample", config.do_sample)
     if does_sample:
         return json.dumps(task)  # numbers are drawn for a batch as a whole
