@@ -37,8 +37,8 @@ _DEMO: dict[str, Any] = {
     "learning_rate": 3e-3,
     "warmup_steps": 100,
     "mixed_batches": True,
-    "eval_steps": 200,
-    "save_steps": 200,
+    "eval_steps": 100,
+    "save_steps": 100,
 }
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {"demo": _DEMO}
