@@ -1,7 +1,7 @@
 """Learn an unseen task by its embedding alone from k rows: accuracy and seconds over k.
 
     python benchmarks/kshot.py RUN_DIR [--task paraphrase] [--samples 4 16 64] [--seeds 5] [--steps 100]
-                               [--learning-rate 0.05] [--eval-rows 400] [--data DIR] [--output DIR]
+                               [--learning-rate 0.2] [--eval-rows 400] [--data DIR] [--output DIR]
 
 RUN_DIR is a run of `hyperformer-fast train` that has not seen the task. For each k and seed, `fit_task` learns an
 embedding from the first k rows of a permutation of the training rows, from the trained task with the least loss on
@@ -37,7 +37,7 @@ def options_of() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, nargs="+", default=[4, 16, 64], help="k (default: 4 16 64)")
     parser.add_argument("--seeds", type=int, default=5, help="samples of each size (default: 5)")
     parser.add_argument("--steps", type=int, default=100, help="steps of each fit (default: 100)")
-    parser.add_argument("--learning-rate", type=float, default=0.05, help="default: 0.05")
+    parser.add_argument("--learning-rate", type=float, default=0.2, help="default: 0.2")
     parser.add_argument("--eval-rows", type=int, default=400, help="rows to score (default: 400)")
     parser.add_argument("--data", help="folder of the task's data; default: where the run's was")
     options = parser.parse_args()

@@ -60,7 +60,7 @@ def fit_task(
     tokenizer: PreTrainedTokenizerBase | None = None,
     task: TaskSpec | Mapping[str, Any] | str | None = None,
     steps: int = 100,
-    learning_rate: float = 0.05,
+    learning_rate: float = 0.2,
     batch_size: int = 32,
     init_from: str | list[str] | None = "nearest",
     max_source_length: int | None = 128,
