@@ -309,7 +309,7 @@ class HyperFormerModel(ManagedTasks):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         # the way of every move to a device or a dtype
-        with self._threads.alone("move or cast this model"):
+        with self._threads.alone("move or cast this model"), self._task_order.lock:
             self._prepared.clear()
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
@@ -349,7 +349,8 @@ class HyperFormerModel(ManagedTasks):
         def nbytes(module: nn.Module) -> int:
             return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
-        t5, networks, embeddings = map(nbytes, (self._base, self.hypernetworks, self.task_embeddings))
+        with self._task_order.lock:
+            t5, networks, embeddings = map(nbytes, (self._base, self.hypernetworks, self.task_embeddings))
         return MemoryFootprint(t5, networks, embeddings, *self._prepared.footprint())
 
     def materialize(self, task: str) -> MaterializedTask:

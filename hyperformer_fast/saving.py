@@ -24,6 +24,7 @@ from .hypernetwork import TaskEmbeddings
 from .sharding import is_fsdp2, spread, whole_state
 from .sites import find_sites
 from .t5 import Snapshot, tie, trained_names
+from .task_order import TaskOrder
 from .threads import Threads
 from .tiny import name_of
 
@@ -57,6 +58,7 @@ class SavedModel(T5Delegate):
     _snapshot: Snapshot
     _tied: list[list[str]]
     _threads: Threads
+    _task_order: TaskOrder
 
     if TYPE_CHECKING:  # HyperFormerModel's
 
@@ -109,11 +111,12 @@ class SavedModel(T5Delegate):
                 "such parameter, so the checkpoint would lack it: freeze it, or see unfreeze_layer_norms and "
                 "unfreeze_lm_head"
             )
-        tensors = self._trained_tensors()
+        with self._task_order.lock:  # tasks may come and go in other threads
+            tensors, config = self._trained_tensors(), self.hyperformer_config
         if state_dict is not None:
             tensors = {name: self._value_in(state_dict, name) for name in tensors}
         weights = pretrained.frozen_in(state_dict, self._base, self._snapshot.trained)
-        pretrained.save(save_directory, tensors, self.hyperformer_config, self._base, weights)
+        pretrained.save(save_directory, tensors, config, self._base, weights)
         self.create_or_update_model_card(save_directory)
         if push_to_hub:
             repo_id = kwargs.pop("repo_id", None) or Path(save_directory).absolute().name
@@ -267,7 +270,7 @@ class SavedModel(T5Delegate):
         reason = embedding_mark.read_otherwise(self, state_dict) if strict else None
         if reason is not None:
             raise CheckpointError(f"{reason}. Nothing was loaded")
-        with self._threads.alone(_LOAD):
+        with self._threads.alone(_LOAD), self._task_order.lock:
             loaded = super().load_state_dict(state_dict, strict, assign)
             if assign:
                 # torch makes a parameter of each name, and a head that is tied would be trained apart, and not saved.
@@ -293,9 +296,9 @@ class SavedModel(T5Delegate):
 
     @torch.no_grad()
     def _load(self, checkpoint: pretrained.Checkpoint) -> None:
-        targets = self._trained_tensors()
-        values = checkpoint.values_for(targets)
-        with self._threads.alone(_LOAD):
+        with self._threads.alone(_LOAD), self._task_order.lock:
+            targets = self._trained_tensors()
+            values = checkpoint.values_for(targets)
             for name, target in targets.items():
                 target.copy_(spread(values[name], target))
 

@@ -259,19 +259,27 @@ def padded(rows: Sequence[Mapping[str, Any]], model: HyperFormerModel) -> dict[s
 
 @contextlib.contextmanager
 def in_evaluation(model: HyperFormerModel) -> Iterator[None]:
-    """Have a model in evaluation mode within a ``with`` block, and each of its modules as it was afterwards."""
+    """Have a model in evaluation mode within a ``with`` block, and each of its modules as it was afterwards.
+
+    Raises:
+        RuntimeError: another thread trains the model, or is in a forward of it when the mode is to change.
+    """
     training = [module for module in model.modules() if module.training]
     if not training:
         yield
         return
-    model.eval()
+    threads = model._threads
+    with threads.alone("set this model to evaluation"):
+        threads.expect_no_other_trains()  # whose dropout would be off from now on
+        model.eval()
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
-        if model.training:
-            model._prepared.clear()
+        with threads.alone("set this model to training"):
+            for module in training:
+                module.training = True
+            if model.training:
+                model._prepared.clear()
 
 
 @torch.no_grad()

@@ -68,6 +68,16 @@ class Threads:
                 )
             yield
 
+    def expect_no_other_trains(self) -> None:
+        """Raise RuntimeError if another thread trains the model."""
+        trainer = None if self._trainer is None else self._trainer()
+        if trainer is not None and trainer is not threading.current_thread() and trainer.is_alive():
+            raise RuntimeError(
+                f"the thread {trainer.name} trains this model, so that an answer now would have dropout and "
+                "weights that change meanwhile: answer from a copy (copy.deepcopy(model).eval()), or call "
+                "eval() when the training is done"
+            )
+
     def stopped_training(self) -> None:
         """Tell that the model was set to evaluation."""
         self._trainer = None
@@ -85,13 +95,7 @@ class Threads:
             if training and trains:
                 self._trainer = weakref.ref(threading.current_thread())
             elif training:
-                trainer = None if self._trainer is None else self._trainer()
-                if trainer is not None and trainer is not threading.current_thread() and trainer.is_alive():
-                    raise RuntimeError(
-                        f"the thread {trainer.name} trains this model, so that an answer now would have dropout and "
-                        "weights that change meanwhile: answer from a copy (copy.deepcopy(model).eval()), or call "
-                        "eval() when the training is done"
-                    )
+                self.expect_no_other_trains()
             me = threading.get_ident()
             self._running[me] = self._running.get(me, 0) + 1
 

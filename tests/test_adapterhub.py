@@ -73,6 +73,12 @@ def test_what_is_written(tmp_path):
     }
     with pytest.raises(OSError, match="other files in it"):
         model.materialize("cola").save_adapters(tmp_path)
+    model.materialize("stsb").save_adapters(tmp_path / "cola", "cola")
+    (tmp_path / "cola" / "adapter_model.safetensors").write_text(
+        "weights of PEFT, whose adapter_config.json has that name"
+    )
+    with pytest.raises(OSError, match="than an export writes, adapter_model.safetensors for one"):
+        model.materialize("cola").save_adapters(tmp_path / "cola")
 
 
 REFUSED = {

@@ -48,7 +48,7 @@ def expected(model, batch):
 
 
 def modules(model):
-    packed = packed_weights(model, range(len(model.hyperformer_config.tasks)))
+    packed = packed_weights(model, model.hyperformer_config.tasks)
     config = model.hyperformer_config
     return dict(zip(GRAPHS, graphs_of(plain_copy(model), model.hypernetworks, packed, config.non_linearity)))
 
@@ -205,8 +205,25 @@ def test_what_cannot_be_exported_is_refused(name, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_tasks_may_have_been_removed(tmp_path):
+    model = exportable()
+    model.remove_task(TASKS[0])
+    description = export_model(model, tmp_path / "x", "torch")
+    assert description["tasks"] == TASKS[1:]
+    graphs = {
+        name: FORMATS["torch"].load(tmp_path / "x" / each["file"]) for name, each in description["graphs"].items()
+    }
+    batch = inputs(tasks=(0, 1, -1))
+    logits = decoded_logits(graphs, batch)
+    model.renumber_tasks()
+    assert_close(logits, expected(model, batch))
+
+
 def test_other_files_are_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("years")
     with pytest.raises(OSError, match="other files in it"):
         export_model(exportable(), tmp_path, "torch")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+    (tmp_path / "export.json").write_text("{}")  # of an export into which somebody put a file
+    with pytest.raises(OSError, match="other files in it than an export writes, thesis.txt for one"):
+        export_model(exportable(), tmp_path, "torch")

@@ -148,6 +148,9 @@ def test_saving_replaces_its_own_and_nothing_else(tmp_path):
     plain.save(tmp_path / "plain")
     plain.save(tmp_path / "plain")
     assert json.loads((tmp_path / "plain" / "adapters.json").read_text())["task"] == "cola"
+    (tmp_path / "plain" / "tokenizer.json").write_text("{}")
+    with pytest.raises(OSError, match=r"than an export writes, tokenizer\.json for one"):
+        plain.save(tmp_path / "plain")
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.txt").write_text("years")
     with pytest.raises(OSError, match="other files in it"):

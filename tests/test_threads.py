@@ -15,6 +15,11 @@ import pytest
 import torch
 from support.prepared import MIXED, close, logits
 from support.t5s import TASKS, batch, tiny_model, tiny_t5
+from transformers import ByT5Tokenizer
+
+from hyperformer_fast import HyperFormerModel, fit_task, nearest_task
+from hyperformer_fast.export import weights
+from hyperformer_fast.training.generation import generate_mixed
 
 ROUNDS = 4
 
@@ -247,6 +252,93 @@ def test_no_answer_from_a_model_that_another_thread_trains(model, ask):
         trainer.join()
     ask(model)  # in training mode, as its one user wants it
     assert torch.equal(ask(model.eval()), expected)
+
+
+ROWS = [{"input_ids": ids.tolist(), "labels": labels.tolist()} for ids, labels in zip(IDS, INPUTS["labels"])]
+#: What is in evaluation mode meanwhile.
+IN_EVALUATION: dict[str, Callable[[Any], Any]] = {
+    "nearest_task": lambda m: nearest_task(m, ROWS),
+    "fit_task": lambda m: fit_task(m, "new", ROWS, steps=1, init_from="cola"),
+    "generate_mixed": lambda m: generate_mixed(
+        m, ByT5Tokenizer(), ["cola"], ["!"], {"cola": {"max_new_tokens": 2}}, 1, 8
+    ),
+}
+
+
+@pytest.mark.parametrize("ask", IN_EVALUATION)
+def test_dropout_of_another_threads_training_stays_on(model, ask):
+    trained, go_on = threading.Event(), threading.Event()
+
+    def train() -> None:
+        model.train()
+        model(**INPUTS, task="cola").loss.backward()
+        trained.set()
+        go_on.wait()
+
+    trainer = threading.Thread(target=train, name="trainer")
+    trainer.start()
+    try:
+        trained.wait()
+        with pytest.raises(RuntimeError, match="the thread trainer trains this model"):
+            IN_EVALUATION[ask](model)
+        assert all(part.training for part in model.modules())
+    finally:
+        go_on.set()
+        trainer.join()
+    IN_EVALUATION[ask](model)
+    assert all(part.training for part in model.modules())
+
+
+def test_dropout_comes_on_again_in_no_other_threads_answer(model):
+    model.train()
+    block, held = model.t5.decoder.block[0], []
+
+    def begin(*_: Any) -> None:
+        handle.remove()
+        held.append(Held(model, lambda: logits(model, "cola", **INPUTS)))
+        held[0].__enter__()
+
+    handle = block.register_forward_pre_hook(begin)
+    with pytest.raises(RuntimeError, match=r"cannot set this model to training while another thread \(the other"):
+        nearest_task(model, ROWS)
+    assert not any(part.training for part in model.modules())
+    held[0].__exit__()
+    assert held[0].error is None and torch.equal(held[0].result, logits(model, "cola", **INPUTS))
+
+
+def test_models_are_saved_moved_and_measured_while_tasks_come_and_go(model, tmp_path):
+    def change() -> None:
+        for i in range(100):
+            model.add_task(f"new {i}", init_from="cola")
+            model.rename_task(f"new {i}", "renamed")
+            model.remove_task("renamed")
+
+    def save() -> None:
+        for _ in range(4):
+            model.save_pretrained(tmp_path)
+            assert HyperFormerModel.from_pretrained(tmp_path, t5=tiny_t5(dtype=torch.float32, initializer_factor=4.0))
+
+    def use() -> None:
+        for _ in range(30):
+            model.memory_footprint()
+            model.float()
+
+    at_once(change, use, save)
+
+
+def test_what_is_materialised_is_of_the_task_that_was_asked_for(model, monkeypatch):
+    """Another thread removes the first task when the name was looked up, and the weights were not yet generated."""
+    expected = model.materialize("stsb").adapters
+    expect_whole = weights.expect_whole
+
+    def removed(module: Any) -> None:
+        monkeypatch.undo()
+        at_once(lambda: model.remove_task(TASKS[0]))
+        expect_whole(module)
+
+    monkeypatch.setattr(weights, "expect_whole", removed)
+    for name, adapter in model.materialize("stsb").adapters.items():
+        assert torch.equal(adapter.down.weight, expected[name].down.weight)
 
 
 def test_an_error_in_a_forward_is_no_forward_that_runs(model):

@@ -53,7 +53,7 @@ def save(plain: MaterializedTask, folder: Path, name: str) -> Path | None:
             f"the adapters library cannot have an adapter of the name {name!r}, because it is a module's name there: "
             "pass another one as name="
         )
-    check_replaceable(folder, CONFIG_NAME)
+    check_replaceable(folder, CONFIG_NAME, (WEIGHTS_NAME, "t5"))
     t5: Any = plain.t5
     description = {
         "config": _config(layout, plain.activation),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import fingerprint
 from ..atomic import write_directory
+from ..task_fitting import in_evaluation
 from ..tiny import name_of
 from .folder import check_replaceable
 from .formats import DYNAMIC, FORMATS, GRAPHS, Run, expect_packages, trace
@@ -74,18 +75,18 @@ def export_model(
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     expect_packages(format)
-    check_replaceable(folder, DESCRIPTION)
+    check_replaceable(folder, DESCRIPTION, [*(f"{name}.*" for name in GRAPHS), "tokenizer"])
     config = model.hyperformer_config
     names = list(config.tasks if tasks is None else tasks)
     if not names or len(set(names)) < len(names):
         raise ValueError(f"tasks must name each task once, and at least one, got {names}")
-    ids = [config.task_id(name) for name in names]
+    config.task_ids(names)
     _expect_exportable(model)
     t5 = plain_copy(model)
-    packed = packed_weights(model, ids)
+    packed = packed_weights(model, names)
     nets: Any = model.hypernetworks
     modules = dict(zip(GRAPHS, graphs_of(t5, nets, packed, config.non_linearity), strict=True))
-    traced = _batch(t5.config, len(ids), *_TRACED)
+    traced = _batch(t5.config, len(names), *_TRACED)
     inputs = {name: tuple(each) for name, each in zip(GRAPHS, _inputs(modules, traced), strict=True)}
     programs = {name: trace(module, name, inputs[name]) for name, module in modules.items()}
     chosen = FORMATS[format]
@@ -93,7 +94,7 @@ def export_model(
         paths = {name: partial / f"{name}{chosen.suffix}" for name in GRAPHS}
         for name, program in programs.items():
             chosen.write(program, paths[name], name)
-        difference = _difference(model, ids, {name: chosen.load(path) for name, path in paths.items()})
+        difference = _difference(model, names, {name: chosen.load(path) for name, path in paths.items()})
         if tokenizer is not None:
             tokenizer.save_pretrained(partial / "tokenizer")
         description = {
@@ -172,17 +173,17 @@ def decoded_logits(graphs: Mapping[str, Run | Any], batch: Mapping[str, Tensor])
     return torch.stack(found, 1)
 
 
-def _difference(model: HyperFormerModel, ids: Sequence[int], graphs: Mapping[str, Run]) -> float:
+def _difference(model: HyperFormerModel, tasks: Sequence[str], graphs: Mapping[str, Run]) -> float:
     """The largest difference of the graphs' logits from the model's, over the largest logit."""
-    samples = min(max(len(ids) + 1, _FEWEST), _MOST)
-    batch = _batch(model.config, len(ids), samples, *_COMPARED)
-    training = model.training
-    of_model = torch.tensor([*ids, -1])[batch["task_index"]]
-    try:
-        with torch.no_grad():
-            expected = model.eval()(**{**batch, "task_index": of_model}).logits
-    finally:
-        model.train(training)
+    samples = min(max(len(tasks) + 1, _FEWEST), _MOST)
+    batch = _batch(model.config, len(tasks), samples, *_COMPARED)
+    inputs, index = {name: each for name, each in batch.items() if name != "task_index"}, batch["task_index"]
+    named = [tasks[i] for i in index.tolist()]  # of -1, too, where it is not read
+    with in_evaluation(model), torch.no_grad():
+        # By names, because a model whose tasks were removed takes no index that meant another one.
+        of_tasks = model(**inputs, task=named).logits
+        of_none = model(**inputs, task_index=torch.full_like(index, -1)).logits
+    expected = torch.where((index < 0).view(-1, 1, 1), of_none, of_tasks)
     difference = float((decoded_logits(graphs, batch) - expected).abs().max() / expected.abs().max())
     if not difference <= _TOLERANCE:
         raise RuntimeError(

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 #: The file by which a saved folder is known.
 DESCRIPTION = "adapters.json"
 
+#: What else is in it.
+_WRITTEN = ("config.json", "generation_config.json", "weights.safetensors", "plain_t5.py")
+
 #: The parts of an adapter's layout, as parameters of ``plain_t5.Adapter``.
 _PARAMETERS = {
     "down_weight": "down.weight",
@@ -75,7 +78,7 @@ class MaterializedTask:
                 "materialize(task).t5.save_pretrained(folder)"
             )
         self._expect_loadable()
-        check_replaceable(folder, DESCRIPTION)
+        check_replaceable(folder, DESCRIPTION, _WRITTEN)
         from safetensors.torch import save_file
 
         tied = tied_names(self.t5)
@@ -142,7 +145,8 @@ class MaterializedTask:
 def materialize(model: HyperFormerModel, task: str) -> MaterializedTask:
     """``HyperFormerModel.materialize``."""
     config = model.hyperformer_config
-    packed = packed_weights(model, [config.task_id(task)])
+    config.task_id(task)
+    packed = packed_weights(model, [task])
     t5 = plain_copy(model)
     layout: AdapterLayout | None = None
     if packed:

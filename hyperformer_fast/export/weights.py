@@ -15,18 +15,20 @@ if TYPE_CHECKING:
     from ..model import HyperFormerModel
 
 
-def packed_weights(model: HyperFormerModel, tasks: Sequence[int]) -> dict[str, Tensor]:
-    """Return the packed weights [S, T, P] of each stack for the tasks of these indices; empty without adapters.
+def packed_weights(model: HyperFormerModel, tasks: Sequence[str]) -> dict[str, Tensor]:
+    """Return the packed weights [S, T, P] of each stack for the tasks of these names; empty without adapters.
 
     Raises:
-        ValueError: FSDP shards them, or they are not in memory.
+        ValueError: a task is unknown, FSDP shards them, or they are not in memory.
     """
     expect_whole(model.task_embeddings)
     expect_whole(model.hypernetworks)
     nets: Any = model.hypernetworks
-    with torch.inference_mode(False), torch.no_grad():
+    # the lock, so that names and embeddings are of one moment
+    with model._task_order.lock, torch.inference_mode(False), torch.no_grad():
         embeddings = model.task_embeddings()
-        embeddings = embeddings.index_select(0, index_on(embeddings.device, tasks))
+        ids = model.hyperformer_config.task_ids(tasks)
+        embeddings = embeddings.index_select(0, index_on(embeddings.device, ids))
         return {name: net.forward_each(embeddings) for name, net in nets.items()}
 
 

@@ -13,6 +13,7 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from ..data import HyperFormerDataCollator, TaskSpec
 from ..model import HyperFormerModel
+from ..task_fitting import in_evaluation
 
 #: Tasks whose texts have at most this many tokens share batches, whatever the longest of each is.
 _SHORT = 8
@@ -72,9 +73,7 @@ def generate_mixed(
     batches = _batches(model, tasks, list(map(len, ids)), decoding, batch_size)
     collate = HyperFormerDataCollator(tokenizer)
     texts: dict[int, str] = {}
-    was_training = model.training
-    model.eval()
-    try:
+    with in_evaluation(model):
         for start in range(0, len(batches), world):
             now = batches[start : start + world]
             if rank < len(now):
@@ -90,8 +89,6 @@ def generate_mixed(
                 texts |= zip(chosen, tokenizer.batch_decode(rows, skip_special_tokens=True), strict=True)
             if advance is not None:
                 advance(sum(map(len, now)))
-    finally:
-        model.train(was_training)
     if world > 1:
         parts: list[dict[int, str]] = [{} for _ in range(world)]
         dist.all_gather_object(parts, texts)
