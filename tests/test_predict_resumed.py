@@ -206,6 +206,24 @@ def test_rows_that_change_while_they_are_read_are_noticed(run, source, tmp_path,
     assert not (tmp_path / "out.jsonl").exists()
 
 
+def test_rows_that_were_another_ones_meanwhile_are_not_in_the_output(run, source, tmp_path, answers):
+    """They are changed while they are read and back again, and the same call goes on behind what is written."""
+    out, before = tmp_path / "out.jsonl", source.read_text()
+
+    def change(*_):
+        source.write_text(before.replace("wet 9", "wet 99"))
+        return types.SimpleNamespace(to=lambda device: None), ByT5Tokenizer()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(predict_module, "load_model", change)
+        with pytest.raises(RunError, match="the rows changed while they were read"):
+            predict_file(run, source, out, batch_size=3)
+    source.write_text(before)
+    predict_file(run, source, out, batch_size=3)
+    assert [json.loads(line)["note"] for line in out.read_text().splitlines()] == [each["note"] for each in ROWS]
+    assert "wet 99" not in out.read_text()
+
+
 def test_a_wrong_row_is_named_before_any_work(run, source, tmp_path, answers):
     with open(source, "a") as file:
         file.write(json.dumps({"task": "rte", "sentence1": "one alone"}) + "\n")

@@ -177,8 +177,9 @@ class _Work:
         if self._task is not None:
             known_tasks([self._task], self._specs)
         self.rows = open_rows(rows)
-        found = _survey(self.rows, self._task, self._specs)
+        found = _survey(self.rows, self._task, self._specs, BATCHES_READ * self._batch_size)
         self.count, self._digest, self._by_name = found.count, found.digest, found.by_name
+        self._digests = found.digests
         taken = dict.fromkeys([*found.columns, *self.rows.features])
         added = [_free_column(column, taken, console) for column in ("prediction", "prediction_text")]
         self.columns = Columns(added, [*found.columns, *added])
@@ -215,9 +216,13 @@ class _Work:
                 bar = progress.add_task("predicting", total=self.count, completed=done, note="")
                 advance = functools.partial(progress.advance, bar)
                 while stretch := list(itertools.islice(rows, size)):
+                    done += len(stretch)
+                    # Before they are written, because the same call goes on behind what is written.
+                    if self._digests.get(done) != digest.hexdigest():
+                        raise _changed()
                     yield self._predicted(stretch, adapted, tokenizer, decoding, advance)
         if digest.hexdigest() != self._digest:
-            raise RunError("the rows changed while they were read: start anew")
+            raise _changed()
 
     def _predicted(
         self,
@@ -248,22 +253,32 @@ class _Survey:
         count: how many there are.
         columns: the names of their columns, in the order in which they first occur.
         digest: of their content.
+        digests: the same of the first rows, by their number: of each stretch's end.
         by_name: for each task that a row is of, whether its classes are to be given by their names.
     """
 
     count: int
     columns: Sequence[str]
     digest: str
+    digests: Mapping[int, str]
     by_name: Mapping[str, bool]
 
 
-def _survey(rows: Source, task: str | None, specs: Mapping[str, TaskSpec]) -> _Survey:
-    """Check every row. Raises RunError or DataError for the first that cannot be predicted."""
+def _changed() -> RunError:
+    return RunError("the rows changed while they were read: start anew")
+
+
+def _survey(rows: Source, task: str | None, specs: Mapping[str, TaskSpec], size: int) -> _Survey:
+    """Check every row, ``size`` of which are a stretch. Raises RunError or DataError for the first that cannot be
+    predicted."""
     digest, columns, count = hashlib.sha256(), dict[str, None](), 0
     by_name: dict[str, bool] = {}
+    digests: dict[int, str] = {}
     without: str | None = None
     for place, row in _digested(rows, digest):
         count += 1
+        if not count % size:
+            digests[count] = digest.hexdigest()
         columns.update(dict.fromkeys(row))
         name = _task_of(row, place, task, specs, rows.features)
         if name is None:  # it has no column that would name its task
@@ -282,7 +297,8 @@ def _survey(rows: Source, task: str | None, specs: Mapping[str, TaskSpec]) -> _S
         )
     for name in by_name:
         by_name[name] = by_name[name] or _declared_by_name(specs[name], rows)
-    return _Survey(count, list(columns), digest.hexdigest(), by_name)
+    digests[count] = digest.hexdigest()
+    return _Survey(count, list(columns), digest.hexdigest(), digests, by_name)
 
 
 def _digested(rows: Iterable[tuple[str, Row]], digest: Any) -> Iterator[tuple[str, Row]]:
