@@ -16,6 +16,7 @@ import argparse
 import asyncio
 import collections
 import contextlib
+import copy
 import dataclasses
 import json
 import queue
@@ -52,12 +53,18 @@ class Served:
         model, tokenizer: both of one T5.
         specs: the tasks, by name.
         max_source_length: the most tokens of a row.
+        counter: a tokenizer of its own for the thread that takes requests. One that truncates must not be used by two
+            threads at once: each call sets the length at which the other one would truncate.
     """
 
     model: HyperFormerModel
     tokenizer: PreTrainedTokenizerBase
     specs: dict[str, TaskSpec]
     max_source_length: int = 512
+    counter: PreTrainedTokenizerBase = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        self.counter = copy.deepcopy(self.tokenizer)
 
     def options(self, task: str) -> dict[str, Any]:
         """The arguments of ``generate`` for a task."""
@@ -204,7 +211,7 @@ def question_of(served: Served, body: bytes) -> tuple[str, str]:
     empty = [name for names in spec.columns.values() for name in names if name in row and not str(row[name]).strip()]
     if empty:
         raise BadRequest(422, f"the request: column {empty[0]!r} is empty")
-    length = len(served.tokenizer(source).input_ids)
+    length = len(served.counter(source).input_ids)
     if length > served.max_source_length:
         raise BadRequest(413, f"the row has {length} tokens, and at most {served.max_source_length} are read")
     return task, source

@@ -45,6 +45,15 @@ def test_a_load_of_mixed_tasks_is_answered_as_each_row_alone(examples):
     assert max(map(int, found["batches"])) > 1
 
 
+def test_taking_a_request_changes_nothing_of_the_tokenizer_that_answers(examples):
+    """Where a tokenizer truncates is its state, which a call in another thread must not set."""
+    serve, _, served = examples
+    served.tokenizer("a", truncation=True, max_length=3)
+    before = served.tokenizer.backend_tokenizer.truncation
+    serve.question_of(served, json.dumps({"task": "sentiment", **load_builtin("sentiment", "test")[0]}).encode())
+    assert before is not None and served.tokenizer.backend_tokenizer.truncation == before
+
+
 REFUSED = {
     b"{": (400, "is not JSON"),
     b"[1]": (400, "must be a JSON object, got list"),
