@@ -15,7 +15,8 @@ VENV4 := .venv-transformers4
 # Tensors in tests are tiny: a thread each, and the processes share the machine.
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
-PYTEST_FLAGS ?= -q -n $(WORKERS)
+# A worker that is done takes tests from another's: the longest come last, by themselves.
+PYTEST_FLAGS ?= -q -n $(WORKERS) --dist worksteal
 TORCH := $(shell grep -i '^torch==' requirements/common.txt)
 CXX_FILES := $(shell find csrc tests/emulator -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \))
 BUILD_INPUTS := $(shell find csrc build_tools -type f \( -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \)) \
