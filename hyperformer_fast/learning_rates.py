@@ -40,9 +40,9 @@ from .recipes import learning_rate_rule
 from .t5 import NEW_HEADS
 
 #: The rate of a layer between embeddings and generators goes with fan-in^-PROJECTOR_EXPONENT: at 1 a step moves what it
-#: makes by up to the rate, at 0 its weights have the rate itself. On real text (docs/choosing.md's six tasks, mixed;
-#: validation, one seed) 1, 1/2 and 0 came to 41.1, 42.0 and 42.7 at 3e-3 in 1,500 steps, but to 39.3, 40.6 and 37.5 at
-#: 1e-2 in 750: the middle is never far from the best.
+#: makes by up to the rate, at 0 its weights have the rate itself. On real text (benchmarks/study.py rates, in mixed
+#: batches; validation, one seed) 1, 1/2 and 0 came to 41.1, 42.0 and 42.7 at 3e-3 in 1,500 steps, but to 39.3, 40.6 and
+#: 37.5 at 1e-2 in 750: the middle is never far from the best.
 PROJECTOR_EXPONENT = 0.5
 
 #: The group whose rate ``embedding_warmup_steps`` raises.

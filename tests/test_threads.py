@@ -3,6 +3,7 @@ refused."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import subprocess
 import sys
@@ -228,9 +229,9 @@ def test_a_training_forward_keeps_its_mode(model):
     assert held.error is None
 
 
-@pytest.mark.parametrize("ask", [CALLS["forward of one task"], CALLS["greedy"]], ids=["forward", "generate"])
-def test_no_answer_from_a_model_that_another_thread_trains(model, ask):
-    expected = ask(model)
+@contextlib.contextmanager
+def trained_elsewhere(model):
+    """Another thread has made a step with the model, and is still there."""
     trained, go_on = threading.Event(), threading.Event()
 
     def train() -> None:
@@ -243,13 +244,20 @@ def test_no_answer_from_a_model_that_another_thread_trains(model, ask):
     trainer.start()
     try:
         trained.wait()
+        yield
+    finally:
+        go_on.set()
+        trainer.join()
+
+
+@pytest.mark.parametrize("ask", [CALLS["forward of one task"], CALLS["greedy"]], ids=["forward", "generate"])
+def test_no_answer_from_a_model_that_another_thread_trains(model, ask):
+    expected = ask(model)
+    with trained_elsewhere(model):
         with pytest.raises(RuntimeError, match=r"the thread trainer trains this model.* answer from a copy"):
             ask(model)
         assert torch.equal(ask(copy.deepcopy(model).eval()), expected)
         model(**INPUTS, task="cola").loss.backward()  # as in Hogwild
-    finally:
-        go_on.set()
-        trainer.join()
     ask(model)  # in training mode, as its one user wants it
     assert torch.equal(ask(model.eval()), expected)
 
@@ -267,24 +275,10 @@ IN_EVALUATION: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("ask", IN_EVALUATION)
 def test_dropout_of_another_threads_training_stays_on(model, ask):
-    trained, go_on = threading.Event(), threading.Event()
-
-    def train() -> None:
-        model.train()
-        model(**INPUTS, task="cola").loss.backward()
-        trained.set()
-        go_on.wait()
-
-    trainer = threading.Thread(target=train, name="trainer")
-    trainer.start()
-    try:
-        trained.wait()
+    with trained_elsewhere(model):
         with pytest.raises(RuntimeError, match="the thread trainer trains this model"):
             IN_EVALUATION[ask](model)
         assert all(part.training for part in model.modules())
-    finally:
-        go_on.set()
-        trainer.join()
     IN_EVALUATION[ask](model)
     assert all(part.training for part in model.modules())
 
