@@ -16,18 +16,19 @@ from . import frozen_head
 from .config import HyperFormerConfig
 from .delegate import is_checkpointing
 from .export.materialize import MaterializedTask, materialize
+from .forward_weights import context_of, decode
 from .fusion import AUTO_PIECES, Fuse, fuse_t5, pieces_of, resolve, unfuse_t5
 from .fusion.before import reads_no_cache
 from .gradient_flow import expect_gradients
-from .hypernetwork import AdapterSource, TaskEmbeddings
+from .hypernetwork import AdapterSource
 from .loss import as_share, smoothed
 from .methods import build_parts, freeze_but_task_embeddings
 from .parameters import ParameterCount
-from .prepared import MemoryFootprint, PreparedWeights, may_be_prepared
+from .prepared import MemoryFootprint, PreparedWeights
 from .sharding import is_fsdp2, separate_embeddings, share_embeddings
-from .sites import ForwardContext, Owner, StackWeights, active, find_sites
+from .sites import Owner, active, find_sites
 from .t5 import Snapshot, place, tie, tied_names, trained_names, untied_head_kept
-from .task_choice import NewTask, Selection, choose_outside_the_graph, select
+from .task_choice import choose_outside_the_graph
 from .task_methods import ManagedTasks
 from .task_order import TaskOrder
 from .threads import Threads
@@ -192,7 +193,7 @@ class HyperFormerModel(ManagedTasks):
     ) -> Any:
         """:meth:`forward`, with the T5's arguments in ``given``."""
         t5, labels = self._base, given.get("labels")
-        context = self._context(task, task_index, "encoder_outputs" in given)
+        context = context_of(self, task, task_index, "encoder_outputs" in given)
         if not context.stacks and context.samples is not None:
             context.expect_samples(given)
         skips = self._skips_logits(output_logits, labels)
@@ -253,29 +254,9 @@ class HyperFormerModel(ManagedTasks):
             for model in {id(each): each for each in (self, assistant) if isinstance(each, HyperFormerModel)}.values():
                 stack.enter_context(model._threads.running(model))
                 stack.enter_context(model._threads.static_cache(model.t5, kwargs))
-            return self._generate(task, task_index, kwargs)
-
-    def _generate(self, task: str | Sequence[str] | None, task_index: Tensor | None, kwargs: dict[str, Any]) -> Any:
-        """:meth:`generate`, with all other arguments by name."""
-        t5 = self._base
-        context = self._context(task, task_index, kwargs.get("encoder_outputs") is not None, generating=True)
-        contexts = [context]
-        assistant = kwargs.get("assistant_model")
-        if isinstance(assistant, HyperFormerModel):
-            if assistant.hyperformer_config.tasks != self.hyperformer_config.tasks:
-                theirs, ours = assistant.hyperformer_config.tasks, self.hyperformer_config.tasks
-                raise ValueError(f"the assistant must have this model's tasks, {ours}, in this order, got {theirs}")
-            kwargs["assistant_model"] = assistant._base
-            if assistant is not self:
-                contexts.append(assistant._context(task, task_index, False, generating=True))
-        if kwargs.get("encoder_outputs") is not None:
-            context.index_for("encoder", kwargs["encoder_outputs"][0].shape[0])
-        with active(*contexts):
-            out = cast(Any, t5).generate(**kwargs)
-        for context in contexts:
-            context.expect_all_ran()
-        self._gradients_flow = False
-        return out
+            out = decode(self, task, task_index, kwargs)
+            self._gradients_flow = False
+            return out
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the forward in place, as ``torch.nn.Module.compile`` does, but leave hooks outside of the graph.
@@ -368,50 +349,6 @@ class HyperFormerModel(ManagedTasks):
         """The device of the hypernetworks and embeddings."""
         part = self.task_embeddings
         return next(itertools.chain(part.parameters(), part.buffers())).device
-
-    def _context(self, task: Any, task_index: Tensor | None, encoded: bool, generating: bool = False) -> ForwardContext:
-        if torch.compiler.is_compiling():
-            return self._chosen_context(task, task_index, encoded, generating)
-        with self._task_order.lock:
-            return self._chosen_context(task, task_index, encoded, generating)
-
-    def _chosen_context(self, task: Any, task_index: Tensor | None, encoded: bool, generating: bool) -> ForwardContext:
-        nets = {name: net for name, net in self.hypernetworks.items() if not (encoded and name == "encoder")}
-        selection, config, order = None, self.hyperformer_config, self._task_order
-        if isinstance(task, NewTask):
-            embeddings = cast(TaskEmbeddings, self.task_embeddings).projected(task.embedding.unsqueeze(0))
-            return self._generated_context(nets, embeddings, task.selection(), generating)
-        if nets and may_be_prepared(self):
-            device = self._own_device()
-            selection = select(config, task, task_index, device, order)
-            kept = self._prepared.find(self, selection, device)
-            if kept is not None:
-                stacks = {name: StackWeights.kept(cast(AdapterSource, nets[name]), kept.stacks[name]) for name in nets}
-                return ForwardContext(self._owner, stacks, kept.task_index, selection.samples, generating)
-        embeddings = self.task_embeddings()
-        if embeddings.is_meta and hasattr(self, "_hf_hook"):
-            raise RuntimeError(
-                "the hypernetworks are offloaded, but nothing fetches them, because they run once for all blocks: "
-                "offload the T5 (accelerate's cpu_offload or dispatch_model) before it gets adapters, and only the T5"
-            )
-        if selection is None:
-            selection = select(config, task, task_index, embeddings.device, order)
-        if selection.rows is not None:
-            # Selected from all embeddings, so that each has a gradient, even if it is zero.
-            embeddings = embeddings.index_select(0, selection.rows)
-        return self._generated_context(nets, embeddings, selection, generating)
-
-    def _generated_context(
-        self, nets: Mapping[str, nn.Module], embeddings: Tensor, selection: Selection, generating: bool
-    ) -> ForwardContext:
-        watch = None if torch.compiler.is_compiling() or not self.training else self._task_gradients
-        if watch is None or not torch.is_grad_enabled():
-            packed = {name: net(embeddings) for name, net in nets.items()}
-        else:
-            packed = watch.generate(nets, embeddings, selection.tasks)
-        activation = self.hyperformer_config.non_linearity
-        stacks = {name: StackWeights(cast(AdapterSource, net), packed[name], activation) for name, net in nets.items()}
-        return ForwardContext(self._owner, stacks, selection.task_index, selection.samples, generating)
 
     def train_only_task_embeddings(self) -> None:
         """Train nothing but the tasks' embeddings from now on (``freeze_model_but_task_embeddings``).

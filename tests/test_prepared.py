@@ -16,6 +16,7 @@ from support.t5s import TASKS, VARIANTS, batch, tiny_config, tiny_model, tiny_t5
 
 from hyperformer_fast import get_hyperformer_model, prepared
 from hyperformer_fast.backends import use_backend
+from hyperformer_fast.forward_weights import context_of
 
 
 @pytest.fixture
@@ -233,7 +234,7 @@ def test_float16_that_overflowed_is_clamped():
     model = tiny_model(t5=tiny_t5(dtype=torch.float16)).eval()
     model.prepare()
     with torch.no_grad():
-        weights = model._context("stsb", None, False).stacks["encoder"]
+        weights = context_of(model, "stsb", None, False).stacks["encoder"]
         x = torch.randn(1, 1, 32).half()
         x[..., 3] = torch.inf
         clamped = x.clamp(max=torch.finfo(torch.float16).max)
