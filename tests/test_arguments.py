@@ -23,7 +23,7 @@ from hyperformer_fast.training import HyperFormerTrainingArguments, RunArguments
 from hyperformer_fast.training import arguments as arguments_module
 from hyperformer_fast.training.arguments import KNOWN_FIELDS, RunConfigError
 from hyperformer_fast.training.parser import make_parser, parse_flags
-from hyperformer_fast.training.presets import FIRST_RELEASE_EMBEDDED, PRESETS
+from hyperformer_fast.training.presets import FAN_IN_RATE, FIRST_RELEASE_EMBEDDED, PRESETS
 
 ROOT = Path(hyperformer_fast.__file__).resolve().parents[1]
 
@@ -160,7 +160,7 @@ def test_the_demo_is_chosen_for_the_embedded_t5_without_a_file(tmp_path):
         assert RunArguments.from_args(argv).training.max_steps == PRESETS["demo"]["max_steps"]
     assert RunArguments.from_args(["--num_train_epochs", "1"]).training.max_steps == -1
     assert RunArguments.from_args(["--learning_rate", "3e-4"]).to_dict()["learning_rate"] == 3e-4
-    assert RunArguments.from_dict({}).to_dict() == {}
+    assert RunArguments.from_dict({}).to_dict() == {"learning_rate": FAN_IN_RATE}
 
 
 @pytest.mark.parametrize(
@@ -205,6 +205,7 @@ def test_paths_no_longer_depend_on_the_working_directory(tmp_path, monkeypatch):
         "data_dir": f"{tmp_path}/data",
         "model_name_or_path": f"{tmp_path}/t5",
         "output_dir": f"{tmp_path}/out",
+        "learning_rate": FAN_IN_RATE,
     }
     hub = RunArguments.from_dict({"data_dir": "hub:glue", "model_name_or_path": "t5-base"}).located()
     assert (hub.data.data_dir, hub.model.model_name_or_path) == ("hub:glue", "t5-base")

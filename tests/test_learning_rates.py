@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+import warnings
 
 import pytest
 import torch
@@ -39,6 +40,37 @@ def rates(groups) -> dict[str, set[float]]:
     for group in groups:
         found.setdefault(group["name"].removesuffix(" (no decay)"), set()).add(round(group["lr"] / RATE, 9))
     return found
+
+
+# Where none is given
+
+
+@pytest.mark.parametrize(
+    ("given", "rate"),
+    [
+        ({}, 3e-3),
+        ({"variant": "adapters"}, 3e-3),
+        ({"recipe": "authors"}, 3e-4),
+        ({"learning_rate_rule": "uniform"}, 3e-4),
+        ({"recipe": "authors", "learning_rate_rule": "fan_in"}, 3e-3),
+        ({"variant": "finetuning"}, 3e-4),
+        ({"init_from": "earlier"}, 3e-4),
+        ({"learning_rate": 3e-4}, 3e-4),
+    ],
+)
+def test_a_run_has_the_rate_of_its_rule(given, rate):
+    run = RunArguments.from_dict(given)
+    assert run.training.learning_rate == rate
+    assert RunArguments.from_dict(run.to_dict()).training.learning_rate == rate
+
+
+def test_a_rate_that_is_too_low_for_the_rule_is_warned_of(tmp_path):
+    with pytest.warns(UserWarning, match="learning_rate=0.0003 over 6 steps will hardly move generated adapters"):
+        small_trainer(tmp_path / "low", learning_rate=3e-4).train()
+    for fields in ({"learning_rate": 3e-3}, {"learning_rate": 3e-4, "recipe": "authors"}, {"variant": "adapters"}):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "learning_rate")
+            small_trainer(tmp_path / str(len(fields)), **{"learning_rate": 3e-4, **fields}).train()
 
 
 # Every trained parameter is in one group

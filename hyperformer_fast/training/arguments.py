@@ -22,7 +22,7 @@ from ..config import HyperFormerConfig
 from ..name_lists import Names
 from ..nearest import did_you_mean
 from .field_checks import RunConfigError, check_field
-from .presets import with_preset
+from .presets import with_preset, with_rate
 from .settle import EMBEDDED, check_together, settled
 from .training_arguments import HyperFormerTrainingArguments, refusals_named
 from .training_arguments import argument as _argument
@@ -257,7 +257,7 @@ class RunArguments:
             RunConfigError: a field is unknown or invalid, or fields contradict each other.
         """
         given = checked_fields(flat, of_this_version=for_training)
-        fields = with_preset(given)
+        fields = with_rate(with_preset(given))
         if for_training:
             check_together(fields)
             if fields.get("do_predict") is False:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from ..learning_rates import EMBEDDINGS, place_parameters, split_groups
 from ..recipes import learning_rate_rule
 from .checkpointing import CheckpointingTrainer
+
+#: A sum of rates below which generators whose rate is divided have learned next to nothing in every sweep of
+#: docs/choosing.md (a highest rate of 3e-4 over 300 steps, 1e-3 over 750), and the highest rate that is warned of.
+_TOO_SHORT, _LOW = 1.0, 1e-3
 
 #: The sections of DeepSpeed's configuration that take the place of the Trainer's optimizer and schedule.
 _OF_DEEPSPEED = ("optimizer", "scheduler")
@@ -80,10 +85,22 @@ class OptimizingTrainer(CheckpointingTrainer):
 
     def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
         new = self.lr_scheduler is None
+        if new:
+            self._warn_of_a_low_rate(num_training_steps)
         scheduler = super().create_scheduler(num_training_steps, *args, **kwargs)
         if new and self._embedding_warmup_steps:
             self._warm_up_embeddings(scheduler, self._embedding_warmup_steps)
         return scheduler
+
+    def _warn_of_a_low_rate(self, steps: int) -> None:
+        rate = self.args.learning_rate
+        if rate < _LOW and rate * steps < _TOO_SHORT and self._rates()[1]:
+            warnings.warn(
+                f"learning_rate={rate:g} over {steps} steps will hardly move generated adapters: the model's rule of "
+                'learning rates, "fan_in", divides that of the generators by their width, and wants some 3e-3 to 3e-2 '
+                "(docs/choosing.md)",
+                stacklevel=2,
+            )
 
     def _warm_up_embeddings(self, scheduler: Any, steps: int) -> None:
         groups = [i for i, g in enumerate(scheduler.optimizer.param_groups) if g.get("name", "").startswith(EMBEDDINGS)]

@@ -1,11 +1,13 @@
-"""Named sets of arguments to start from."""
+"""Named sets of arguments to start from, and the learning rate that a method has where none is given."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from ..config import HyperFormerConfig
 from ..nearest import did_you_mean
+from ..recipes import RECIPES
 from .field_checks import RunConfigError
 
 #: What suited the embedded T5 of the first release, which was another, on its built-in tasks.
@@ -41,6 +43,10 @@ _DEMO: dict[str, Any] = {
     "save_steps": 100,
 }
 
+#: Where generated weights move as a plain adapter's do (the rule "fan_in"). The paper's 3e-4, which is the default for
+#: all else, is too low for them: docs/choosing.md has the sweeps.
+FAN_IN_RATE = 3e-3
+
 PRESETS: Mapping[str, Mapping[str, Any]] = {"demo": _DEMO}
 
 
@@ -56,8 +62,7 @@ def with_preset(given: Mapping[str, Any]) -> dict[str, Any]:
     if name not in PRESETS:
         raise RunConfigError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}{did_you_mean(name, PRESETS)}")
     preset = dict(PRESETS[name])
-    rule = given.get("learning_rate_rule") or ("uniform" if given.get("recipe") == "authors" else None)
-    if rule == "uniform" or given.get("variant") == "finetuning":
+    if not divides_rates(given):
         # The preset's rate is for generators that get it divided by their width. Undivided, a lower one did better on
         # validation (docs/choosing.md), and a whole T5 wants a lower one, too.
         preset["learning_rate"] = FIRST_RELEASE_EMBEDDED["learning_rate"]
@@ -66,3 +71,20 @@ def with_preset(given: Mapping[str, Any]) -> dict[str, Any]:
     if given.get("warmup_ratio") and "warmup_steps" not in given:
         del preset["warmup_steps"]  # as it would over the ratio, which transformers 5 no longer has
     return {**preset, **given}
+
+
+def with_rate(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``fields`` with the learning rate of their recipe, where they have none.
+
+    A run that starts from other weights (``init_from``) gets none here, because their recipe is not known yet.
+    """
+    if "learning_rate" in fields or fields.get("init_from") is not None or not divides_rates(fields):
+        return dict(fields)
+    return {**fields, "learning_rate": FAN_IN_RATE}
+
+
+def divides_rates(fields: Mapping[str, Any]) -> bool:
+    """Whether a run with these arguments has the rule of learning rates ``"fan_in"``, and parts that it is for."""
+    recipe = RECIPES.get(fields.get("recipe") or HyperFormerConfig.recipe)
+    rule = fields.get("learning_rate_rule") or (None if recipe is None else recipe.learning_rate_rule)
+    return rule == "fan_in" and fields.get("variant") != "finetuning"

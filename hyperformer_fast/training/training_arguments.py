@@ -49,7 +49,11 @@ class HyperFormerTrainingArguments(Seq2SeqTrainingArguments):
     _argument_group_name = "training"
 
     output_dir: str | None = _default("output_dir", "hyperformer-output")
-    learning_rate: float = _default("learning_rate", 3e-4)
+    learning_rate: float = argument(
+        3e-4,
+        "The highest learning rate of the schedule. Left out, `hyperformer-fast train` takes 3e-3 in its place where "
+        'learning_rate_rule comes to "fan_in", as with the default recipe.',
+    )
     predict_with_generate: bool = _default("predict_with_generate", True)
     report_to: None | str | list[str] = _default("report_to", "none")
     logging_first_step: bool = _default("logging_first_step", True)
