@@ -5,17 +5,16 @@ whatever the gradient's, this rate then means something else in a hypernetwork t
 weight w = sum_l G_l e_l + g_0 is a sum over k inputs of size 1, so that a step of the rate in every G_l moves w by up
 to k times the rate. At k = 64 a rate of 1e-3 moves the weights of the adapters by up to 0.06 a step.
 
-The rule ``"fan_in"`` gives each part the rate at which one step moves what the part *makes* by the rate, as a step of a
-plain adapter's weights moves these (as in maximal update parametrisation for Adam, whose rate of a matrix goes with
-1 / fan-in: Yang et al., Tensor Programs V, 2022):
+The rule ``"fan_in"`` gives each part a rate that follows from how many numbers it reads (as in maximal update
+parametrisation for Adam, whose rate of a matrix goes with 1 / fan-in: Yang et al., Tensor Programs V, 2022):
 
-- Generators: the rate / k. Their biases, and adapters that are learned without a generator, are plain weights and have
-  the rate itself.
+- Generators: the rate / sqrt(k). Their biases, and adapters that are learned without a generator, are plain weights and
+  have the rate itself. ``FAN_IN_EXPONENT`` says why it is the root.
 - Each layer of the network between embeddings and generators: the rate / sqrt(fan-in), where it makes numbers of size
-  1, as it does with ``init_weights="hyperfan_in"``. (A step then moves these by up to sqrt(fan-in) times the rate;
-  ``PROJECTOR_EXPONENT`` says why it may.) The authors' smaller weights make smaller numbers (1e-2 behind the second
-  layer), and have the rate that changes them by the same fraction: times the ratio of their standard deviation to that
-  of a layer which preserves the size of what it reads. Biases have the rate times the size of what the layer makes.
+  1, as it does with ``init_weights="hyperfan_in"``. The authors' smaller weights make smaller numbers (1e-2 behind the
+  second layer), and have the rate that changes them by the same fraction: times the ratio of their standard deviation
+  to that of a layer which preserves the size of what it reads. Biases have the rate times the size of what the layer
+  makes.
 - Embeddings, whose numbers have size 1, layer norms, and what of the T5 is trained: the rate.
 
 What this is for, measured by ``tools/recipe_start.py`` (``tools/results/recipe_start.md``): at a rate of 1e-3 the first
@@ -39,11 +38,12 @@ from .initialisation import AUTHORS, Initialisation, linear_std
 from .recipes import learning_rate_rule
 from .t5 import NEW_HEADS
 
-#: The rate of a layer between embeddings and generators goes with fan-in^-PROJECTOR_EXPONENT: at 1 a step moves what it
-#: makes by up to the rate, at 0 its weights have the rate itself. On real text (benchmarks/study.py rates, in mixed
-#: batches; validation, one seed) 1, 1/2 and 0 came to 41.1, 42.0 and 42.7 at 3e-3 in 1,500 steps, but to 39.3, 40.6 and
-#: 37.5 at 1e-2 in 750: the middle is never far from the best.
-PROJECTOR_EXPONENT = 0.5
+#: The rate of a generator and of a layer before it goes with fan-in^-FAN_IN_EXPONENT. At 1 a step moves what a layer
+#: makes by up to the rate, as a step of a plain adapter moves its weights, but only if all of its inputs pull in one
+#: direction. The gradient of what tasks share is a sum over tasks, of which Adam makes a step of one size, so that the
+#: share of each is smaller: tasks learn more slowly in company. At 1/2 a step moves what a layer makes by about the
+#: rate where its inputs are unlike. docs/choosing.md has what both came to.
+FAN_IN_EXPONENT = 0.5
 
 #: The group whose rate ``embedding_warmup_steps`` raises.
 EMBEDDINGS = "embeddings"
@@ -188,7 +188,7 @@ def _of_part(part: nn.Module, config: HyperFormerConfig) -> Iterator[tuple[nn.Pa
         yield from _of_projector(part.projector, config)
     elif isinstance(part, HyperNetwork):
         generator = part.generator
-        yield generator.weight, Place("generators", 1 / generator.weight.shape[-1])
+        yield generator.weight, Place("generators", generator.weight.shape[-1] ** -FAN_IN_EXPONENT)
         yield generator.bias, Place("generator biases")
         if generator.norms is not None:
             yield generator.norms, Place("norms")
@@ -209,5 +209,5 @@ def _of_projector(projector: TaskProjector | None, config: HyperFormerConfig) ->
         plain = linear_std(fan_in, AUTHORS._replace(weights="hyperfan_in"), gain)
         ratio = linear_std(fan_in, Initialisation.of(config), gain) / plain
         size *= ratio
-        yield layer.weight, Place("projectors", ratio * fan_in**-PROJECTOR_EXPONENT)
+        yield layer.weight, Place("projectors", ratio * fan_in**-FAN_IN_EXPONENT)
         yield layer.bias, Place("projector biases", size)

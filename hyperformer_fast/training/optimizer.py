@@ -97,7 +97,7 @@ class OptimizingTrainer(CheckpointingTrainer):
         if rate < _LOW and rate * steps < _TOO_SHORT and self._rates()[1]:
             warnings.warn(
                 f"learning_rate={rate:g} over {steps} steps will hardly move generated adapters: the model's rule of "
-                'learning rates, "fan_in", divides that of the generators by their width, and wants some 3e-3 to 3e-2 '
+                'learning rates, "fan_in", divides that of the generators, and wants some 3e-3 to 1e-2 '
                 "(docs/choosing.md)",
                 stacklevel=2,
             )

@@ -43,8 +43,8 @@ _DEMO: dict[str, Any] = {
     "save_steps": 100,
 }
 
-#: Where generated weights move as a plain adapter's do (the rule "fan_in"). The paper's 3e-4, which is the default for
-#: all else, is too low for them: docs/choosing.md has the sweeps.
+#: Where the rate of what makes the adapters' weights is divided (the rule "fan_in"). The paper's 3e-4, which is the
+#: default for all else, is too low for them: docs/choosing.md has the sweeps.
 FAN_IN_RATE = 3e-3
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {"demo": _DEMO}
@@ -63,7 +63,7 @@ def with_preset(given: Mapping[str, Any]) -> dict[str, Any]:
         raise RunConfigError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}{did_you_mean(name, PRESETS)}")
     preset = dict(PRESETS[name])
     if not divides_rates(given):
-        # The preset's rate is for generators that get it divided by their width. Undivided, a lower one did better on
+        # The preset's rate is for generators that get it divided. Undivided, a lower one did better on
         # validation (docs/choosing.md), and a whole T5 wants a lower one, too.
         preset["learning_rate"] = FIRST_RELEASE_EMBEDDED["learning_rate"]
     if "num_train_epochs" in given and "max_steps" not in given:

@@ -84,8 +84,8 @@ class HyperFormerTrainingArguments(Seq2SeqTrainingArguments):
     learning_rate_rule: str | None = argument(
         None,
         'How the rate of each part of the model follows from learning_rate: "uniform" gives all the same; "fan_in" '
-        "divides that of the generators by their width, so that generated weights move as a plain adapter's do. Left "
-        "out: as the model's recipe says.",
+        "divides that of what makes the adapters' weights by the root of the numbers that each layer reads. Left out: "
+        "as the model's recipe says.",
     )
     embedding_warmup_steps: int = argument(
         0,
