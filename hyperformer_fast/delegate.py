@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from .sites import recompute_contexts
 
@@ -210,6 +210,47 @@ class T5Delegate(PreTrainedModel):
         """The labels shifted right by one, as the T5's decoder reads them."""
         shift: Callable[[Tensor], Tensor] = getattr(self._base, "prepare_decoder_input_ids_from_labels")  # noqa: B009
         return shift(labels)
+
+
+def with_cache(t5: PreTrainedModel, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of ``t5.generate``, with a cache that has room for all of its decoder's blocks.
+
+    ``generate`` of transformers makes caches with a place for each block of the encoder, because ``num_hidden_layers``
+    of a T5's configuration is the encoder's number of blocks: a deeper decoder ends in an IndexError. A dynamic cache
+    that is made without a configuration grows instead.
+
+    Raises:
+        ValueError: a kind of cache is asked for that would be too small, here or for an assistant.
+    """
+    config = arguments.get("generation_config") or getattr(t5, "generation_config", None)
+
+    def setting(name: str) -> Any:
+        return arguments[name] if arguments.get(name) is not None else getattr(config, name, None)
+
+    # An assistant's own cache is always made by transformers.
+    assistant = arguments.get("assistant_model")
+    if _has_deeper_decoder(assistant):
+        raise ValueError(
+            f"{_deeper_decoder(assistant)}, so that transformers cannot make its cache: take another assistant_model"
+        )
+    if not _has_deeper_decoder(t5) or setting("use_cache") is False or arguments.get("past_key_values") is not None:
+        return arguments
+    kind = setting("cache_implementation")
+    if kind is not None:
+        raise ValueError(
+            f"cache_implementation={kind!r} cannot serve this T5: {_deeper_decoder(t5)}, and transformers makes a "
+            f"cache of the encoder's size; leave cache_implementation out, or pass past_key_values"
+        )
+    return {**arguments, "past_key_values": EncoderDecoderCache(DynamicCache(), DynamicCache())}
+
+
+def _has_deeper_decoder(t5: PreTrainedModel | None) -> bool:
+    config = getattr(t5, "config", None)
+    return (getattr(config, "num_decoder_layers", None) or 0) > getattr(config, "num_layers", 0)
+
+
+def _deeper_decoder(t5: Any) -> str:
+    return f"its decoder has {t5.config.num_decoder_layers} blocks and its encoder {t5.config.num_layers}"
 
 
 def is_checkpointing(module: nn.Module) -> bool:

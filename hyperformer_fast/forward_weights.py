@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from .delegate import with_cache
 from .hypernetwork import AdapterSource, TaskEmbeddings
 from .prepared import may_be_prepared
 from .sites import ForwardContext, StackWeights, active
@@ -101,7 +102,7 @@ def decode(model: HyperFormerModel, task: Any, task_index: Tensor | None, argume
     if outputs is not None:
         context.index_for("encoder", outputs[0].shape[0])
     with active(*contexts):
-        out = cast(Any, model._base).generate(**arguments)
+        out = cast(Any, model._base).generate(**with_cache(model._base, arguments))
     for each in contexts:
         each.expect_all_ran()
     return out
