@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.pieces import (
+    DTYPES,
     act_dropout_case,
     attention_case,
     check,
@@ -224,6 +225,43 @@ class Later(ReferenceBackend):
 def test_the_self_test_reaches_later_turns_of_every_loop(op, which):
     wrong = selftest.errors(Later(op, LATER[op][which]))
     assert wrong[op] > 100 * selftest.TOLERANCE[torch.float32], wrong
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("op", LATER)
+def test_it_reaches_them_in_half_precision(op, dtype):
+    assert selftest.errors(Later(op, LATER[op][0]), dtype)[op] > 2 * selftest.TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("lanes", [4, 8, 16, 32])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", ["adapter_forward", "residual_forward", "act_dropout_forward", "attention_forward"])
+def test_the_self_test_has_a_row_that_ends_within_a_vector(op, dtype, lanes):
+    """Of every instruction set and dtype."""
+
+    def after_the_last_whole_vector(t):
+        n = t.shape[-1]
+        if t.dtype == dtype and n > lanes:
+            t[..., n - n % lanes :] *= 1.2
+
+    name = str(dtype).removeprefix("torch.")
+    assert any(f.startswith(f"{op} in {name} is off") for f in selftest.faults(Later(op, after_the_last_whole_vector)))
+
+
+@pytest.mark.parametrize(("op", "place"), [("residual_forward", 1), ("adapter_backward", 1), ("attention_backward", 3)])
+def test_a_nan_in_any_result_is_seen(op, place):
+    backend = ReferenceBackend()
+    right = getattr(backend, op)
+
+    def wrong(*arguments):
+        results = list(right(*arguments))
+        if results[place] is not None and results[place].numel():
+            results[place][..., -1] = torch.nan
+        return results
+
+    setattr(backend, op, wrong)
+    assert selftest.errors(backend)[op] == torch.inf
+    assert any(fault.startswith(f"{op} in float32 is off by inf") for fault in selftest.faults(backend))
 
 
 @pytest.mark.parametrize("term", ["bias", "mask"])

@@ -1,12 +1,13 @@
 """The self-test of a backend: its ops on an adapter, and on pieces of a T5, are compared with the reference in float64.
 
 The shapes are as small as they can be while every loop of the kernels takes more than one turn: a row is longer than a
-vector, a tile and what one call of the dropout draws; there are more rows than a block or a thread's part has; no size
-but an aligned row's is a multiple of a vector's; and bias and mask differ between samples.
+vector, a tile and what one call of the dropout draws; there are more rows than a block or a thread's part has; in every
+dtype some row ends within a vector, of whatever length; and bias and mask differ between samples.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -21,13 +22,14 @@ from .reference import ReferenceBackend
 #: correct kernels are below half of it, and in float32 below 1e-6.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 
-#: In each dtype of the kernels, an adapter. Rows of the second one do not start at multiples of 16 bytes.
+#: In each dtype of the kernels, adapters. Rows of the first one in float32 and float16 start at multiples of 16 bytes;
+#: those of the others do not, and end within a vector even of the shortest kind.
 SPEC = AdapterSpec(AdapterLayout(296, 12), "gelu_new")
-_CASES = (
-    (torch.float32, SPEC),
-    (torch.bfloat16, AdapterSpec(AdapterLayout(278, 7, pre_norm=True), "silu")),
-    (torch.float16, AdapterSpec(AdapterLayout(264, 8), "gelu")),
-)
+_SPECS = {
+    torch.float32: (SPEC, AdapterSpec(AdapterLayout(275, 5, pre_norm=True), "silu")),
+    torch.bfloat16: (AdapterSpec(AdapterLayout(278, 7, pre_norm=True), "silu"),),
+    torch.float16: (AdapterSpec(AdapterLayout(264, 8), "gelu"), AdapterSpec(AdapterLayout(275, 5), "gelu_new")),
+}
 #: Task 1 has more rows than a block of the CPU's kernels.
 _TASKS, _ROWS = (0, 1, -1, 1), 40
 
@@ -59,13 +61,25 @@ def faults(backend: Backend) -> list[str]:
     """Test ``backend`` in every dtype of the kernels. Returns a sentence for each op whose results are wrong."""
     found = []
     of_pieces = _piece_results(ReferenceBackend(), torch.float64, backend)  # the same for all dtypes
-    for dtype, spec in _CASES:
-        truth = {**_adapter_results(ReferenceBackend(), torch.float64, spec, backend), **of_pieces}
-        mine = {**_adapter_results(backend, dtype, spec, backend), **_piece_results(backend, dtype, backend)}
-        for op, error in _errors(mine, truth).items():
-            if not error <= TOLERANCE[dtype]:
-                name = str(dtype).removeprefix("torch.")
-                found.append(f"{op} in {name} is off by {error:.1e}, more than {TOLERANCE[dtype]:.0e}")
+    for dtype, specs in _SPECS.items():
+        compared = [(_piece_results(backend, dtype, backend), of_pieces)]
+        compared += [
+            (
+                _adapter_results(backend, dtype, spec, backend),
+                _adapter_results(ReferenceBackend(), torch.float64, spec, backend),
+            )
+            for spec in specs
+        ]
+        wrong: dict[str, float] = {}
+        for mine, truth in compared:
+            for op, error in _errors(mine, truth).items():
+                wrong[op] = max(error, wrong.get(op, 0.0))
+        name = str(dtype).removeprefix("torch.")
+        found += [
+            f"{op} in {name} is off by {error:.1e}, more than {TOLERANCE[dtype]:.0e}"
+            for op, error in wrong.items()
+            if error > TOLERANCE[dtype]
+        ]
     return found
 
 
@@ -75,8 +89,9 @@ def _errors(mine: _Results, truth: _Results) -> dict[str, float]:
 
 def _error(mine: Tensor, truth: Tensor) -> float:
     if mine.shape != truth.shape:
-        return float("inf")
-    return ((mine - truth).abs().max() / truth.abs().max()).item() if truth.numel() else 0.0
+        return math.inf
+    error = ((mine - truth).abs().max() / truth.abs().max()).item() if truth.numel() else 0.0
+    return math.inf if math.isnan(error) else error  # max() of Python takes a NaN only where it comes first
 
 
 def _inputs(tested: Backend, dtype: torch.dtype) -> _Random:

@@ -1,7 +1,7 @@
 """Tests the kernels of a compiled library before it is used, with the installed torch and on this machine.
 
 Compiler flags, a compiler's bug or another CPU can make a library that loads, but computes wrong numbers. The test
-takes some 70 milliseconds, so a pass is recorded in a file beside the library and the test is not repeated.
+takes some 80 milliseconds, so a pass is recorded in a file beside the library and the test is not repeated.
 """
 
 from __future__ import annotations
