@@ -2,13 +2,15 @@
 
 Autograd counts the changes of a tensor in its version, but does not count what is written through ``parameter.data``,
 nor what an optimizer with ``fused=True`` writes. A stamp therefore looks at the tensors themselves, at their memory and
-their versions, and on a CPU also at a few of their numbers; and every step of an optimizer that has one of them voids
-it. It keeps the memory alive, so that no other tensor can come to lie at the same address.
+their versions, and on a CPU also at a few of their numbers; and every step of an optimizer that has one of them, or
+another tensor in its memory, voids it. It keeps the memory alive, so that no other tensor can come to lie at the same
+address.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import operator
 import threading
 import weakref
@@ -43,7 +45,7 @@ _KNOWN = frozenset(
     )
 )
 
-#: How many numbers of a parameter are compared, spread over it evenly; all of a parameter that has no more.
+#: How many numbers of a parameter are compared, at least, spread over it evenly; all of a parameter that has no more.
 PROBES = 64
 
 
@@ -58,7 +60,7 @@ class _Tensor:
         self.found: Tensor | None = None
         if tensor.device.type == "cpu" and tensor.is_contiguous():
             flat = self.memory.view(-1)
-            self.probe = flat[:: max(1, flat.numel() // PROBES)]
+            self.probe = flat[:: _stride(flat.numel())]
             self.found = self.probe.clone()
 
     def holds(self) -> bool:
@@ -70,6 +72,15 @@ class _Tensor:
             # A NaN differs from itself: what is made of it is then made at every forward.
             and (self.probe is None or self.found is None or torch.equal(self.probe, self.found))
         )
+
+
+def _stride(numel: int) -> int:
+    """How far the numbers lie apart that are compared. It has no divisor in common with the sizes of a parameter: one
+    that is a multiple of a row's length would look at a single column."""
+    stride = max(1, numel // PROBES)
+    while math.gcd(stride, numel) > 1:
+        stride -= 1
+    return stride
 
 
 class _Module:
@@ -109,7 +120,8 @@ class Stamp:
         if reason is not None:
             raise ValueError(reason)
         self._modules = [_Module(module) for module in found]
-        self._void, self._ids = False, frozenset(map(id, tensors))
+        self._void = False
+        self._held: frozenset[tuple[str, int]] = frozenset().union(*map(_held, tensors))
         _watch(self)  # before their numbers are read, because another thread may train
         with torch.inference_mode(False), torch.no_grad():
             self._tensors = [_Tensor(tensor) for tensor in tensors]
@@ -122,9 +134,9 @@ class Stamp:
             and all(part.holds() for part in self._tensors)
         )
 
-    def void(self, changed: Set[int]) -> None:
-        """Hold no longer if one of the tensors is among those that were changed, by their ids."""
-        self._void = self._void or not self._ids.isdisjoint(changed)
+    def void(self, changed: Set[tuple[str, int]]) -> None:
+        """Hold no longer if one of the tensors, or its memory, is among what was changed."""
+        self._void = self._void or not self._held.isdisjoint(changed)
 
     @property
     def requires_grad(self) -> bool:
@@ -154,9 +166,19 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     with _lock:
         stamps = list(_watched)
     if stamps:
-        changed = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        changed = {each for group in optimizer.param_groups for tensor in group["params"] for each in _held(tensor)}
         for stamp in stamps:
             stamp.void(changed)
+
+
+def _held(tensor: Tensor) -> frozenset[tuple[str, int]]:
+    """A tensor and its memory: an optimizer may have one flat tensor, of which the parameters are parts."""
+    found = {("tensor", id(tensor))}
+    try:
+        address = tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):  # a subclass without memory of its own
+        address = 0
+    return frozenset(found | {("memory", address)} if address else found)
 
 
 def _interference(module: nn.Module) -> str | None:
