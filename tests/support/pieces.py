@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hyperformer_fast import backends, ops, philox
 from hyperformer_fast.layout import NO_DROPOUT, Dropout
+from support.rounding import Rounding, attention_rounding, softmax_rounding
 from support.tolerance import assert_accurate
 
 #: The backends that the tests try where they serve. Triton's interpreter has a process of its own (tests/interpreted).
@@ -99,6 +100,7 @@ class Case:
         heads: B and H, where the tolerance rule's rows are the heads of tensors [B, H, L, n]. One query's gradients of
             k are multiples of one number each, which may cancel to any accuracy.
         broadcast: the index of a leaf that is broadcast, with the shape: its gradient is a sum of many.
+        rounding: of the leaves and the first gradient in float64: how far rounding moves a result, by its name.
     """
 
     mine: Callable[..., Tensor | tuple[Tensor, ...]]
@@ -110,6 +112,14 @@ class Case:
     frozen: Sequence[int] = ()
     heads: tuple[int, int] | None = None
     broadcast: tuple[int, Sequence[int]] | None = None
+    rounding: Callable[..., dict[str, Rounding]] | None = None
+
+    def slack(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """How far rounding may move a result, by its name."""
+        if self.rounding is None:
+            return {}
+        found = self.rounding(*(t.detach().double() for t in (*self.leaves, self.gradients[0])))
+        return {name: each.slack(dtype) for name, each in found.items()}
 
     def terms(self) -> dict[str, Tensor]:
         """Of the gradient that is a sum: the sum of the absolute values, by the name of the leaf."""
@@ -167,12 +177,13 @@ def check(case: Case, dtype: torch.dtype, backend: str = "auto") -> None:
     names = [*(f"result {i}" for i in range(count))]
     names += [f"the gradient of {case.names[i]}" for i in range(len(case.leaves)) if i not in case.frozen]
     terms = {f"the gradient of {name}": size for name, size in case.terms().items()}
+    slack = case.slack(dtype)
     for name, k, a, e, e32, t in zip(names, mine, again, eager, wide, truth):
         assert torch.equal(k, a) or k.isnan().any(), f"{name}: two runs differ"
-        size = terms.get(name, t)
+        size, off = terms.get(name, t), slack.get(name, torch.zeros_like(t))
         if case.heads is not None and k.dim() == 4 and k.shape[:2] == case.heads:
-            k, e, e32, t, size = (tensor.flatten(2) for tensor in (k, e, e32, t, size))
-        assert_accurate(k, e, t, name, e32, dtype, size)
+            k, e, e32, t, size, off = (tensor.flatten(2) for tensor in (k, e, e32, t, size, off))
+        assert_accurate(k, e, t, name, e32, dtype, size, off)
 
 
 def residual_case(
@@ -216,6 +227,12 @@ def softmax_case(
     scores: Tensor, bias: Tensor | None, mask: Tensor | None, dropout: Dropout, frozen: Sequence[int] = ()
 ) -> Case:
     leaves = [scores] if bias is None else [scores, bias]
+
+    def rounding(scores, *others):
+        bias = others[0] if len(others) > 1 else None
+        p = softmax(scores, bias, mask, NO_DROPOUT)
+        return softmax_rounding(p, scores, bias, dropped(torch.ones_like(p), dropout), others[-1])
+
     return Case(
         lambda scores, bias=None: ops.softmax_dropout(scores, bias, mask, dropout),
         lambda scores, bias=None: softmax(scores, bias, mask, dropout),
@@ -225,6 +242,7 @@ def softmax_case(
         SOFTMAX,
         frozen,
         broadcast=None if bias is None else (1, scores.shape),
+        rounding=rounding,
     )
 
 
@@ -239,6 +257,12 @@ def attention_case(
     frozen: Sequence[int] = (),
 ) -> Case:
     leaves = [q, k, v] if bias is None else [q, k, v, bias]
+
+    def rounding(q, k, v, *others):
+        bias = others[0] if len(others) > 1 else None
+        p = softmax(q @ k.mT * scaling, bias, mask, NO_DROPOUT)
+        return attention_rounding(p, q, k, v, bias, scaling, dropped(torch.ones_like(p), dropout), others[-1])
+
     return Case(
         lambda q, k, v, bias=None: ops.attention(q, k, v, bias, mask, scaling, dropout),
         lambda q, k, v, bias=None: attention(q, k, v, bias, mask, scaling, dropout),
@@ -249,6 +273,7 @@ def attention_case(
         frozen,
         (q.shape[0], q.shape[1]),
         None if bias is None else (3, (*q.shape[:3], k.shape[2])),
+        rounding,
     )
 
 

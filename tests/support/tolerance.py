@@ -20,6 +20,7 @@ def assert_accurate(
     eager_fp32: Tensor | None = None,
     dtype: torch.dtype | None = None,
     terms: Tensor | None = None,
+    slack: Tensor | None = None,
 ) -> None:
     """Hold ``kernel`` to the error that eager PyTorch makes in the same dtype.
 
@@ -36,6 +37,7 @@ def assert_accurate(
         terms: of a result that is a sum of numbers which are themselves rounded, as the gradient of a bias is of the
             gradients of scores: the sum of their absolute values, like ``truth``. To round n terms, each by eps of
             itself, changes their sum by up to eps times this, whatever the sum is. So it stands for t beside eps.
+        slack: how far rounding moves each number of the result, to first order (rounding.py). It is added to eps t.
     """
     assert kernel.shape == truth.shape, f"{name}: shape {list(kernel.shape)}, expected {list(truth.shape)}"
     if kernel.numel() == 0:
@@ -43,14 +45,14 @@ def assert_accurate(
     eps = torch.finfo(dtype or kernel.dtype).eps
     if eager_fp32 is not None and not eager.isfinite().all() and truth.abs().max() <= torch.finfo(kernel.dtype).max:
         eager = eager_fp32.to(kernel.dtype)
-    k, e, t, size = (
+    k, e, t, size, off = (
         tensor.detach().double().reshape(-1, tensor.shape[-1] if tensor.dim() else 1)
-        for tensor in (kernel, eager, truth, truth if terms is None else terms)
+        for tensor in (kernel, eager, truth, truth if terms is None else terms, 0 * truth if slack is None else slack)
     )
     assert k.isfinite().all(), f"{name}: not finite"
-    got, allowed = (k - t).norm(), 2 * (e - t).norm() + 4 * eps * size.norm()
+    got, allowed = (k - t).norm(), 2 * (e - t).norm() + 4 * (eps * size.norm() + off.norm())
     assert got <= allowed, f"{name}: error {got:.3e} over the tensor, {allowed:.3e} allowed"
     got = (k - t).abs().amax(1)
-    allowed = 4 * (e - t).abs().amax(1) + 8 * eps * size.abs().amax(1)
+    allowed = 4 * (e - t).abs().amax(1) + 8 * (eps * size.abs().amax(1) + off.amax(1))
     row = (got - allowed).argmax()
     assert got[row] <= allowed[row], f"{name}: error {got[row]:.3e} in row {row}, {allowed[row]:.3e} allowed"
