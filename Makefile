@@ -3,6 +3,7 @@
 # make test-matrix   the tests on the oldest and the newest transformers
 # make test-packaging  every way to build and install, in virtual environments of their own
 # make sanitize      the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer (g++)
+# make fuzz SEED=1   2,000 drawn cases of each piece of a T5, others with each seed (some minutes)
 # make ptx           the compiled GPU kernels in the tests' PTX interpreter, at many widths (minutes)
 # make race          the Triton kernels on a CPU under ttsem: accesses out of bounds, races between programs
 # make lint          ruff, clang-format and mypy: style, formats, types
@@ -14,6 +15,7 @@ VENV := .venv
 VENV4 := .venv-transformers4
 # Tensors in tests are tiny: a thread each, and the processes share the machine.
 WORKERS ?= 2
+SEED ?= 0
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 # A worker that is done takes tests from another's: the longest come last, by themselves.
 PYTEST_FLAGS ?= -q -n $(WORKERS) --dist worksteal
@@ -35,7 +37,7 @@ OTHERS := build/others
 OTHERS_TESTS := tests/test_quantised.py tests/test_fusion_others.py tests/test_unload.py tests/test_hf_surface.py tests/test_frozen_head.py
 OTHERS_NAMES := peft or lora or torchao or bitsandbytes
 
-.PHONY: demo test test-matrix test-packaging sanitize ptx race lint setup other-triton others clean
+.PHONY: demo test test-matrix test-packaging sanitize fuzz ptx race lint setup other-triton others clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.built
@@ -54,6 +56,10 @@ test-packaging: $(VENV)/.built
 
 sanitize: $(VENV)/.installed
 	$(VENV)/bin/python tools/sanitize.py
+
+fuzz: $(VENV)/.built
+	HYPERFORMER_FAST_PIECES_EXAMPLES=2000 HYPERFORMER_FAST_PIECES_SEED=$(SEED) $(PYTEST) \
+	  $(VENV)/bin/pytest $(PYTEST_FLAGS) tests/test_pieces_sweep.py
 
 ptx: $(VENV)/.built other-triton
 	$(WITH_TRITONS) $(VENV)/bin/pytest $(PYTEST_FLAGS) -m "ptx_wide or not ptx_wide" tests/ptx
