@@ -1,6 +1,6 @@
 """The command: whole runs, what it refuses and how it says so, and that nothing good is lost by it.
 
-test_arguments.py tests how its flags are read, without a run.
+test_flags.py tests how its flags are read, without a run.
 """
 
 from __future__ import annotations
