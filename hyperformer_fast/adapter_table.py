@@ -8,6 +8,8 @@ Letters: S sites of a stack, T tasks, P packed numbers per adapter.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -33,6 +35,10 @@ class TaskNumbers(nn.Module):
     def forward(self) -> Tensor:
         """Return the numbers [T] of all tasks, in the order of ``config.tasks``."""
         return torch.arange(len(self.config.tasks), device=self.where.device)
+
+    def each(self, tasks: Sequence[int]) -> Tensor:
+        """Return the numbers of these tasks, which :meth:`AdapterTable.forward` takes."""
+        return torch.tensor(tasks, dtype=torch.long, device=self.where.device)
 
     def add_task(self, name: str, init_from: str | list[str] | None = None) -> None:
         """Append a task. The arguments and errors are those of ``TaskEmbeddings.add_task``."""

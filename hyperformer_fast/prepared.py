@@ -265,9 +265,8 @@ def _generate(
     nets: Any = model.hypernetworks
     # What is made in inference mode could not be saved for a backward to a trained input.
     with torch.inference_mode(False), torch.no_grad():
-        embeddings = model.task_embeddings()
-        if tasks != tuple(range(len(config.tasks))):
-            embeddings = embeddings.index_select(0, index_on(device, tasks))
+        of_tasks: Any = model.task_embeddings
+        embeddings = of_tasks.each(tasks)
         packed = {name: net.forward_each(embeddings) for name, net in nets.items()}
         stacks: dict[str, Any] = {
             name: stack_of(packed[name], net.layout, config.non_linearity, kept=True) for name, net in nets.items()

@@ -86,6 +86,22 @@ def check_all() -> None:
             for post in (False, True):
                 for dtype in DTYPES:
                     check(d, b, pre, post, dtype, chosen)
+    for k in (5, 16, 33, 64):
+        check_generation(k)
+
+
+def check_generation(k: int) -> None:
+    """Generate from embeddings of width ``k`` in companies of several sizes: from as many as the backend says on, each
+    has the bits that it has among all."""
+    draw = torch.Generator().manual_seed(k)
+    fewest = ops.independent_rows(torch.empty(0))
+    assert fewest is not None
+    for P in (3, 49, 1031):
+        E, G, g0 = (torch.randn(*shape, generator=draw) for shape in ((2, 40, k), (2, P, k), (2, P)))
+        every = ops.generate_weights(E, G, g0)
+        for n in (*range(fewest, fewest + 9), 31):
+            chosen = torch.randperm(40, generator=draw)[:n]
+            assert torch.equal(ops.generate_weights(E[:, chosen], G, g0), every[:, chosen]), (k, P, n)
 
 
 @needs_library

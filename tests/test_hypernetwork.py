@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hyperformer_fast import backends, native
+from hyperformer_fast import backends, hypernetwork, native
+from hyperformer_fast.backends.cpu import CpuBackend
 from hyperformer_fast.config import HyperFormerConfig
 from hyperformer_fast.hypernetwork import POSITIONS, HyperNetwork, TaskEmbeddings
 from hyperformer_fast.variants import HYPERNETWORK_VARIANTS as VARIANTS
@@ -158,8 +159,10 @@ def test_projected_task_embeddings():
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize(("d", "layers", "k"), [(12, 1, 5), (17, 2, 33), (32, 3, 40)])
-def test_a_task_has_the_same_bits_in_any_company(variant, backend, d, layers, k):
+@pytest.mark.parametrize("at_once", [5, 1000])
+def test_a_task_has_the_same_bits_in_any_company(variant, backend, d, layers, k, at_once, monkeypatch):
     """At sizes where matrix products round by the number of their rows."""
+    monkeypatch.setattr(hypernetwork, "_ROWS_AT_ONCE", at_once)
     if backend == "cpu" and not native.status()["loaded"]:
         pytest.skip("the compiled library is not there")
     torch.manual_seed(0)
@@ -173,3 +176,34 @@ def test_a_task_has_the_same_bits_in_any_company(variant, backend, d, layers, k)
         torch.testing.assert_close(together, net(embeddings))
         for company in ([0], [1, 0], [2, 3, 0], [0, 4, 5, 6, 7], [8, 7, 6, 5, 4, 3, 2, 1]):
             assert torch.equal(net.forward_each(embeddings[company]), together[:, company]), company
+
+
+def test_projected_embeddings_have_the_same_bits_in_any_company():
+    torch.manual_seed(0)
+    config = small("hyperformer", train_task_embeddings=True, task_embedding_dim=33, projected_task_embedding_dim=40)
+    embeddings = TaskEmbeddings(config.replace(tasks=[f"task{i}" for i in range(9)]))
+    with torch.no_grad():
+        together = embeddings.each(range(9))
+        torch.testing.assert_close(together, embeddings())
+        for company in ([0], [1, 0], [2, 3, 0], [0, 4, 5, 6, 7], [8, 7, 6, 5, 4, 3, 2, 1]):
+            assert torch.equal(embeddings.each(company), together[company]), company
+        for other in (f"new{i}" for i in range(4)):
+            embeddings.add_task(other)
+            assert torch.equal(embeddings.each(range(9)), together)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_generators_are_read_once_for_many_tasks(variant, monkeypatch):
+    """Where each site has a generator of its own, reading all of them for each task took most of the time."""
+    if not native.status()["loaded"]:
+        pytest.skip("the compiled library is not there")
+    config = small(variant).replace(tasks=[f"task{i}" for i in range(30)])
+    embeddings, net = TaskEmbeddings(config).each(range(30)), HyperNetwork(config, 16, 1)
+    calls = []
+    generate = CpuBackend.generate_weights
+    monkeypatch.setattr(CpuBackend, "generate_weights", lambda *a: calls.append(a[1].shape[1]) or generate(*a))
+    with torch.no_grad(), backends.use_backend("cpu"):
+        net.forward_each(embeddings)
+        assert len(calls) == 1 and calls[0] == 30 * net.num_sites // len(net.generator.weight)
+        net.forward_each(embeddings[:1])
+    assert calls[1] >= 4

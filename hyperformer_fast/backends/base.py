@@ -177,6 +177,11 @@ class Backend(PieceKernels, abc.ABC):
         E is [Q, n, k], G [Q, P, k] and g0 [Q, P], all of one dtype; packed is [Q, n, P] in that dtype.
         """
 
+    def independent_rows(self, dtype: torch.dtype) -> int | None:
+        """From how many embeddings of a generator on :meth:`generate_weights` gives each of them the same bits, in
+        ``dtype``, whatever the others are and however many. None, the default: the bits may always depend on them."""
+        return None
+
     @abc.abstractmethod
     def fold(self, packed: Tensor, layout: AdapterLayout, dtype: torch.dtype) -> Folded:
         """Fold packed [..., P], which has any floating dtype, for an x of ``dtype``."""

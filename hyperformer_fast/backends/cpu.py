@@ -65,6 +65,10 @@ class CpuBackend(CpuAttention, CompiledBackend):
     def supports(self, request: Request) -> Support:
         return kernel_dtype(request)
 
+    def independent_rows(self, dtype: torch.dtype) -> int | None:
+        # kFew of csrc/cpu/isa/generate-inl.h; another dtype is PyTorch's product
+        return 4 if dtype == torch.float32 else None
+
     def prepare(self, folded: Sequence[Folded], spec: AdapterSpec) -> Sequence[Tensor] | None:
         op = self.library().prepare
         return [op(*(part.contiguous() for part in of_site), *spec.arguments) for of_site in folded]

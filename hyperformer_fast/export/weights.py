@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from ..sharding import is_sharded
-from ..task_choice import index_on
 
 if TYPE_CHECKING:
     from ..model import HyperFormerModel
@@ -26,9 +25,8 @@ def packed_weights(model: HyperFormerModel, tasks: Sequence[str]) -> dict[str, T
     nets: Any = model.hypernetworks
     # the lock, so that names and embeddings are of one moment
     with model._task_order.lock, torch.inference_mode(False), torch.no_grad():
-        embeddings = model.task_embeddings()
-        ids = model.hyperformer_config.task_ids(tasks)
-        embeddings = embeddings.index_select(0, index_on(embeddings.device, ids))
+        of_tasks: Any = model.task_embeddings
+        embeddings = of_tasks.each(model.hyperformer_config.task_ids(tasks))
         return {name: net.forward_each(embeddings) for name, net in nets.items()}
 
 

@@ -12,7 +12,7 @@ from .op import SCHEMAS
 from .pieces import act_dropout, adapter_residual, residual, rms_norm
 from .prepared_stack import PreparedStack
 from .products import linear
-from .public import adapter, fold, generate_weights, hyper_adapter
+from .public import adapter, fold, generate_weights, hyper_adapter, independent_rows
 from .stack import Stack
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "fold",
     "generate_weights",
     "hyper_adapter",
+    "independent_rows",
     "linear",
     "linear_cross_entropy",
     "residual",

@@ -83,6 +83,13 @@ def generate_weights(E: Tensor, G: Tensor, g0: Tensor, *, impl: str | None = Non
     return eager.generate_weights(E, G, g0, backend)
 
 
+def independent_rows(E: Tensor) -> int | None:
+    """``Backend.independent_rows`` of the backend that :func:`generate_weights` calls for embeddings like E."""
+    if functorch.in_force() or traced(E):
+        return None
+    return backends.serving("generate_weights", E.device.type, E.dtype).independent_rows(E.dtype)
+
+
 def fold(packed: Tensor, layout: AdapterLayout, dtype: torch.dtype, *, impl: str | None = None) -> Folded:
     """Fold the norms of many adapters into their projections (docs/design.md); it is done once per training step.
 
