@@ -6,15 +6,18 @@ test_prepared_changes.py: they are never stale. test_prepared_compiled.py: they 
 from __future__ import annotations
 
 import copy
+import gc
+import itertools
 import pickle
 import threading
+import weakref
 
 import pytest
 import torch
 from support.prepared import MIXED, close, count_generated, logits, prepared_bytes, truth, within_data
 from support.t5s import TASKS, VARIANTS, batch, tiny_config, tiny_model, tiny_t5
 
-from hyperformer_fast import get_hyperformer_model, prepared
+from hyperformer_fast import get_hyperformer_model, prepared, stamp
 from hyperformer_fast.backends import use_backend
 from hyperformer_fast.forward_weights import context_of
 
@@ -141,6 +144,60 @@ def test_training_frees_what_is_kept(model):
     model.eval().prepare()
     model.to(torch.float64)
     assert prepared_bytes(model) == 0
+
+
+@pytest.fixture
+def uncollected():
+    """Python looks for no cycles, so that what is part of one stays."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def asked_in_every_way(model, names):
+    for name in (names[0], (MIXED[:2] + names * 2)[:4]):
+        logits(model, name)
+    model.generate(batch()["input_ids"], task=names[0], max_new_tokens=2)
+
+
+@pytest.mark.parametrize(("variant", "blocks"), [*((each, True) for each in VARIANTS), ("hyperformer", False)])
+@pytest.mark.usefixtures("uncollected")
+def test_what_is_replaced_is_freed_at_once(variant, blocks):
+    """Python looks for cycles by the number of objects, so that gigabytes may come first."""
+    config = tiny_config(variant, train_adapters_blocks=blocks)
+    model = get_hyperformer_model(tiny_t5(dtype=torch.float32), config).eval()
+    asked_in_every_way(model, TASKS)
+    kept = model._prepared._entry
+    assert kept is not None
+    kept = [weakref.ref(kept), *(weakref.ref(stack.packed) for stack in kept.stacks.values())]
+    model.add_task("new", init_from="cola")
+    logits(model, "new")
+    assert [each() for each in kept] == [None] * len(kept)
+
+
+def tensors_alive() -> int:
+    return sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects())
+
+
+@pytest.mark.parametrize("variant", ["hyperformer++", "adapters"])
+@pytest.mark.usefixtures("uncollected")
+def test_tasks_that_come_and_go_leave_nothing(variant):
+    model = get_hyperformer_model(tiny_t5(dtype=torch.float32), tiny_config(variant)).eval()
+
+    def come_and_go(times):
+        for _ in range(times):
+            model.add_task(f"new {next(number)}", init_from="cola")
+            asked_in_every_way(model, [model.hyperformer_config.tasks[-1], "stsb"])
+            model.remove_task(model.hyperformer_config.tasks[-1])
+            asked_in_every_way(model, TASKS)
+        return tensors_alive()
+
+    number = itertools.count()
+    before = come_and_go(1)
+    stamps = len(stamp._watched)
+    assert come_and_go(3) == before
+    assert len(stamp._watched) == stamps
 
 
 def test_one_set_of_weights_for_each_dtype(model):

@@ -7,6 +7,7 @@ which checks its arguments itself.
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -62,11 +63,17 @@ class PreparedStack(Stack):
         return self._packed.nbytes + sum(part.nbytes for part in itertools.chain(folded, prepared))
 
     def of_task(self, task: int) -> PreparedStack:
-        """The adapters of one of the T tasks, which share the weights of this stack."""
+        """The adapters of one of the T tasks, which share the weights of this stack.
+
+        They must not refer to this stack, which refers to them: Python would free all of its weights, when they are
+        replaced, only when it next looks for cycles, and that it does by the number of objects, which are few here.
+        """
         kept = self._of_tasks
         stack = kept.get(task)
         if stack is None:
-            stack = kept[task] = _OneTask(self, task)
+            bare = copy.copy(self)
+            bare._of_tasks = {}
+            stack = kept[task] = _OneTask(bare, task)
             for oldest in tuple(kept)[:-_TASKS_KEPT]:
                 kept.pop(oldest, None)  # another thread may have taken it out
         return stack
@@ -196,7 +203,7 @@ class PreparedStack(Stack):
 
 
 class _OneTask(PreparedStack):
-    """The adapters of one task of a stack, whose weights are the stack's."""
+    """The adapters of one task of a stack, whose weights, in all forms that they get, are the stack's."""
 
     def __init__(self, whole: PreparedStack, task: int):
         super().__init__(whole._packed.narrow(1, task, 1), whole.layout, whole.activation)
