@@ -65,6 +65,25 @@ def test_a_report_runs(command, tmp_path):
     assert list(tmp_path.glob("*.json"))
 
 
+def test_the_soak_finds_no_wrong_answer(benchmark_module, tmp_path, capsys):
+    path = tmp_path / "soak.json"
+    assert benchmark_module("soak").main(["--quick", "--threads", "2", "--json", str(path)]) == 0
+    found = json.loads(path.read_text())
+    assert found["answers"] and found["wrong"] == 0 and found["errors"] == []
+    assert found["counts"]["tasks added"] == found["counts"]["tasks removed"] > 0
+    assert {"objects", "tensors", "tensors_mb"} <= found["at_rest"][0].keys() & found["grown_when_settled"].keys()
+    assert " 0 wrong" in capsys.readouterr().out
+
+
+def test_a_soak_says_which_answer_is_wrong(benchmark_module, capsys):
+    soak = benchmark_module("soak").Soak(1, 0, ["sentiment"], 1)
+    ((answers),) = soak.expected.values()
+    answers["forward"] = answers["forward"] + 1
+    answers.update(dict.fromkeys(answers.keys() - {"forward"}, "nothing"))
+    found = soak.run(0.2)
+    assert found["wrong"] == found["answers"] > 0 and "of sentiment, row 0" in found["first_wrong"][0]
+
+
 def pytest_run(*options, **environment):
     # pytest-benchmark times nothing where it believes itself in a worker of pytest-xdist, as this very test may be.
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
