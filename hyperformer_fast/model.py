@@ -24,7 +24,7 @@ from .hypernetwork import AdapterSource
 from .loss import as_share, smoothed
 from .methods import build_parts, freeze_but_task_embeddings
 from .parameters import ParameterCount
-from .prepared import MemoryFootprint, PreparedWeights
+from .prepared import MemoryFootprint, PreparedWeights, bytes_of
 from .sharding import is_fsdp2, separate_embeddings, share_embeddings
 from .sites import Owner, active, find_sites
 from .t5 import Snapshot, place, tie, tied_names, trained_names, untied_head_kept
@@ -328,7 +328,7 @@ class HyperFormerModel(ManagedTasks):
         """The bytes of this model's tensors, by what they are for."""
 
         def nbytes(module: nn.Module) -> int:
-            return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+            return sum(map(bytes_of, (*module.parameters(), *module.buffers())))
 
         with self._task_order.lock:
             t5, networks, embeddings = map(nbytes, (self._base, self.hypernetworks, self.task_embeddings))

@@ -16,13 +16,14 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode as _current_mode
 
 from .backends import choice
 from .config import HyperFormerConfig
 from .norm_only import NormStack
 from .ops import PreparedStack, functorch, products
+from .sharding import is_sharded
 from .sites import AnyStack, stack_of
 from .stamp import Stamp
 from .task_choice import Selection, index_on
@@ -52,6 +53,14 @@ class MemoryFootprint(NamedTuple):
     def prepared_per_task(self) -> int:
         """Bytes of what is kept for one task; 0 where nothing is kept."""
         return self.prepared // self.prepared_tasks if self.prepared_tasks else 0
+
+
+def bytes_of(tensor: Tensor) -> int:
+    """The bytes that a tensor takes: a quantised one passes for one in floating point, and holds others."""
+    if type(tensor) in (Tensor, nn.Parameter) or is_sharded(tensor) or not hasattr(tensor, "__tensor_flatten__"):
+        return tensor.nbytes
+    names, _ = tensor.__tensor_flatten__()
+    return sum(bytes_of(getattr(tensor, name)) for name in names)
 
 
 class Kept(NamedTuple):

@@ -46,6 +46,7 @@ def benchmark_module(monkeypatch):
         "diagnostics.py --quick --sizes T5-small demo",
         "small.py --device cpu --rows 3 --rounds 1",
         "many_tasks.py --quick",
+        "quantised.py --quick",
         pytest.param(
             "products.py --quick",
             marks=pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="needs oneDNN"),

@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from support.prepared import MIXED, close, logits
 from support.t5s import batch, tiny_config, tiny_model, tiny_t5, train
 from torch import nn
 from transformers import T5ForSequenceClassification
@@ -118,6 +119,9 @@ class Int8Tensor(torch.Tensor):
 
     def __init__(self, q, scale):
         self.q, self.scale = q, scale
+
+    def __tensor_flatten__(self):
+        return ["q", "scale"], None
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -278,3 +282,62 @@ torch.library.define("hyperformer_fast_tests::no_derivative", "(Tensor x, Tensor
 def _no_derivative(x, w):
     with torch._C._AutoDispatchBelowAutograd():  # as a kernel in C++ runs
         return x @ w.T
+
+
+@pytest.fixture(params=[form for form in QUANTISED if form != "dynamic int8"])
+def serving(request):
+    """A model in evaluation whose T5 was quantised before, and rows of several lengths, each of another task."""
+    base = FORMS[request.param](tiny_t5(dtype=torch.float32, initializer_factor=2.0, **SIZES)).eval()
+    model = tiny_model(t5=base).eval()
+    given = batch(B=6)
+    for row in range(6):
+        given["attention_mask"][row, 7 - row % 4 :] = 0
+    return model, {name: given[name] for name in ("input_ids", "attention_mask")}
+
+
+NAMES = (MIXED * 2)[:6]
+
+
+def test_a_mixed_batch_is_answered_as_single_calls_are(serving):
+    model, inputs = serving
+    start = torch.zeros(6, 1, dtype=torch.long)
+    for prepares in (False, True):
+        if prepares:
+            model.prepare()
+        together = logits(model, NAMES, **inputs, decoder_input_ids=start)
+        greedy = model.generate(**inputs, task=NAMES, max_new_tokens=4)
+        beams = model.generate(**inputs, task=NAMES, max_new_tokens=4, num_beams=3)
+        for task in dict.fromkeys(NAMES):
+            rows = [row for row, name in enumerate(NAMES) if name == task]
+            some = {name: value[rows] for name, value in inputs.items()}
+            close(logits(model, task, **some, decoder_input_ids=start[rows]), together[rows])
+            for tokens, options in ((greedy, {}), (beams, {"num_beams": 3})):
+                alone = model.generate(**some, task=task, max_new_tokens=4, **options)
+                assert torch.equal(alone, tokens[rows, : alone.shape[1]]), task
+    assert len(torch.unique(together, dim=0)) == 6
+
+
+def test_what_is_kept_beside_a_quantised_t5_is_exact(serving):
+    """Adapters are in float32, and are the bits of those beside the T5 in floating point."""
+    model, inputs = serving
+    plain = tiny_model(t5=tiny_t5(dtype=torch.float32, initializer_factor=2.0, **SIZES)).eval()
+    for each in (model, plain):
+        each.prepare()
+    kept, exact = model._prepared._entry, plain._prepared._entry
+    for name, stack in exact.stacks.items():
+        assert torch.equal(kept.stacks[name].packed, stack.packed)
+    assert model.memory_footprint().prepared == plain.memory_footprint().prepared
+    model.add_task("new", init_from="cola")
+    assert torch.equal(logits(model, "new", **inputs, decoder_input_ids=inputs["input_ids"]),
+                       logits(model, "cola", **inputs, decoder_input_ids=inputs["input_ids"]))  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["int8 parameters", "int8 tensors", "torchao"])
+def test_the_footprint_is_that_of_the_quantised_weights(form):
+    make = lambda form: tiny_model(t5=FORMS[form](tiny_t5(dtype=torch.float32, **SIZES)))  # noqa: E731
+    plain, quantised = (make(each) for each in ("float", form))
+    linears = [m.weight for name, m in plain.t5.named_modules() if isinstance(m, nn.Linear) and "lm_head" not in name]
+    # three of four bytes, less a scale for each row
+    most = sum(3 * weight.numel() for weight in linears)
+    saved = plain.memory_footprint().t5 - quantised.memory_footprint().t5
+    assert 0.8 * most < saved <= most + 3 * plain.t5.lm_head.weight.numel()
