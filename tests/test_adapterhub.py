@@ -81,6 +81,16 @@ def test_what_is_written(tmp_path):
         model.materialize("cola").save_adapters(tmp_path / "cola")
 
 
+def test_an_adapter_that_the_library_saved_is_not_replaced(tmp_path):
+    """Its files have the very names of ours."""
+    plain = model_of().materialize("cola")
+    for name in ("adapter_config.json", "pytorch_adapter.bin"):
+        (tmp_path / name).write_text("somebody's")
+    with pytest.raises(OSError, match="no exported_by_hyperformer_fast.json of an earlier export: give a new folder"):
+        plain.save_adapters(tmp_path)
+    assert (tmp_path / "pytorch_adapter.bin").read_text() == "somebody's"
+
+
 REFUSED = {
     "norms alone": ({"train_adapters_blocks": False}, None, "without a bottleneck"),
     "finetuning": ({"variant": "finetuning"}, None, "has no adapters"),

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 #: The names that the library looks for in a folder.
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "pytorch_adapter.bin"
 
+#: The file by which a folder is known to be ours, which the library leaves alone: its own have the other names, too.
+MARK_NAME = "exported_by_hyperformer_fast.json"
+
 #: The version of the library whose format this is; it reads files of earlier versions.
 _VERSION = "1.3.0"
 
@@ -53,7 +56,7 @@ def save(plain: MaterializedTask, folder: Path, name: str) -> Path | None:
             f"the adapters library cannot have an adapter of the name {name!r}, because it is a module's name there: "
             "pass another one as name="
         )
-    check_replaceable(folder, CONFIG_NAME, (WEIGHTS_NAME, "t5"))
+    check_replaceable(folder, MARK_NAME, (CONFIG_NAME, WEIGHTS_NAME, "t5"))
     t5: Any = plain.t5
     description = {
         "config": _config(layout, plain.activation),
@@ -71,6 +74,7 @@ def save(plain: MaterializedTask, folder: Path, name: str) -> Path | None:
     with write_directory(folder) as partial:
         (partial / CONFIG_NAME).write_text(json.dumps(description, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         torch.save(state, partial / WEIGHTS_NAME)
+        (partial / MARK_NAME).write_text(json.dumps({"task": plain.task}) + "\n", encoding="utf-8")
         if plain.trained:
             own = {key: value for key, value in t5.state_dict().items() if ".adapter." not in key}
             t5.save_pretrained(partial / "t5", state_dict=own)
