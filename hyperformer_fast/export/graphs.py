@@ -25,26 +25,41 @@ if TYPE_CHECKING:
     from ..hypernetwork import AdapterSource
 
 
-class Encoder(nn.Module):
-    """Encode sources, and make the decoder's cross-attention keys and values of them.
+class _Stack(nn.Module):
+    """One stack of a T5 with its adapters.
 
     Args:
         t5: a plain T5 with a head, which the graph shares.
-        net: what made the adapters of the encoder.
+        name: ``"encoder"`` or ``"decoder"``.
+        net: what made the adapters of the stack.
         packed: [S, T, P], their packed weights.
         activation: of the adapters.
     """
 
-    def __init__(self, t5: PreTrainedModel, net: AdapterSource, packed: Tensor, activation: str):
+    def __init__(self, t5: PreTrainedModel, name: str, net: AdapterSource, packed: Tensor, activation: str):
         super().__init__()
-        parts: Any = t5
+        stack: Any = getattr(t5, name)
         self.tasks = packed.shape[1]
-        self.embed_tokens, self.norm = parts.encoder.embed_tokens, parts.encoder.final_layer_norm
-        self.blocks = nn.ModuleList(
-            _Block(block, net, packed, i, activation) for i, block in enumerate(_of(t5, "encoder"))
+        self.embed_tokens, self.norm = stack.embed_tokens, stack.final_layer_norm
+        self.blocks = nn.ModuleList(_Block(block, net, packed, i, activation) for i, block in enumerate(stack.block))
+        attentions = [block.layer[0].SelfAttention for block in stack.block]
+        #: The relative biases of the blocks; None for a block that takes those of the block before.
+        self.biases = nn.ModuleList(
+            _RelativeBias(each, name == "encoder") if each.has_relative_attention_bias else None for each in attentions
         )
-        self.biases = _biases(t5, "encoder")
-        cross = [block.layer[1].EncDecAttention for block in _of(t5, "decoder")]
+
+    def with_biases(self) -> Iterator[tuple[Any, Any]]:
+        """Each block and its relative biases."""
+        return zip(self.blocks, self.biases)
+
+
+class Encoder(_Stack):
+    """Encode sources, and make the decoder's cross-attention keys and values of them. Arguments as for a stack."""
+
+    def __init__(self, t5: PreTrainedModel, net: AdapterSource, packed: Tensor, activation: str):
+        super().__init__(t5, "encoder", net, packed, activation)
+        parts: Any = t5
+        cross = [block.layer[1].EncDecAttention for block in parts.decoder.block]
         self.keys, self.values = nn.ModuleList(each.k for each in cross), nn.ModuleList(each.v for each in cross)
         self.heads = cross[0].n_heads
 
@@ -62,7 +77,7 @@ class Encoder(nn.Module):
         places = torch.arange(input_ids.shape[1], device=input_ids.device)
         relative = places.unsqueeze(0) - places.unsqueeze(1)
         bias = mask
-        for block, table in _with_biases(self):
+        for block, table in self.with_biases():
             if table is not None:
                 bias = table(relative).permute(2, 0, 1).unsqueeze(0) + mask
             q, k, v = block.projected(x)
@@ -73,18 +88,12 @@ class Encoder(nn.Module):
         return torch.stack(keys), torch.stack(values)
 
 
-class DecodingStep(nn.Module):
+class DecodingStep(_Stack):
     """Decode one token of each sample. Arguments are those of :class:`Encoder`, for the decoder."""
 
     def __init__(self, t5: PreTrainedModel, net: AdapterSource, packed: Tensor, activation: str):
-        super().__init__()
+        super().__init__(t5, "decoder", net, packed, activation)
         parts: Any = t5
-        self.tasks = packed.shape[1]
-        self.embed_tokens, self.norm = parts.decoder.embed_tokens, parts.decoder.final_layer_norm
-        self.blocks = nn.ModuleList(
-            _Block(block, net, packed, i, activation) for i, block in enumerate(_of(t5, "decoder"))
-        )
-        self.biases = _biases(t5, "decoder")
         self.lm_head = parts.lm_head
         config: Any = t5.config
         # transformers 4 says by the one what 5 says by the other.
@@ -124,7 +133,7 @@ class DecodingStep(nn.Module):
         written = torch.cat([relative[:, :-1] < 0, torch.ones_like(relative[:, -1:], dtype=torch.bool)], 1)
         bias = x.new_zeros(())
         new_keys, new_values = [], []
-        for i, (block, table) in enumerate(_with_biases(self)):
+        for i, (block, table) in enumerate(self.with_biases()):
             if table is not None:
                 bias = table(relative).permute(0, 2, 1).unsqueeze(2)
                 bias = torch.where(written[:, None, None, :], bias, torch.finfo(x.dtype).min)
@@ -206,24 +215,6 @@ def _buckets(distance: Tensor, bidirectional: bool, buckets: int, max_distance: 
     exact = buckets // 2
     wide = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact) * (buckets - exact)
     return start + torch.where(distance < exact, distance, (exact + wide.long()).clamp(max=buckets - 1))
-
-
-def _biases(t5: PreTrainedModel, stack: str) -> nn.ModuleList:
-    """The relative biases of a stack's blocks; None for a block that takes those of the block before."""
-    found: list[Any] = []
-    for block in _of(t5, stack):
-        attention = block.layer[0].SelfAttention
-        own = attention.has_relative_attention_bias
-        found.append(_RelativeBias(attention, stack == "encoder") if own else None)
-    return nn.ModuleList(found)
-
-
-def _with_biases(stack: Encoder | DecodingStep) -> Iterator[tuple[Any, Any]]:
-    return zip(stack.blocks, stack.biases)
-
-
-def _of(t5: PreTrainedModel, stack: str) -> Any:
-    return getattr(t5, stack).block
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
