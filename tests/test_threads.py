@@ -3,7 +3,6 @@ refused."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import subprocess
 import sys
@@ -169,36 +168,48 @@ def test_tasks_come_and_go_meanwhile(model):
 
 
 class Held:
-    """A forward, in a thread of its own, that stops in its first block until the ``with`` block is left."""
+    """What another thread does until it calls the function ``stop`` that it is given, where it waits until the ``with``
+    block is left."""
 
-    def __init__(self, model: Any, run: Callable[[], Any]):
-        self._inside, self._go_on = threading.Event(), threading.Event()
-        self._handle = model.t5.encoder.block[0].register_forward_pre_hook(lambda *_: self._stop())
+    def __init__(self, act: Callable[[Callable[[], None]], Any], name: str = "the other thread"):
+        self._act, self._stopped, self._go_on = act, threading.Event(), threading.Event()
         self.error: Exception | None = None
         self.result: Any = None
-        self._thread = threading.Thread(target=self._run, args=(run,), name="the other thread")
+        self._thread = threading.Thread(target=self._run, name=name)
 
     def _stop(self) -> None:
         if threading.current_thread() is self._thread:
-            self._inside.set()
+            self._stopped.set()
             self._go_on.wait()
 
-    def _run(self, run: Callable[[], Any]) -> None:
+    def _run(self) -> None:
         try:
-            self.result = run()
+            self.result = self._act(self._stop)
         except Exception as error:
             self.error = error
-            self._inside.set()
+            self._stopped.set()
 
     def __enter__(self) -> Held:
         self._thread.start()
-        self._inside.wait()
+        self._stopped.wait()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._go_on.set()
         self._thread.join()
-        self._handle.remove()
+
+
+def forward_held(model: Any, run: Callable[[], Any]) -> Held:
+    """A forward that stops in its first block."""
+
+    def act(stop: Callable[[], None]) -> Any:
+        handle = model.t5.encoder.block[0].register_forward_pre_hook(lambda *_: stop())
+        try:
+            return run()
+        finally:
+            handle.remove()
+
+    return Held(act)
 
 
 CHANGES: dict[str, Callable[[Any], Any]] = {
@@ -212,7 +223,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("what", CHANGES)
 def test_what_would_change_an_answer_on_its_way_is_refused(model, what):
     expected = logits(model, "cola", **INPUTS)
-    with Held(model, lambda: logits(model, "cola", **INPUTS)) as held:
+    with forward_held(model, lambda: logits(model, "cola", **INPUTS)) as held:
         with pytest.raises(RuntimeError, match=rf"cannot {what} while another thread \(the other thread\)"):
             CHANGES[what](model)
         model.eval()  # no change
@@ -223,31 +234,21 @@ def test_what_would_change_an_answer_on_its_way_is_refused(model, what):
 
 def test_a_training_forward_keeps_its_mode(model):
     model.train()
-    with Held(model, lambda: model(**INPUTS, task="cola").loss) as held:
+    with forward_held(model, lambda: model(**INPUTS, task="cola").loss) as held:
         with pytest.raises(RuntimeError, match="cannot set this model to evaluation while another thread"):
             model.eval()
     assert held.error is None
 
 
-@contextlib.contextmanager
-def trained_elsewhere(model):
-    """Another thread has made a step with the model, and is still there."""
-    trained, go_on = threading.Event(), threading.Event()
+def trained_elsewhere(model: Any) -> Held:
+    """Another thread that has made a step with the model, and is still there."""
 
-    def train() -> None:
+    def act(stop: Callable[[], None]) -> None:
         model.train()
         model(**INPUTS, task="cola").loss.backward()
-        trained.set()
-        go_on.wait()
+        stop()
 
-    trainer = threading.Thread(target=train, name="trainer")
-    trainer.start()
-    try:
-        trained.wait()
-        yield
-    finally:
-        go_on.set()
-        trainer.join()
+    return Held(act, "trainer")
 
 
 @pytest.mark.parametrize("ask", [CALLS["forward of one task"], CALLS["greedy"]], ids=["forward", "generate"])
@@ -289,7 +290,7 @@ def test_dropout_comes_on_again_in_no_other_threads_answer(model):
 
     def begin(*_: Any) -> None:
         handle.remove()
-        held.append(Held(model, lambda: logits(model, "cola", **INPUTS)))
+        held.append(forward_held(model, lambda: logits(model, "cola", **INPUTS)))
         held[0].__enter__()
 
     handle = block.register_forward_pre_hook(begin)
