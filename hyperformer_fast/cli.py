@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from . import __version__
+from . import __version__, task_commands
 from .extras import MissingPackage, require
 from .name_lists import Names
 
@@ -66,6 +66,9 @@ def _parser() -> argparse.ArgumentParser:
             "Writes an encoder and one decoding step, with the weights of all tasks inside and the task of each sample "
             "as an input, the tokenizer, and export.json, which describes them (docs/export.md).",
         )
+    )
+    task_commands.add_options(
+        command("tasks", "list, export, import, remove and rename the tasks of a saved run"), common, _base_option
     )
     command("params", "parameter counts of each variant on T5-small and T5-base")
     tune = command("tune", "find the fastest Triton tiles on this GPU", "Writes a table of tiles that later runs read.")
@@ -247,6 +250,12 @@ def _export(options: argparse.Namespace) -> None:
     export_run(options.run_dir, options.format, options.output, options.tasks, base)
 
 
+def _tasks(options: argparse.Namespace) -> None:
+    _quiet()
+    with _own_warnings():
+        task_commands.run(options, _base(options))
+
+
 @contextlib.contextmanager
 def _own_warnings() -> Iterator[None]:
     """Print this package's warnings as lines of the command, each once and on the first process only."""
@@ -302,7 +311,7 @@ def _tune(options: argparse.Namespace) -> None:
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "evaluate": _evaluate, "predict": _predict, "fewshot": _fewshot, "params": _params, "tune": _tune,
-    "doctor": _doctor, "export": _export,
+    "doctor": _doctor, "export": _export, "tasks": _tasks,
 }  # fmt: skip
 
 

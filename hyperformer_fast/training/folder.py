@@ -49,8 +49,9 @@ NEEDED = (
 )
 
 _WEIGHTS = (WEIGHTS_NAME, OLD_WEIGHTS_NAME)
-_OF_THE_MODEL = (*_WEIGHTS, CONFIG_NAME, OLD_CONFIG_NAME, model_card.NAME)
-_FILES = (RUN_NAME, *_OF_THE_MODEL, METRICS_NAME, HISTORY_NAME, CURVES_NAME, DIAGNOSTICS_NAME, EVALUATION_NAME)
+#: The files of a model in a run.
+OF_THE_MODEL = (*_WEIGHTS, CONFIG_NAME, OLD_CONFIG_NAME, model_card.NAME)
+_FILES = (RUN_NAME, *OF_THE_MODEL, METRICS_NAME, HISTORY_NAME, CURVES_NAME, DIAGNOSTICS_NAME, EVALUATION_NAME)
 
 #: Arguments that may differ when a run is resumed, because they do not change what is trained; and those of its length
 #: and of how a batch is divided, which are compared by themselves.

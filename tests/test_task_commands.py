@@ -1,0 +1,101 @@
+"""``hyperformer-fast tasks``, as a user runs it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from support.runs import data_folder, rows, saved_t5
+
+from hyperformer_fast import HyperFormerModel
+from hyperformer_fast.cli import main
+from hyperformer_fast.training.predict import predict_run
+
+QUICK = "--max_steps 2 --per_device_train_batch_size 4 --eval_strategy no --save_strategy no --logging_steps 1".split()
+QUICK += "--task_embedding_dim 4 --projected_task_embedding_dim 4 --task_hidden_dim 5 --reduction_factor 4".split()
+QUICK += "--max_predict_samples 4".split()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    inputs = ["--model_name_or_path", saved_t5(folder / "t5"), "--data_dir", data_folder(folder / "data")]
+    assert main(["train", *inputs, *QUICK, "--output_dir", str(folder / "run")]) == 0
+    return folder / "run"
+
+
+def tasks(*arguments: object) -> int:
+    return main(["tasks", *map(str, arguments)])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def predicted(folder: Path, task: str) -> list[str]:
+    return [row["prediction_text"] for row in predict_run(folder, rows("cola", 5), task)]
+
+
+def test_the_tasks_are_listed_with_their_bytes(run, capsys):
+    assert tasks("list", run) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in said[:2]] == [["cola", "16", "bytes"], ["stsb", "16", "bytes"]]
+    assert said[2].startswith("and ") and "bytes each while its weights are kept" in said[2]
+
+
+def test_a_task_goes_to_a_file_and_into_another_run(run, tmp_path, capsys):
+    before, file = contents(run), tmp_path / "cola.safetensors"
+    assert tasks("export", run, "cola", file) == 0
+    assert tasks("export", run, "cola", file) == 1
+    assert "exists" in capsys.readouterr().err
+    assert tasks("export", run, "cola", file, "--overwrite") == 0
+    imported = tmp_path / "imported"
+    assert tasks("import", run, file, "--name", "ours", "--output", imported) == 1
+    assert "no task is known as 'ours'" in capsys.readouterr().err and not imported.exists()
+    assert tasks("import", run, file, "--name", "ours", "--like", "cola", "--output", imported) == 0
+    assert "imported ours: 3 tasks in" in capsys.readouterr().out
+    assert predicted(imported, "ours") == predicted(imported, "cola") == predicted(run, "cola")
+    assert main(["evaluate", str(imported)]) == 0
+    assert contents(run) == before
+
+
+def test_a_task_is_removed_and_renamed(run, tmp_path, capsys):
+    smaller, renamed = tmp_path / "smaller", tmp_path / "renamed"
+    assert tasks("remove", run, "stsb", "--output", smaller) == 0
+    assert list(json.loads((smaller / "run.json").read_text())["tasks"]) == ["cola"]
+    assert main(["evaluate", str(smaller)]) == 0
+    assert predicted(smaller, None) == predicted(run, "cola")
+    assert tasks("rename", run, "cola", "acceptability", "--output", renamed) == 0
+    assert predicted(renamed, "acceptability") == predicted(run, "cola")
+    assert main(["evaluate", str(renamed)]) == 0  # of the others
+    one, other = (HyperFormerModel.from_pretrained(folder) for folder in (run, renamed))
+    assert other.hyperformer_config.tasks == ["acceptability", "stsb"]
+    for mine, theirs in zip(one.hypernetworks.parameters(), other.hypernetworks.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    capsys.readouterr()
+    for action in (
+        ["remove", run, "nothing"],
+        ["rename", run, "nothing", "x"],
+        ["export", run, "nothing", tmp_path / "x"],
+    ):
+        output = [] if action[0] == "export" else ["--output", tmp_path / "x"]
+        assert tasks(*action, *output) == 1
+        assert "unknown task 'nothing'" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_nothing_is_overwritten_unasked_and_no_trained_run_at_all(run, tmp_path, capsys):
+    before, output = contents(run), tmp_path / "run"
+    remove = ["remove", run, "stsb", "--output"]
+    assert tasks(*remove, run, "--overwrite") == 1
+    assert "is the run itself, which stays as it is" in capsys.readouterr().err
+    assert tasks(*remove, output) == 0
+    assert tasks(*remove, output) == 1
+    assert "there is a run in" in capsys.readouterr().err
+    assert tasks(*remove, output, "--overwrite") == 0
+    (output / "checkpoint-2").mkdir()
+    assert tasks(*remove, output, "--overwrite") == 1
+    assert "checkpoint-2 for one" in capsys.readouterr().err
+    assert (output / "checkpoint-2").is_dir() and contents(run) == before
