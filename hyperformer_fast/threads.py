@@ -82,12 +82,22 @@ class Threads:
         """Tell that the model was set to evaluation."""
         self._trainer = None
 
-    def static_cache(self, t5: object, arguments: dict[str, Any]) -> AbstractContextManager[Any]:
+    def static_cache(self, t5: Any, arguments: dict[str, Any]) -> AbstractContextManager[Any]:
         """Surrounds a generation of ``t5`` with these arguments of ``generate``: one at a time where they would share a
         cache."""
         config = arguments.get("generation_config") or getattr(t5, "generation_config", None)
         named = arguments.get("cache_implementation") or getattr(config, "cache_implementation", None)
-        return self._static_cache if named and _SHARES_STATIC_CACHES else contextlib.nullcontext()
+        return self._with_static_cache(t5) if named and _SHARES_STATIC_CACHES else contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def _with_static_cache(self, t5: Any) -> Iterator[None]:
+        with self._static_cache:
+            if getattr(t5.config, "num_layers", 0) != getattr(t5.config, "num_decoder_layers", 0):
+                # The cache has the encoder's number of layers. Those beyond the decoder's never get what the next
+                # generation asks them for.
+                for part in t5.modules():
+                    vars(part).pop("_cache", None)
+            yield
 
     def enter(self, trains: bool, training: bool) -> None:
         """Count a forward of this thread: one that trains, or an answer; the model is in training mode or not."""

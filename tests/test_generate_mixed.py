@@ -80,3 +80,11 @@ def test_sampling_with_a_seed(model, inputs):
     for row, task in enumerate(NAMES):
         assert same(together[row], alone[task][row]), (row, task)
     assert len({tuple(row.tolist()) for row in together}) > 2
+
+
+def test_a_static_cache_serves_again_beside_a_deeper_encoder(model, inputs):
+    """transformers 4.57 keeps the cache, with as many layers as the encoder has, and failed at the next generation."""
+    assert model.config.num_layers != model.config.num_decoder_layers
+    options = {"max_new_tokens": 4, "cache_implementation": "static"}
+    first, again = (model.generate(**inputs, task=NAMES, **options) for _ in range(2))
+    assert torch.equal(first, again)
