@@ -44,9 +44,10 @@ class _Stack(nn.Module):
         self.blocks = nn.ModuleList(_Block(block, net, packed, i, activation) for i, block in enumerate(stack.block))
         attentions = [block.layer[0].SelfAttention for block in stack.block]
         #: The relative biases of the blocks; None for a block that takes those of the block before.
-        self.biases = nn.ModuleList(
+        biases: Any = [
             _RelativeBias(each, name == "encoder") if each.has_relative_attention_bias else None for each in attentions
-        )
+        ]
+        self.biases = nn.ModuleList(biases)  # its annotation knows of no None, which it takes
 
     def with_biases(self) -> Iterator[tuple[Any, Any]]:
         """Each block and its relative biases."""
