@@ -295,7 +295,8 @@ def check_same(folder: Path, run: RunArguments, data: dict[str, TaskData], world
         config = _config_of_checkpoint(folder) if run.model.init_from is not None else None
         meant = in_effect(before, list(content["tasks"]), content.get("selecting", False), config)
         means = in_effect(run, list(data), run.selects, config)
-        for name in differing:
+        # The rate follows from others where it is left out, so that these are what changed.
+        for name in sorted(differing, key=lambda name: name == "learning_rate"):
             one, other = meant.get(name, _value(theirs, name, defaults)), means.get(name, _value(ours, name, defaults))
             if one != other:
                 raise RunError(f"cannot resume {folder}: {name} was {one!r} and is now {other!r}")
