@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hyperformer_fast import backends, ops, philox
 from hyperformer_fast.layout import NO_DROPOUT, Dropout
-from support.rounding import Rounding, attention_rounding, softmax_rounding
+from support.rounding import Rounding, attention_rounding, cross_entropy_rounding, softmax_rounding
 from support.tolerance import assert_accurate
 
 #: The backends that the tests try where they serve. Triton's interpreter has a process of its own (tests/interpreted).
@@ -285,4 +285,5 @@ def cross_entropy_case(logits: Tensor, labels: Tensor, label_smoothing: float) -
         [torch.rand(len(labels)) + 0.5],
         ("logits",),
         ("cross_entropy_forward",),
+        rounding=lambda logits, g: cross_entropy_rounding(logits, labels, label_smoothing, g),
     )

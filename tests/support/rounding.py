@@ -1,4 +1,4 @@
-"""How far rounding moves the results of softmax and attention, worked out in float64.
+"""How far rounding moves the results of softmax, attention and the cross-entropy, worked out in float64.
 
 Where a result is what cancellation leaves, no arithmetic in float32 has the digits that the tolerance rule asks for,
 and whether eager PyTorch comes closer is luck. So the rule allows, beside its other terms, what rounding does to first
@@ -22,12 +22,14 @@ class Rounding(NamedTuple):
     arithmetic: Tensor
     #: Of a matrix product, the root of the sum of its terms' squares: what it does to round each operand to the inputs'
     #: dtype, in eps of that, where the errors are independent.
-    operands: Tensor | None = None
+    operands: Tensor | float = 0.0
+    #: What it does at most that the inputs' dtype has a smallest number, in that number. float16 ends at 6e-8.
+    underflow: Tensor | float = 0.0
 
     def slack(self, dtype: torch.dtype) -> Tensor:
-        """Both, as numbers."""
-        rounded = 0.0 if self.operands is None else torch.finfo(dtype).eps * self.operands
-        return F32 * self.arithmetic + rounded
+        """All of it, as numbers."""
+        info = torch.finfo(dtype)
+        return F32 * self.arithmetic + info.eps * self.operands + info.smallest_normal * info.eps * self.underflow
 
 
 class _Softmax:
@@ -40,11 +42,16 @@ class _Softmax:
     def _mean(self, t: Tensor) -> Tensor:
         return (self.p * t).sum(-1, keepdim=True)
 
-    def gradient(self, g: Tensor, of_g: Tensor) -> tuple[Tensor, Tensor]:
-        """The scores' gradient, p (g - sum p g), and how far it is off where p's gradient g is off by ``of_g``."""
-        centred = g - self._mean(g)
-        of_mean = (self.of_p * centred.abs()).sum(-1, keepdim=True) + self._mean(of_g)
-        return self.p * centred, self.of_p * centred.abs() + self.p * (of_g + of_mean)
+    def gradient(self, g: Tensor, of_g: Tensor) -> tuple[Tensor, Rounding]:
+        """The scores' gradient, p (g - sum p g), and how far it is off where p's gradient g is off by ``of_g``. The
+        backward reads p, which is kept in the inputs' dtype."""
+        centred = (g - self._mean(g)).abs()
+
+        def off(of_p: Tensor) -> Tensor:
+            return of_p * centred + self.p * (of_p * centred).sum(-1, keepdim=True)
+
+        arithmetic = off(self.of_p) + self.p * (of_g + self._mean(of_g))
+        return self.p * (g - self._mean(g)), Rounding(arithmetic, 0.0, off(torch.ones_like(g)) + 1)
 
 
 def softmax_rounding(p: Tensor, scores: Tensor, bias: Tensor | None, factor: Tensor, g: Tensor) -> dict[str, Rounding]:
@@ -59,10 +66,15 @@ def softmax_rounding(p: Tensor, scores: Tensor, bias: Tensor | None, factor: Ten
     softmax = _Softmax(p, scores.abs() + (0.0 if bias is None else bias.abs()))
     scaled = (g * factor).abs() if (factor != 1).any() else torch.zeros_like(g)  # a product with 1 is exact
     _, of_scores = softmax.gradient(g * factor, scaled)
-    found = {"result 0": Rounding(softmax.of_p * factor), "the gradient of scores": Rounding(of_scores)}
+    found = {"result 0": Rounding(softmax.of_p * factor, 0.0, factor), "the gradient of scores": of_scores}
     if bias is not None:
-        found["the gradient of bias"] = Rounding(of_scores.sum_to_size(bias.shape))
+        found["the gradient of bias"] = _sum(of_scores, bias)
     return found
+
+
+def _sum(each: Rounding, bias: Tensor) -> Rounding:
+    """Of the gradient of a bias, which is the sum of those of the scores."""
+    return Rounding(*(t.sum_to_size(bias.shape) if isinstance(t, Tensor) else t for t in each))
 
 
 def attention_rounding(
@@ -71,18 +83,31 @@ def attention_rounding(
     """By result, for (``factor`` * softmax(q k^T * scaling + bias)) v. The arguments are as in
     :func:`softmax_rounding`."""
 
-    def product(a: Tensor, of_a: Tensor, b: Tensor) -> Rounding:
-        return Rounding((of_a + a.abs()) @ b.abs(), (a.square() @ b.square()).sqrt())
+    def product(a: Tensor, of_a: Rounding, b: Tensor, transposed: bool = False) -> Rounding:
+        """Of a b, or of a^T b."""
+        turn = (lambda t: t.mT) if transposed else (lambda t: t)
+        arithmetic, underflow = (turn(t) @ b.abs() for t in (of_a.arithmetic + a.abs(), of_a.underflow))
+        return Rounding(arithmetic, (turn(a).square() @ b.square()).sqrt(), underflow + 1)
 
     softmax = _Softmax(p, q.abs() @ k.mT.abs() * scaling + (0.0 if bias is None else bias.abs()))
-    weights, of_weights = p * factor, softmax.of_p * factor
+    weights, of_weights = p * factor, Rounding(softmax.of_p * factor, 0.0, factor)
     ds, of_ds = softmax.gradient(g @ v.mT * factor, g.abs() @ v.mT.abs() * factor)
     found = {
         "result 0": product(weights, of_weights, v),
-        "the gradient of q": product(ds * scaling, of_ds * scaling, k),
-        "the gradient of k": product(ds.mT * scaling, of_ds.mT * scaling, q),
-        "the gradient of v": product(weights.mT, of_weights.mT, g),
+        "the gradient of q": product(ds, of_ds, k * scaling),
+        "the gradient of k": product(ds, of_ds, q * scaling, transposed=True),
+        "the gradient of v": product(weights, of_weights, g, transposed=True),
     }
     if bias is not None:
-        found["the gradient of bias"] = Rounding(of_ds.sum_to_size(bias.shape))
+        found["the gradient of bias"] = _sum(of_ds, bias)
     return found
+
+
+def cross_entropy_rounding(logits: Tensor, labels: Tensor, smoothing: float, g: Tensor) -> dict[str, Rounding]:
+    """By result, for the loss of each row. At the label the gradient is the sum of the other probabilities."""
+    p = logits.softmax(-1)
+    of_p = _Softmax(p, (logits - logits.amax(-1, keepdim=True)).abs()).of_p
+    at_label = torch.nn.functional.one_hot(labels.clamp(min=0), logits.shape[-1]).bool()
+    others = of_p.masked_fill(at_label, 0.0).sum(-1, keepdim=True)
+    off = torch.where(at_label, others + smoothing, of_p + smoothing / logits.shape[-1])
+    return {"the gradient of logits": Rounding(off * g.abs().unsqueeze(-1) * (labels >= 0).unsqueeze(-1))}
