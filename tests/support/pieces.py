@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hyperformer_fast import backends, ops, philox
 from hyperformer_fast.layout import NO_DROPOUT, Dropout
-from support.rounding import Rounding, attention_rounding, cross_entropy_rounding, softmax_rounding
+from support.rounding import Rounding, act_rounding, attention_rounding, cross_entropy_rounding, softmax_rounding
 from support.tolerance import assert_accurate
 
 #: The backends that the tests try where they serve. Triton's interpreter has a process of its own (tests/interpreted).
@@ -219,8 +219,13 @@ def act_dropout_case(
     eager = lambda a, c=None: dropped(act(a) if c is None else act(a) * c, dropout)  # noqa: E731
     mine = lambda a, c=None: ops.act_dropout(a, activation, c, dropout)  # noqa: E731
     leaves = [a] if c is None else [a, c]
-    served = ACT
-    return Case(mine, eager, leaves, [torch.randn(*a.shape).to(a.dtype)], ("a", "c"), served, frozen)
+
+    def rounding(a, *others):
+        factor = dropped(torch.ones_like(a), dropout)
+        return act_rounding(act, a, others[0] if len(others) > 1 else None, factor, others[-1])
+
+    gradients = [torch.randn(*a.shape).to(a.dtype)]
+    return Case(mine, eager, leaves, gradients, ("a", "c"), ACT, frozen, rounding=None if act is F.relu else rounding)
 
 
 def softmax_case(

@@ -1,4 +1,4 @@
-"""How far rounding moves the results of softmax, attention and the cross-entropy, worked out in float64.
+"""How far rounding moves the results of activations, softmax, attention and the cross-entropy, worked out in float64.
 
 Where a result is what cancellation leaves, no arithmetic in float32 has the digits that the tolerance rule asks for,
 and whether eager PyTorch comes closer is luck. So the rule allows, beside its other terms, what rounding does to first
@@ -7,6 +7,7 @@ order for these very inputs. It is a few eps of the result where nothing cancels
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -111,3 +112,28 @@ def cross_entropy_rounding(logits: Tensor, labels: Tensor, smoothing: float, g: 
     others = of_p.masked_fill(at_label, 0.0).sum(-1, keepdim=True)
     off = torch.where(at_label, others + smoothing, of_p + smoothing / logits.shape[-1])
     return {"the gradient of logits": Rounding(off * g.abs().unsqueeze(-1) * (labels >= 0).unsqueeze(-1))}
+
+
+def act_rounding(
+    act: Callable[[Tensor], Tensor], a: Tensor, c: Tensor | None, factor: Tensor, g: Tensor
+) -> dict[str, Rounding]:
+    """By result, for ``factor`` * act(a), or ``factor`` * act(a) * c, where act(a) = a s(a) and s is a sigmoid or so.
+
+    The derivative s + a s' has a zero, where its two parts cancel. The exponents within s and s' are below a^2, so that
+    they come out as eps (1 + a^2) of themselves.
+    """
+    with torch.enable_grad():
+        a = a.detach().requires_grad_()
+        value = act(a)
+        (derivative,) = torch.autograd.grad(value.sum(), a)
+    a, value = a.detach(), value.detach()
+    s = torch.where(a == 0, derivative, value / a)
+    scaled, exponents = (g * factor).abs(), 1 + a.square()
+    of_value, of_derivative = value.abs() * exponents, (s.abs() + (derivative - s).abs()) * exponents
+    if c is None:
+        return {"result 0": Rounding(of_value * factor), "the gradient of a": Rounding(of_derivative * scaled)}
+    return {
+        "result 0": Rounding(of_value * c.abs() * factor),
+        "the gradient of a": Rounding(of_derivative * c.abs() * scaled),
+        "the gradient of c": Rounding(of_value * scaled),
+    }
