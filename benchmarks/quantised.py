@@ -26,20 +26,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
+from real_rows import Case, adapted, real_case
 from timing import arguments, interleaved, machine, relative_error, show, write
 from torch import Tensor, nn
-from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
+from transformers import T5Config, T5ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
-from hyperformer_fast import HyperFormerConfig, HyperFormerModel, get_hyperformer_model
-from hyperformer_fast.data import available_tasks, load_tasks
+from hyperformer_fast import HyperFormerModel
 from hyperformer_fast.parameters import GLUE, T5_SHAPES
-from hyperformer_fast.tiny import EMBEDDED, load_tiny
+from hyperformer_fast.tiny import EMBEDDED
 
 FLOAT = "float32"
-#: The columns of a loaded task that go into the model.
-_TEXTS = ("source", "target")
 
 
 def torchao_int8(t5: nn.Module) -> nn.Module:
@@ -94,14 +91,6 @@ def options_of() -> argparse.Namespace:
     return options
 
 
-class Case(NamedTuple):
-    """A T5 in float32, and rows of several tasks, one after another."""
-
-    t5: nn.Module
-    inputs: dict[str, Tensor]
-    tasks: list[str]  #: of each row
-
-
 def random_case(options: argparse.Namespace) -> Case:
     shape = dict(T5_SHAPES["T5-small"])
     if options.quick:
@@ -111,30 +100,6 @@ def random_case(options: argparse.Namespace) -> Case:
     ids, labels = (torch.randint(3, t5.config.vocab_size, (options.rows, length)) for length in (32, 8))
     tasks = [GLUE[row % len(GLUE)] for row in range(options.rows)]
     return Case(t5, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}, tasks)
-
-
-def real_case(options: argparse.Namespace) -> Case:
-    if options.t5 == EMBEDDED:
-        t5, tokenizer = load_tiny()
-    else:
-        t5 = T5ForConditionalGeneration.from_pretrained(options.t5, dtype=torch.float32, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(options.t5, local_files_only=True)
-    names = available_tasks(options.data)
-    found = load_tasks(options.data, names, console=Console(quiet=True))
-    each = -(-options.rows // len(names))
-    rows = {name: found[name].splits[found[name].report_split].select(range(each)) for name in names}
-    tasks = [names[row % len(names)] for row in range(options.rows)]
-    sources, targets = ([rows[task][row // len(names)][column] for row, task in enumerate(tasks)] for column in _TEXTS)
-    read, written = (tokenizer(each, padding=True, return_tensors="pt") for each in (sources, targets))
-    labels = written["input_ids"].masked_fill(written["attention_mask"] == 0, -100)
-    return Case(t5, {"input_ids": read["input_ids"], "attention_mask": read["attention_mask"], "labels": labels}, tasks)
-
-
-def adapted(t5: nn.Module, case: Case) -> HyperFormerModel:
-    """A model whose adapters do something, the same for every form of the T5."""
-    torch.manual_seed(1)
-    config = HyperFormerConfig(tasks=list(dict.fromkeys(case.tasks)), reduction_factor=8, zero_delta=False)
-    return get_hyperformer_model(t5.eval(), config).eval()
 
 
 def trained(model: HyperFormerModel) -> dict[str, nn.Parameter]:
@@ -223,7 +188,7 @@ def calls_of(model: HyperFormerModel, case: Case, tokens: int) -> dict[str, Call
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    case = (random_case if options.t5 is None else real_case)(options)
+    case = random_case(options) if options.t5 is None else real_case(options.t5, options.data, options.rows)
     exact = adapted(copy.deepcopy(case.t5), case)
     truth = answers(exact, case, options.new_tokens)
     found: dict[str, Any] = {FLOAT: {"bytes": weight_bytes(exact.t5), "alone": truth.alone}}

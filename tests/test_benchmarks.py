@@ -85,6 +85,33 @@ def test_a_soak_says_which_answer_is_wrong(benchmark_module, capsys):
     assert found["wrong"] == found["answers"] > 0 and "of sentiment, row 0" in found["first_wrong"][0]
 
 
+def test_mixed_texts_are_those_of_single_tasks(benchmark_module, capsys):
+    assert benchmark_module("mixed_texts").main(["--rows", "14", "--new-tokens", "3"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert "other tokens with another task's weights" in said[0] and not said[0].startswith("0 ")
+    assert len(said) == 6 and all("14 of 14 rows of 7 tasks are the same" in line for line in said[1:])
+
+
+def test_mixed_texts_of_real_rows(benchmark_module, shared, capsys):
+    places = ["--t5", str(shared("models/t5_mini")), "--data", str(shared("data"))]
+    assert benchmark_module("mixed_texts").main([*places, "--new-tokens", "4", "--ways", "greedy"]) == 0
+    assert "greedy: 200 of 200 rows" in capsys.readouterr().out
+
+
+def test_a_mixed_text_that_differs_is_shown(benchmark_module, monkeypatch, capsys):
+    tool = benchmark_module("mixed_texts")
+    generated = tool.Comparison.generated
+
+    def wrong(self, way, rows, task):
+        found = generated(self, way, rows, task)
+        return [[*found[0], 7], *found[1:]] if isinstance(task, list) else found
+
+    monkeypatch.setattr(tool.Comparison, "generated", wrong)
+    assert tool.main(["--rows", "2", "--new-tokens", "2", "--ways", "greedy"]) == 1
+    said = capsys.readouterr().out
+    assert "greedy: 1 of 2 rows" in said and "row 0, sentiment:" in said and "7] in company" in said
+
+
 def pytest_run(*options, **environment):
     # pytest-benchmark times nothing where it believes itself in a worker of pytest-xdist, as this very test may be.
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
