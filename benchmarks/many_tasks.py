@@ -27,7 +27,7 @@ from hyperformer_fast.parameters import T5_SHAPES
 from hyperformer_fast.tiny import load_tiny
 
 #: How many tasks are removed, renamed and imported again, of the many.
-_CHANGED = 50
+_CHANGED = 20
 
 
 def options_of() -> argparse.Namespace:
