@@ -14,20 +14,17 @@ import tempfile
 from collections.abc import Callable
 
 import torch
-from datasets import concatenate_datasets
+from demo import demo_trainer
 from step_models import Step
 from timing import arguments, interleaved, machine, show, write
-from transformers import set_seed
 
 from hyperformer_fast import HyperFormerModel
-from hyperformer_fast.data import encode, load_tasks
 from hyperformer_fast.parameters import T5_SHAPES
 from hyperformer_fast.task_gradients import TaskGradients
 from hyperformer_fast.task_similarity import task_similarity
-from hyperformer_fast.training import HyperFormerTrainer, RunArguments
+from hyperformer_fast.training import HyperFormerTrainer
 from hyperformer_fast.training.arguments import HyperFormerTrainingArguments
 from hyperformer_fast.training.diagnostics import WATCHED_STEPS
-from hyperformer_fast.training.start import build_model
 
 DEMO, PLAIN, FIGURES = "demo", "step", "figures alone"
 INTERVAL = HyperFormerTrainingArguments.diagnostics_steps
@@ -36,19 +33,9 @@ INTERVAL = HyperFormerTrainingArguments.diagnostics_steps
 def demo() -> tuple[HyperFormerModel, Callable[[], object]]:
     """The demo's model and its step on one mixed batch."""
     with tempfile.TemporaryDirectory() as folder:
-        fields = {"eval_strategy": "no", "save_strategy": "no", "mixed_batches": True}
-        run = RunArguments.from_dict({"preset": "demo", "output_dir": folder, **fields})
-        data = load_tasks(run.data)
-        set_seed(run.training.seed)
-        model, tokenizer = build_model(run, list(data))
-        rows = [
-            encode(task, "train", tokenizer, run.data.max_source_length, index=index)
-            for index, task in enumerate(data.values())
-        ]
-        trainer = HyperFormerTrainer(
-            model, run.training, train_dataset=concatenate_datasets(rows), processing_class=tokenizer
-        )
+        trainer = demo_trainer(HyperFormerTrainer, folder)
         batch = next(iter(trainer.get_train_dataloader()))
+    model = trainer.adapted
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
     model.train()
 

@@ -9,19 +9,17 @@ import contextlib
 import tempfile
 
 import torch
-from datasets import concatenate_datasets
+from demo import demo_trainer
 from plots import apart, draw
 from rich.progress import track
 from step import BARE, steps
 from timing import arguments, interleaved, machine, show, write
-from transformers import TrainerCallback, set_seed
+from transformers import TrainerCallback
 
 from hyperformer_fast.backends import use_backend
 from hyperformer_fast.backends.reference import ReferenceBackend
-from hyperformer_fast.data import encode, load_tasks
-from hyperformer_fast.training import HyperFormerTrainer, RunArguments
+from hyperformer_fast.training import HyperFormerTrainer
 from hyperformer_fast.training.progress import quiet
-from hyperformer_fast.training.start import build_model
 
 BACKENDS = ("reference", "cpu")
 CONTROL = "reference, weights one ulp off"
@@ -71,18 +69,7 @@ def losses(
 
     The learning rate follows the schedule of the whole run.
     """
-    fields = {"preset": "demo", "output_dir": output, "eval_strategy": "no", "save_strategy": "no"}
-    if learning_rate is not None:
-        fields["learning_rate"] = learning_rate
-    run = RunArguments.from_dict(fields)
-    data = load_tasks(run.data)
-    set_seed(run.training.seed)
-    model, tokenizer = build_model(run, list(data))
-    rows = [
-        encode(task, "train", tokenizer, run.data.max_source_length, index=index)
-        for index, task in enumerate(data.values())
-    ]
-    trainer = Recording(model, run.training, train_dataset=concatenate_datasets(rows), processing_class=tokenizer)
+    trainer = demo_trainer(Recording, output, **({} if learning_rate is None else {"learning_rate": learning_rate}))
     trainer.losses, trainer.beside = [], []
     quiet(trainer)
     trainer.add_callback(StopAfter(steps))
