@@ -28,6 +28,8 @@ HEIGHT, LEGEND_ROW = 4.2, 0.22
 LETTERS_PER_INCH, LETTERS_PER_LINE = 12, 7
 #: Differences below this are drawn at it: a logarithmic axis has no zero.
 LEAST = 1e-9
+#: The kinds of rows in the plot of decoding, and how their names start.
+OF_DECODING = {"the bare T5": "bare", "hyperformer_fast": ("fused", "unfused"), "other libraries": ("PEFT", "adapters")}
 
 
 @contextlib.contextmanager
@@ -289,6 +291,28 @@ def step(results: dict, where: Mapping[str, str], path: Path) -> None:
             axis.grid(axis="x", visible=False)
 
 
+def decode(results: dict, where: Mapping[str, str], path: Path) -> None:
+    """The time of each row over the bare T5's, a panel for each batch size."""
+    batches = results["batches"]
+    rows = list(dict.fromkeys(row for found in batches.values() for row in found if row != "bare"))
+    with panels(len(batches), path, where, height=1.6 + 0.3 * len(rows), sharey=True) as axes:
+        for axis, (batch, found) in zip(axes, batches.items()):
+            for i, row in enumerate(rows):
+                if row in found:
+                    kind = next(kind for kind, starts in OF_DECODING.items() if row.startswith(starts))
+                    ratio, (low, high) = found[row]["ratio"], found[row]["quartiles"]
+                    axis.errorbar(ratio, i, xerr=[[ratio - low], [high - ratio]], fmt="o", markersize=4.5,
+                                  color=f"C{list(OF_DECODING).index(kind)}", label=kind)  # fmt: skip
+                    axis.annotate(
+                        f"{ratio:.3g}", (ratio, i), (0, 6), textcoords="offset points", fontsize=7, ha="center"
+                    )
+            axis.axvline(1, color="0.4", linewidth=1)
+            axis.set(title=batch, xlabel="time per token over the bare T5's")
+            plain_logarithmic(axis.xaxis)
+        axes[0].set_yticks(range(len(rows)), rows, fontsize=8)
+        axes[0].set_ylim(len(rows) - 0.5, -0.8)
+
+
 #: By the start of a result's file name.
 PLOTS = {
     "adapter": adapter,
@@ -300,6 +324,7 @@ PLOTS = {
     "many": many,
     "fewshot": fewshot,
     "step": step,
+    "decode": decode,
 }
 
 

@@ -14,7 +14,7 @@ import weakref
 
 import pytest
 import torch
-from support.prepared import MIXED, close, count_generated, logits, prepared_bytes, truth, within_data
+from support.prepared import MIXED, close, count_generated, count_ops, logits, prepared_bytes, truth, within_data
 from support.t5s import TASKS, VARIANTS, batch, tiny_config, tiny_model, tiny_t5
 
 from hyperformer_fast import get_hyperformer_model, prepared, stamp
@@ -69,6 +69,29 @@ def test_nothing_is_generated_after_the_first_forward(model, generated):
     assert len(generated) == first
     logits(model.train().eval())
     assert len(generated) > first
+
+
+def what_a_user_runs(model):
+    """Forwards and generations of the tasks in a first batch, in several ways."""
+    ids = batch()["input_ids"]
+    for task in (MIXED, MIXED[::-1], "cola", ["stsb"] * len(MIXED)):
+        logits(model, task)
+        model.generate(ids, task=task, max_new_tokens=3)
+    model.generate(ids, task=MIXED, max_new_tokens=3, num_beams=2)
+
+
+@pytest.mark.parametrize("keeps", [True, False], ids=["kept", "not kept"])
+def test_the_ops_that_make_weights_run_in_the_first_forward_alone(model, monkeypatch, keeps):
+    if not keeps:  # the count must show it
+        monkeypatch.setattr(prepared.PreparedWeights, "find", lambda *args: None)
+    counts = count_ops(monkeypatch)
+    logits(model, MIXED)
+    first = dict(counts)
+    assert all(first.values())
+    what_a_user_runs(model)
+    assert (counts == first) is keeps
+    if not keeps:
+        assert counts["generate_weights"] == first["generate_weights"] * 10  # a forward or a generation each
 
 
 def test_a_task_has_the_same_bits_whatever_else_is_kept(model):

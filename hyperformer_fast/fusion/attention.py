@@ -125,7 +125,9 @@ def _serves(
     kwargs: dict[str, Any],
 ) -> bool:
     """Whether the fused ops serve these arguments, and gain anything."""
-    if not (is_plain(query) and is_plain(key) and is_plain(value)) or not (dropout or _gains(query)):
+    if not is_plain(query) or not (dropout or _gains(query)):
+        return False  # here in decoding, for every token
+    if not (is_plain(key) and is_plain(value)):
         return False
     if not query.dtype == key.dtype == value.dtype or not query.device == key.device == value.device:
         return False

@@ -48,8 +48,8 @@ class Link:
         blocks: tuple[nn.Module, ...] = (),
     ):
         self._norm = None if norm is None else weakref.ref(norm)
-        self._after = tuple(map(weakref.ref, after))
         self._before = tuple(map(weakref.ref, before))
+        self._along = (*map(weakref.ref, after), *self._before)
         self._blocks = tuple(map(weakref.ref, blocks))
         self._classes = tuple(map(type, blocks))
 
@@ -71,20 +71,23 @@ class Link:
         """Whether somebody might change the sum in a way that its version does not show, or recomputes it."""
         if any_global_hook():
             return True
+        # Loops and not comprehensions: in decoding this takes as long as an op, for each sublayer and token.
         if self._blocks:
             # What is recomputed in the backward must be made within its own block. And a wrapper of a block (FSDP2's
             # class, say) treats the gradients of its weights as complete when the block's backward is.
-            blocks = tuple(block() for block in self._blocks)
-            if tuple(map(type, blocks)) != self._classes:
-                return True
-            if any(block.gradient_checkpointing and block.training for block in blocks):  # type: ignore[union-attr]
-                return True
-            if _collector is None and len(blocks) > 1 and torch.is_grad_enabled():
+            for reference, kind in zip(self._blocks, self._classes):
+                block: Any = reference()
+                if type(block) is not kind or block.gradient_checkpointing and block.training:
+                    return True
+            if _collector is None and len(self._blocks) > 1 and torch.is_grad_enabled():
                 return True  # older transformers record the sums between blocks where nobody can see it
-        # A forward hook gets a module's input, too.
-        return any(_changes(module(), "_forward_hooks") for module in (*self._after, *self._before)) or any(
-            _changes(module(), "_forward_pre_hooks") for module in self._before
-        )
+        for reference in self._along:  # a forward hook gets a module's input, too
+            if _changes(reference(), "_forward_hooks"):
+                return True
+        for reference in self._before:
+            if _changes(reference(), "_forward_pre_hooks"):
+                return True
+        return False
 
 
 #: What says which outputs transformers records now; None where this transformers has another way.
@@ -96,7 +99,8 @@ with contextlib.suppress(ImportError):
 def _changes(module: nn.Module | None, hooks: str) -> bool:
     if module is None:
         return True
-    return any(not _only_records(hook) for hook in module.__dict__[hooks].values())
+    attached = module.__dict__[hooks]
+    return bool(attached) and any(not _only_records(hook) for hook in attached.values())
 
 
 def _only_records(hook: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from hyperformer_fast.backends import serving
 from hyperformer_fast.hypernetwork import HyperNetwork
 from support.t5s import batch
 
@@ -26,6 +27,25 @@ def count_generated(monkeypatch):
     for name in ("forward", "forward_each"):
         count(name)
     return counted
+
+
+def count_ops(monkeypatch):
+    """Return the numbers of calls, from now on, of the ops that make adapters' weights, by their names."""
+    counts = dict.fromkeys(("generate_weights", "fold"), 0)
+
+    def count(op):
+        backend = serving(op, "cpu", torch.float32)
+        real = getattr(backend, op)
+
+        def counting(*args):
+            counts[op] += 1
+            return real(*args)
+
+        monkeypatch.setattr(backend, op, counting)
+
+    for op in counts:
+        count(op)
+    return counts
 
 
 @torch.no_grad()
