@@ -287,6 +287,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{found['answers']} answers in {found['seconds']} s from {found['threads']} threads: {found['wrong']} wrong")
     print(", ".join(f"{count} {what}" for what, count in counts.items()))
     for name, more in found["grown_when_settled"].items():
+        if more is None:
+            continue
         print(f"{name}: {found['at_rest'][-1][name]:,.0f} at last, {more:+,.1f} from the second third to the last one")
     print(f"resident memory while requests run: {most:,.0f} MB at most")
     for line in (*found["first_wrong"], *found["errors"]):
