@@ -161,7 +161,7 @@ def measure(
             figures |= {name: each for name, each in beside.items() if name != BARE}
         for name, each in figures.items():
             each["error"] = errors[name]
-        found[f"{samples} samples, {number} tasks"] = figures
+        found[f"B={samples}, {number} {'task' if number == 1 else 'tasks'}"] = figures
     return {
         "shape": f"{SIZE}, {layers}+{layers} layers, float32, {len(tasks)} tasks",
         "source": length, "tokens": tokens, "packages": versions(), "generations": generations,

@@ -52,15 +52,15 @@ def test_every_row_is_checked_and_timed(tmp_path):
     (path,) = tmp_path.glob("decode-transformers*.json")
     assert path.with_suffix(".png").exists()
     found = json.loads(path.read_text())["results"]
-    assert set(found["batches"]) == {"1 samples, 1 tasks", "4 samples, 2 tasks"}
-    mixed = found["batches"]["4 samples, 2 tasks"]
+    assert set(found["batches"]) == {"B=1, 1 task", "B=4, 2 tasks"}
+    mixed = found["batches"]["B=4, 2 tasks"]
     expected = {*BARE, *OURS, "fused" + LOOP}
     for package, rows in PEERS.items():
         if package in found["absent"]:
             assert f"not measured: {package}: " in done.stdout
         else:
             expected.update(rows)
-    assert set(mixed) == expected and not any(LOOP in row for row in found["batches"]["1 samples, 1 tasks"])
+    assert set(mixed) == expected and not any(LOOP in row for row in found["batches"]["B=1, 1 task"])
     assert all(row["ratio"] > 0 and row["error"] < 1e-4 for row in mixed.values())
     assert all("over the same fused" in mixed[row] for row in OURS)
     first, later = found["generations"]["first"], found["generations"]["later"]
