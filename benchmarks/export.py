@@ -58,7 +58,10 @@ def exported(model: Any, format: str, folder: Path) -> tuple[dict[str, Any], Any
     loading = time.perf_counter() - start
     description["eos_token_id"] = -1
     size = sum(each["bytes"] for each in description["files"].values())
-    figures = {"format": format, "bytes": size, "exporting": exporting, "loading": loading}
+    figures = {
+        "format": format, "bytes": size, "exporting": exporting, "loading": loading,
+        "largest difference": description["largest_difference"],
+    }  # fmt: skip
 
     def decode(batch: dict[str, torch.Tensor], tasks: list[str], tokens: int) -> np.ndarray:
         given = [each.numpy() for each in batch.values()]
@@ -83,6 +86,7 @@ def measure(size: str, layers: int, formats: list[str], batches: list[int], toke
                 continue
             found, decoders[format] = exported(model, format, Path(folder) / format)
             figures.append(found)
+            print(f"{format}: exported and compared in {found['exporting']:.0f} s", flush=True)
         options: dict[str, Any] = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
         times = {}
         for samples in batches:
@@ -113,10 +117,14 @@ def main() -> None:
     where = machine()
     found = measure(options.size, layers, options.formats, options.batches, options.tokens, options.rounds)
     rows = [
-        (each["format"], f"{each['bytes'] / 1e6:.1f} MB", f"{each['exporting']:.1f} s", f"{each['loading']:.2f} s")
+        (
+            each["format"], f"{each['bytes'] / 1e6:.1f} MB", f"{each['exporting']:.1f} s", f"{each['loading']:.2f} s",
+            f"{each['largest difference']:.1e}",
+        )
         for each in found["files"]
-    ]
-    show(f"{options.size}, eight tasks", where, ("format", "files", "export", "load"), rows)
+    ]  # fmt: skip
+    columns = ("format", "files", "export", "load", "largest difference of logits")
+    show(f"{options.size}, eight tasks", where, columns, rows)
     per_token = found["milliseconds per token"]
     columns = ("batch", *next(iter(per_token.values())))
     lines = [
