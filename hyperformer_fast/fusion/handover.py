@@ -76,8 +76,10 @@ class Link:
             # What is recomputed in the backward must be made within its own block. And a wrapper of a block (FSDP2's
             # class, say) treats the gradients of its weights as complete when the block's backward is.
             for reference, kind in zip(self._blocks, self._classes):
-                block: Any = reference()
-                if type(block) is not kind or block.gradient_checkpointing and block.training:
+                block = reference()
+                if type(block) is not kind:
+                    return True
+                if block.gradient_checkpointing and block.training:  # type: ignore[union-attr]
                     return True
             if _collector is None and len(self._blocks) > 1 and torch.is_grad_enabled():
                 return True  # older transformers record the sums between blocks where nobody can see it
