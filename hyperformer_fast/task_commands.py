@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 Add = Callable[..., argparse.ArgumentParser]
 
+#: The entry of a ``run.json`` that only runs have that this command made: the folder of the run that they were made of.
+MADE_OF = "made_of"
+
 
 def add_options(parser: argparse.ArgumentParser, common: argparse.ArgumentParser, base: Callable[..., None]) -> None:
     """Add the actions and their options. ``base`` adds the option that says where the T5 is."""
@@ -33,7 +36,7 @@ def add_options(parser: argparse.ArgumentParser, common: argparse.ArgumentParser
 
     action("list", "the run's tasks, with the bytes of what belongs to each alone")
     export = action("export", "write one task to a file", ("task", "the task"), ("file", "the file to write"))
-    export.add_argument("--overwrite", action="store_true", help="replace the file if there is one")
+    export.add_argument("--overwrite", action="store_true", help="replace the file if it is one of a task")
     add = action("import", "make a run that has the task of a file, too", ("file", "a file that `export` wrote"))
     add.add_argument("--name", help="the task's name there (default: the one in the file)")
     add.add_argument(
@@ -47,7 +50,7 @@ def add_options(parser: argparse.ArgumentParser, common: argparse.ArgumentParser
     )
     for each in (add, remove, rename):
         each.add_argument("--output", required=True, metavar="DIR", help="folder of the new run")
-        each.add_argument("--overwrite", action="store_true", help="replace a run in that folder")
+        each.add_argument("--overwrite", action="store_true", help="replace a run that this command made there")
 
 
 def run(options: argparse.Namespace, base: str | None) -> None:
@@ -60,6 +63,8 @@ def run(options: argparse.Namespace, base: str | None) -> None:
         if options.action == "list":
             _list(model, console)
         else:
+            if options.overwrite:
+                _check_file(Path(options.file))
             model.export_task(options.task, options.file, overwrite=options.overwrite)
         return
     _write_changed(options, base, console)
@@ -72,6 +77,20 @@ def _loaded(folder: str, base: str | None, console: Console) -> tuple[HyperForme
 
     arguments, _, content = read_run(folder)
     return load_model(folder, arguments, base, console)[0], content
+
+
+def _check_file(file: Path) -> None:
+    """Raise RunError if the file to replace holds no task, but the weights of a run, say."""
+    from .checkpoint import CheckpointError
+    from .task_files import read_task_file
+    from .training.folder import RunError
+
+    if not file.is_file():
+        return
+    try:
+        read_task_file(file)
+    except CheckpointError as error:
+        raise RunError(f"{file} holds no task, and is not replaced: give another name ({error})") from None
 
 
 def _list(model: HyperFormerModel, console: Console) -> None:
@@ -90,21 +109,41 @@ def _list(model: HyperFormerModel, console: Console) -> None:
 
 def _write_changed(options: argparse.Namespace, base: str | None, console: Console) -> None:
     from .atomic import write_directory
-    from .export.folder import check_replaceable
-    from .training.folder import EVALUATION_NAME, OF_THE_MODEL, RUN_NAME, RunError, write_json
+    from .training.folder import RUN_NAME, write_json
 
-    output = Path(options.output)
-    if output.resolve() == Path(options.run_dir).resolve():
-        raise RunError(f"{output} is the run itself, which stays as it is: give another folder as --output")
-    check_replaceable(output, RUN_NAME, (*OF_THE_MODEL, EVALUATION_NAME))  # never a run that was trained there
-    if output.is_dir() and any(output.iterdir()) and not options.overwrite:
-        raise RunError(f"there is a run in {output}: give another folder, or --overwrite to replace it")
+    output, source = Path(options.output), Path(options.run_dir).resolve()
+    _check_output(output, source, options.overwrite)
     model, content = _loaded(options.run_dir, base, console)
     said = _CHANGES[options.action](model, content, options)
     with write_directory(output) as partial:
         model.save_pretrained(partial)
-        write_json(partial / RUN_NAME, content)
+        write_json(partial / RUN_NAME, {**content, MADE_OF: str(source)})
+        _check_output(output, source, options.overwrite)  # again, for what came there meanwhile
     console.print(f"{said}: {len(model.hyperformer_config.tasks)} tasks in {output}", markup=False, highlight=False)
+
+
+def _check_output(output: Path, source: Path, overwrite: bool) -> None:
+    """Raise RunError or OSError unless a run may be written to ``output``, where everything is replaced."""
+    from . import model_card
+    from .export.folder import check_replaceable
+    from .json_files import read_object
+    from .training.folder import EVALUATION_NAME, OF_THE_MODEL, RUN_NAME, RunError
+
+    place = output.resolve()
+    if place == source:
+        raise RunError(f"{output} is the run itself, which stays as it is: give another folder as --output")
+    if source in place.parents:
+        raise RunError(f"{output} lies in the run, which stays as it is: give a folder outside of it as --output")
+    check_replaceable(output, RUN_NAME, (*OF_THE_MODEL, EVALUATION_NAME))
+    if not (output / RUN_NAME).is_file():
+        return
+    if MADE_OF not in read_object(output / RUN_NAME):
+        raise RunError(f"there is a run in {output} that was trained, which is never replaced: give another folder")
+    if not overwrite:
+        raise RunError(f"there is a run in {output}: give another folder, or --overwrite to replace it")
+    card = output / model_card.NAME
+    if card.is_file() and not model_card.is_ours(card.read_text(encoding="utf-8", errors="replace")):
+        raise RunError(f"{card} was written by somebody else, and would be lost: move it away, or give another folder")
 
 
 def _import(model: HyperFormerModel, content: dict[str, Any], options: argparse.Namespace) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,8 @@ def test_nothing_is_overwritten_unasked_and_no_trained_run_at_all(run, tmp_path,
     remove = ["remove", run, "stsb", "--output"]
     assert tasks(*remove, run, "--overwrite") == 1
     assert "is the run itself, which stays as it is" in capsys.readouterr().err
+    assert tasks(*remove, run / "checkpoint-9") == 1
+    assert "lies in the run, which stays as it is" in capsys.readouterr().err
     assert tasks(*remove, output) == 0
     assert tasks(*remove, output) == 1
     assert "there is a run in" in capsys.readouterr().err
@@ -99,3 +102,32 @@ def test_nothing_is_overwritten_unasked_and_no_trained_run_at_all(run, tmp_path,
     assert tasks(*remove, output, "--overwrite") == 1
     assert "checkpoint-2 for one" in capsys.readouterr().err
     assert (output / "checkpoint-2").is_dir() and contents(run) == before
+
+
+def test_a_trained_run_without_its_results_is_not_replaced(run, tmp_path, capsys):
+    """What is left of a run whose last evaluation failed has the files of one that the command makes."""
+    trained = tmp_path / "trained"
+    trained.mkdir()
+    for name in ("run.json", "model.safetensors", "config.json", "README.md"):
+        shutil.copy(run / name, trained)
+    before = contents(trained)
+    assert tasks("remove", run, "stsb", "--output", trained, "--overwrite") == 1
+    assert "that was trained, which is never replaced" in capsys.readouterr().err
+    assert contents(trained) == before
+
+
+def test_a_card_that_somebody_wrote_is_not_lost(run, tmp_path, capsys):
+    remove = ["remove", run, "stsb", "--output", tmp_path / "smaller", "--overwrite"]
+    assert tasks(*remove) == 0
+    (tmp_path / "smaller" / "README.md").write_text("My notes.")
+    assert tasks(*remove) == 1
+    assert "README.md was written by somebody else" in capsys.readouterr().err
+    assert (tmp_path / "smaller" / "README.md").read_text() == "My notes."
+
+
+def test_a_file_that_is_no_task_is_not_replaced(run, tmp_path, capsys):
+    before = contents(run)
+    assert tasks("export", run, "cola", run / "model.safetensors", "--overwrite") == 1
+    assert "it is the checkpoint of a whole model" in capsys.readouterr().err
+    assert tasks("export", run, "cola", run / "run.json", "--overwrite") == 1
+    assert contents(run) == before
