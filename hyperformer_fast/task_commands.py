@@ -94,10 +94,11 @@ def _check_file(file: Path) -> None:
 
 
 def _list(model: HyperFormerModel, console: Console) -> None:
-    from .task_changes import own_tensors
+    from .task_changes import of_tasks, own_tensors
 
     names = model.hyperformer_config.tasks
-    sizes = [f"{sum(each.nbytes for each in own_tensors(model, name).values()):,}" for name in names]
+    own = [own_tensors(model, name) if of_tasks(model) else {} for name in names]
+    sizes = [f"{sum(each.nbytes for each in tensors.values()):,}" for tensors in own]
     for name, size in zip(names, sizes):
         console.print(
             f"{name:<{max(map(len, names))}}  {size:>{max(map(len, sizes))}} bytes", markup=False, highlight=False
@@ -147,7 +148,7 @@ def _check_output(output: Path, source: Path, overwrite: bool) -> None:
 
 
 def _import(model: HyperFormerModel, content: dict[str, Any], options: argparse.Namespace) -> str:
-    from .data.registry import find_task
+    from .data.registry import find_task, with_prefix
     from .training.folder import RunError
 
     name = model.import_task(options.file, options.name)
@@ -163,7 +164,7 @@ def _import(model: HyperFormerModel, content: dict[str, Any], options: argparse.
                 f"no task is known as {name!r}, so that its rows could not be read: say with --like which task of the "
                 f"run has such rows ({', '.join(specs)})"
             )
-        fields = known.to_dict()
+        fields = (with_prefix(known) if content["arguments"].get("add_prefix") else known).to_dict()
     content.setdefault("kept_tasks", {})[name] = {**fields, "name": name}
     return f"imported {name}"
 
@@ -178,7 +179,8 @@ def _rename(model: HyperFormerModel, content: dict[str, Any], options: argparse.
     model.rename_task(options.task, options.new)
     fields = _taken(content, options.task)
     # Its data is under the old name, so that it can be predicted, but no more be evaluated as a task of the run.
-    content.setdefault("kept_tasks", {})[options.new] = {**fields, "name": options.new}
+    if fields:  # a task of weights that had no run.json has none
+        content.setdefault("kept_tasks", {})[options.new] = {**fields, "name": options.new}
     return f"renamed {options.task} to {options.new}"
 
 

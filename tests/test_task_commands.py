@@ -131,3 +131,46 @@ def test_a_file_that_is_no_task_is_not_replaced(run, tmp_path, capsys):
     assert "it is the checkpoint of a whole model" in capsys.readouterr().err
     assert tasks("export", run, "cola", run / "run.json", "--overwrite") == 1
     assert contents(run) == before
+
+
+def test_a_run_of_renamed_tasks_says_why_it_cannot_be_evaluated(run, tmp_path, capsys):
+    assert tasks("remove", run, "stsb", "--output", tmp_path / "one") == 0
+    assert tasks("rename", tmp_path / "one", "cola", "ours", "--output", tmp_path / "ours") == 0
+    assert main(["evaluate", str(tmp_path / "ours")]) == 1
+    assert "all were renamed or imported" in capsys.readouterr().err
+    assert predicted(tmp_path / "ours", None) == predicted(run, "cola")
+
+
+def test_a_task_is_renamed_whose_columns_nobody_knows(run, tmp_path):
+    """Those of weights that a run started from have no entry in its run.json where the weights came without one."""
+    bare = tmp_path / "bare"
+    shutil.copytree(run, bare)
+    content = json.loads((bare / "run.json").read_text())
+    del content["tasks"]["stsb"], content["data"]["stsb"]
+    (bare / "run.json").write_text(json.dumps(content))
+    assert tasks("rename", bare, "stsb", "similar", "--output", tmp_path / "renamed") == 0
+    assert predicted(tmp_path / "renamed", "cola") == predicted(run, "cola")
+
+
+def test_an_imported_task_has_the_prefix_of_the_runs_tasks(run, tmp_path):
+    inputs = ["--model_name_or_path", str(run.parent / "t5"), "--data_dir", str(run.parent / "data")]
+    assert main(["train", *inputs, *QUICK, "--add_prefix", "true", "--output_dir", str(tmp_path / "run")]) == 0
+    before = json.loads((tmp_path / "run" / "run.json").read_text())["tasks"]["cola"]
+    assert tasks("export", tmp_path / "run", "cola", tmp_path / "file") == 0
+    assert tasks("remove", tmp_path / "run", "cola", "--output", tmp_path / "smaller") == 0
+    assert tasks("import", tmp_path / "smaller", tmp_path / "file", "--output", tmp_path / "again") == 0
+    again = json.loads((tmp_path / "again" / "run.json").read_text())["kept_tasks"]["cola"]
+    assert again["prefix"] == before["prefix"] == "cola"
+
+
+def test_the_tasks_of_full_fine_tuning_are_listed_too(run, tmp_path, capsys):
+    inputs = ["--model_name_or_path", str(run.parent / "t5"), "--data_dir", str(run.parent / "data")]
+    quick = [*QUICK[: QUICK.index("--task_embedding_dim")], "--max_predict_samples", "4", "--variant", "finetuning"]
+    assert main(["train", *inputs, *quick, "--output_dir", str(tmp_path / "run")]) == 0
+    capsys.readouterr()
+    assert tasks("list", tmp_path / "run") == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in said[:2]] == [["cola", "0", "bytes"], ["stsb", "0", "bytes"]]
+    assert tasks("remove", tmp_path / "run", "stsb", "--output", tmp_path / "smaller") == 0
+    assert tasks("export", tmp_path / "run", "cola", tmp_path / "file") == 1
+    assert "has no weights of its own" in capsys.readouterr().err

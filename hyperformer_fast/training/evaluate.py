@@ -50,6 +50,11 @@ def evaluate_run(
         first = rank_and_size()[0] == 0
         console = console or Console(quiet=not first)
         run, specs, content = read_run(run_dir)
+        if not specs and content.get("kept_tasks"):
+            raise RunError(
+                f"no task of {run_dir} can be evaluated, because all were renamed or imported, and have no data under "
+                "their names: predict takes a file of rows"
+            )
         chosen = known_tasks(tasks or run.data.eval_tasks, specs)
         if data_dir is not None:
             run.data.data_dir = data_dir
