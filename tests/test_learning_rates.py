@@ -65,12 +65,20 @@ def test_a_run_has_the_rate_of_its_rule(given, rate):
 
 
 def test_a_rate_that_is_too_low_for_the_rule_is_warned_of(tmp_path):
-    with pytest.warns(UserWarning, match="learning_rate=0.0003 over 6 steps will hardly move generated adapters"):
+    with pytest.warns(UserWarning, match="learning_rate=0.0003 over 6 steps may be too low for generated adapters"):
         small_trainer(tmp_path / "low", learning_rate=3e-4).train()
     for fields in ({"learning_rate": 3e-3}, {"learning_rate": 3e-4, "recipe": "authors"}, {"variant": "adapters"}):
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "learning_rate")
             small_trainer(tmp_path / str(len(fields)), **{"learning_rate": 3e-4, **fields}).train()
+
+
+def test_nobody_is_warned_whose_own_optimizer_has_the_rates(tmp_path):
+    trainer = small_trainer(tmp_path, learning_rate=3e-4)
+    trainer.optimizer = torch.optim.AdamW(parameter_groups(trainer.model, learning_rate=1e-2))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "learning_rate")
+        trainer.train()
 
 
 # Every trained parameter is in one group
