@@ -58,6 +58,15 @@ class _Allocated(ctypes.Structure):
     ]
 
 
+def _storage(tensor: torch.Tensor) -> tuple[int, int]:
+    """The address of a tensor's memory and its bytes; (0, 0) for one without memory, as a trace has them."""
+    try:
+        storage = tensor.untyped_storage()
+        return storage.data_ptr(), storage.nbytes()
+    except (RuntimeError, NotImplementedError):
+        return 0, 0
+
+
 class Memory(NamedTuple):
     """The memory of this process at one moment."""
 
@@ -73,7 +82,7 @@ class Memory(NamedTuple):
         gc.collect()
         found = gc.get_objects()
         tensors = [each for each in found if issubclass(type(each), torch.Tensor)]
-        storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
+        storages = dict(map(_storage, tensors))
         counts = len(found), len(tensors), sum(storages.values()) / _MB
         del found, tensors
         allocated, libc = None, ctypes.CDLL(None)
@@ -226,12 +235,17 @@ class Soak:
         began = time.monotonic()
         for thread in threads:
             thread.start()
-        with contextlib.suppress(threading.BrokenBarrierError):
-            while time.monotonic() < began + seconds and not self._stop.wait(max(seconds / LOOKS, 0.5)):
-                self._look(began)
-        self._stop.set()
-        for thread in threads:
-            thread.join()
+        try:
+            with contextlib.suppress(threading.BrokenBarrierError):
+                while time.monotonic() < began + seconds and not self._stop.wait(max(seconds / LOOKS, 0.5)):
+                    self._look(began)
+        except BaseException:
+            self._rests.abort()  # those that wait for this look would wait for good
+            raise
+        finally:
+            self._stop.set()
+            for thread in threads:
+                thread.join()
         took = time.monotonic() - began
         answers = sum(self.counts[kind] for kind in ("forward", *KINDS))
         return {
