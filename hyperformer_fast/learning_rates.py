@@ -76,7 +76,7 @@ def parameter_groups(
     Args:
         model: a :class:`~hyperformer_fast.HyperFormerModel`, or DDP or another module around one. One that FSDP2 is to
             shard must be sharded before.
-        learning_rate: the rate, which means what it means for a plain adapter under the rule ``"fan_in"``.
+        learning_rate: the rate of a plain weight, of which the rule makes that of each part.
         rule: ``"uniform"`` or ``"fan_in"``; None for that of the model's recipe.
         weight_decay: for all parameters except biases and norms, as the Trainer decays them.
 
