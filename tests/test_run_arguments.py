@@ -70,6 +70,16 @@ def test_a_share_of_warm_up_is_not_overridden_by_steps_that_nobody_gave():
     assert "warmup_steps" not in overridden({"warmup_steps": 500}, {"warmup_ratio": 0.1})
 
 
+def test_a_preset_s_rate_is_for_a_recipe_that_divides_it():
+    def rate(**given):
+        return with_preset({"preset": "demo", **given})["learning_rate"]
+
+    assert rate() == rate(init_from="run", recipe="default") == rate(init_from="run", learning_rate_rule="fan_in")
+    assert rate(recipe="authors") < rate() and rate(variant="finetuning") < rate()
+    # the recipe of the weights that a run starts from is not known yet
+    assert rate(init_from="run") == rate(recipe="authors")
+
+
 def test_an_early_stop_selects_on_validation():
     fields = {"eval_strategy": "steps", "eval_steps": 1, "early_stopping_patience": 1}
     assert RunArguments.from_dict(fields).selects and not RunArguments.from_dict({}).selects

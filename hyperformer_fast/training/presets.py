@@ -62,9 +62,11 @@ def with_preset(given: Mapping[str, Any]) -> dict[str, Any]:
     if name not in PRESETS:
         raise RunConfigError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}{did_you_mean(name, PRESETS)}")
     preset = dict(PRESETS[name])
-    if not divides_rates(given):
+    unknown = given.get("init_from") is not None and not (given.get("recipe") or given.get("learning_rate_rule"))
+    if unknown or not divides_rates(given):
         # The preset's rate is for generators that get it divided. Undivided, a lower one did better on
-        # validation (docs/choosing.md), and a whole T5 wants a lower one, too.
+        # validation (docs/choosing.md), and a whole T5 wants a lower one, too. The weights that a run starts from may
+        # be of either kind, and learn at the lower one by both.
         preset["learning_rate"] = FIRST_RELEASE_EMBEDDED["learning_rate"]
     if "num_train_epochs" in given and "max_steps" not in given:
         del preset["max_steps"]  # it would silently win over the epochs that were asked for
