@@ -16,10 +16,16 @@ with the variance Var(w) that the part has in a plain adapter with fan-in (fan-o
 part         Var(w), fan-in       Var(w), fan-out    why
 ===========  ===================  =================  =================================================================
 down_weight  2 / d                2 / b              fan-in (fan-out) of the matrix; the activation halves what passes
-up_weight    1 / b                1 / d              the same without an activation; times UP_SHARE^2 without post-norm
+up_weight    1 / b                1 / d              the same without an activation; both times UP_SHARE^2
 biases       0                    0                  plain ones start at zero. (Chang et al. give generated biases half
                                                      of the variance, for inputs of variance 1, which a T5's are not)
 ===========  ===================  =================  =================================================================
+
+The up-projection is a tenth of its plain size (``UP_SHARE``). Without a post-norm its output is what the adapter adds.
+With one, the norm takes the size out again, and what is left is how fast it learns: a step of Adam has the size of the
+rate, so that it turns small weights further than large ones. On six tasks of real text (750 steps at 3e-3, seed 0,
+validation rows) an up-projection of plain size came to 38.9 on average, a tenth of it to 41.3, and at a rate of 3e-4 on
+the built-in tasks (300 steps) they came to 89.5 and 97.6.
 
 The generator's bias is zero but for the norms. Those start near what plain ones would be, the same for all tasks, with
 a generated part of a tenth (``TASK_SHARE``): enough for the norms to differ between tasks and for a gradient to reach
@@ -58,7 +64,7 @@ AUTHORS_STD = 1e-2
 #: Where the post-norm's gamma starts.
 POST_GAMMA = 1.0
 
-#: How much of a plain layer's size the up-projection has without a post-norm, where its output is what is added.
+#: How much of a plain layer's size the up-projection has.
 UP_SHARE = 0.1
 
 #: The part of a norm's start that differs between tasks, where norms are generated.
@@ -101,7 +107,7 @@ def plain_starts(layout: AdapterLayout, init: Initialisation) -> dict[str, Start
     else:
         fan_in = init.weights == "hyperfan_in"
         down = math.sqrt(2 / (layout.d if fan_in else layout.b))
-        up = math.sqrt(1 / (layout.b if fan_in else layout.d)) * (1.0 if layout.post_norm else UP_SHARE)
+        up = math.sqrt(1 / (layout.b if fan_in else layout.d)) * UP_SHARE
         post = POST_GAMMA
     starts = dict.fromkeys(layout.slices, Start(0.0, 0.0))
     for name, start in (

@@ -143,7 +143,7 @@ def test_generated_weights_have_the_variance_of_plain_ones(variant, before, afte
     expected = {"hyperfan_in": ((2 / d) ** 0.5, (1 / b) ** 0.5), "hyperfan_out": ((2 / b) ** 0.5, (1 / d) ** 0.5)}[init]
     down, up = parts["down_weight"], parts["up_weight"]
     torch.testing.assert_close(down.std().item(), expected[0], rtol=0.1, atol=0)
-    torch.testing.assert_close(up.std().item(), expected[1] * (1 if after else UP_SHARE), rtol=0.1, atol=0)
+    torch.testing.assert_close(up.std().item(), expected[1] * UP_SHARE, rtol=0.1, atol=0)
     assert not parts["down_bias"].any() and not parts["up_bias"].any()
     for norm, gamma in (("pre", 1.0), ("post", POST_GAMMA)):
         if f"{norm}_gamma" in parts:
