@@ -15,6 +15,8 @@ from typing import Any
 import hyperformer_fast
 from hyperformer_fast.data import available_tasks, builtin
 from hyperformer_fast.data.builtin import BUILTIN_SPECS, SIZES, load_builtin
+from hyperformer_fast.initialisation import POST_GAMMA, TASK_SHARE, UP_SHARE
+from hyperformer_fast.learning_rates import FAN_IN_EXPONENT
 from hyperformer_fast.recipes import RECIPES
 from hyperformer_fast.training.presets import PRESETS
 
@@ -166,8 +168,19 @@ def named(work: Path, line: Line, rate: float, seed: int, config: Mapping[str, A
 
 
 def recipe_fields(name: str | None) -> dict[str, Any]:
-    """What a recipe sets, by field; nothing where there is none."""
-    return {} if name is None else RECIPES[name]._asdict()
+    """What a recipe sets, by field, with the numbers of the formulas that it names; nothing where there is none.
+
+    Runs by other numbers are not taken for runs by these.
+    """
+    if name is None:
+        return {}
+    recipe = RECIPES[name]
+    numbers = {}
+    if recipe.init_weights != "authors":
+        numbers |= {"up_share": UP_SHARE, "post_gamma": POST_GAMMA, "task_share": TASK_SHARE}
+    if recipe.learning_rate_rule == "fan_in":
+        numbers["fan_in_exponent"] = FAN_IN_EXPONENT
+    return {**recipe._asdict(), **numbers}
 
 
 def contents_of(options: argparse.Namespace, tasks: Sequence[str]) -> str:

@@ -134,6 +134,21 @@ def test_a_run_is_all_that_it_depends_on(module, study, options_of, monkeypatch)
     assert len({first, *others}) == 6
 
 
+def test_a_run_by_other_numbers_of_its_recipe_is_another(module, study, options_of, monkeypatch):
+    configurations = module("configurations")
+
+    def folders():
+        options = options_of("compare", "--methods", "hyperformer++", "finetuning")
+        return [study.run_of(options, line, 1e-3, 0)[0] for line in options.lines]
+
+    default, authors, finetuning = folders()
+    for number in ("UP_SHARE", "POST_GAMMA", "TASK_SHARE", "FAN_IN_EXPONENT"):
+        with monkeypatch.context() as other:
+            other.setattr(configurations, number, 0.7)
+            found = folders()
+        assert found[0] != default and found[1:] == [authors, finetuning]
+
+
 def test_contents_are_those_of_the_t5_and_the_rows(study, options_of, text, tmp_path):
     before = options_of("compare", *text).contents
     assert options_of("compare", *text).contents == before
