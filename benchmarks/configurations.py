@@ -15,7 +15,7 @@ from typing import Any
 import hyperformer_fast
 from hyperformer_fast.data import available_tasks, builtin
 from hyperformer_fast.data.builtin import BUILTIN_SPECS, SIZES, load_builtin
-from hyperformer_fast.initialisation import POST_GAMMA, TASK_SHARE, UP_SHARE
+from hyperformer_fast.initialisation import POST_GAMMA, TASK_PART, TASK_SHARE, UP_SHARE
 from hyperformer_fast.learning_rates import FAN_IN_EXPONENT
 from hyperformer_fast.recipes import RECIPES
 from hyperformer_fast.training.presets import PRESETS
@@ -177,7 +177,8 @@ def recipe_fields(name: str | None) -> dict[str, Any]:
     recipe = RECIPES[name]
     numbers = {}
     if recipe.init_weights != "authors":
-        numbers |= {"up_share": UP_SHARE, "post_gamma": POST_GAMMA, "task_share": TASK_SHARE}
+        starts = {"up_share": UP_SHARE, "post_gamma": POST_GAMMA, "task_share": TASK_SHARE, "task_part": TASK_PART}
+        numbers |= starts
     if recipe.learning_rate_rule == "fan_in":
         numbers["fan_in_exponent"] = FAN_IN_EXPONENT
     return {**recipe._asdict(), **numbers}

@@ -14,7 +14,7 @@ from torch import nn
 from . import ops
 from .config import HyperFormerConfig
 from .embedding_mark import EmbeddingReader
-from .initialisation import AUTHORS, Initialisation, draw_generator, linear, plain_norms
+from .initialisation import AUTHORS, Initialisation, draw_generator, favour_task, linear, plain_norms
 from .layout import AdapterLayout
 from .names import NamedParameters
 from .norm_only import NormLayout
@@ -32,16 +32,18 @@ _ROWS_AT_ONCE = 64
 class TaskProjector(nn.Sequential):
     """Two linear layers with a ReLU between them (``TaskHyperNet`` in the authors' code).
 
-    It maps [..., in_dim] to [..., out_dim].
+    It maps [..., in_dim] to [..., out_dim]. Where it reads several embeddings of one width side by side (``parts``),
+    the first is the task's.
     """
 
     #: What the variance of each layer's initial weight times its fan-in is, where it is not the authors'.
     GAINS: ClassVar[Mapping[int, float]] = {0: 2.0, 2: 1.0}
 
-    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, init: Initialisation = AUTHORS):
-        super().__init__(
-            linear(in_dim, hidden_dim, init, self.GAINS[0]), nn.ReLU(), linear(hidden_dim, out_dim, init, self.GAINS[2])
-        )
+    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, init: Initialisation = AUTHORS, parts: int = 1):
+        first = linear(in_dim, hidden_dim, init, self.GAINS[0])
+        super().__init__(first, nn.ReLU(), linear(hidden_dim, out_dim, init, self.GAINS[2]))
+        if parts > 1:
+            favour_task(first.weight, parts, init)
 
 
 class TaskEmbeddings(EmbeddingReader):
@@ -232,7 +234,7 @@ class HyperNetwork(EmbeddingReader, AdapterSource):
             if parts == 3:
                 self.position_embeddings = nn.Embedding(len(POSITIONS), dim)
             self.projector = (
-                TaskProjector(parts * dim, config.task_hidden_dim, k, init) if config.task_projector else None
+                TaskProjector(parts * dim, config.task_hidden_dim, k, init, parts) if config.task_projector else None
             )
             self.embedding_norm = (
                 nn.LayerNorm(k, eps=_EMBEDDING_NORM_EPS) if config.unique_hyper_net_layer_norm else None

@@ -15,7 +15,15 @@ from torch import nn
 
 from hyperformer_fast import HyperFormerConfig, HyperFormerModel, get_hyperformer_model, official
 from hyperformer_fast.hypernetwork import HyperNetwork, TaskEmbeddings
-from hyperformer_fast.initialisation import POST_GAMMA, TASK_SHARE, UP_SHARE, Initialisation, last_parts, plain_starts
+from hyperformer_fast.initialisation import (
+    POST_GAMMA,
+    TASK_PART,
+    TASK_SHARE,
+    UP_SHARE,
+    Initialisation,
+    last_parts,
+    plain_starts,
+)
 from hyperformer_fast.layout import AdapterLayout
 from hyperformer_fast.recipes import RECIPES
 from hyperformer_fast.variants import HYPERNETWORK_VARIANTS
@@ -173,6 +181,19 @@ def test_generators_read_what_their_start_assumes(fields, mean_square):
     torch.testing.assert_close(e.square().mean().item(), mean_square, rtol=0.15, atol=0)
     down = net.layout.unpack(net(embeddings()))["down_weight"]
     torch.testing.assert_close(down.square().mean().item(), 2 / 32, rtol=0.15, atol=0)
+
+
+@pytest.mark.parametrize("variant", ["hyperformer++", "hyperformer-shared"])
+@pytest.mark.parametrize("init", ["hyperfan_in", "hyperfan_out", "authors"])
+def test_what_projectors_read_is_the_task_s_for_the_most_part(variant, init):
+    torch.manual_seed(0)
+    config = tiny_config(variant, init_weights=init, task_embedding_dim=256, task_hidden_dim=512)
+    first = HyperNetwork(config, 32, 6).projector[0]
+    parts = 3 if variant == "hyperformer++" else 2
+    sizes = [part.square().sum().item() for part in first.weight.detach().chunk(parts, 1)]
+    expected = [1 / parts] * parts if init == "authors" else [TASK_PART] + [(1 - TASK_PART) / (parts - 1)] * (parts - 1)
+    for size, share in zip(sizes, expected, strict=True):
+        assert size / sum(sizes) == pytest.approx(share, rel=0.05)
 
 
 @pytest.mark.parametrize("init", ["hyperfan_in", "hyperfan_out"])

@@ -142,7 +142,7 @@ def test_a_run_by_other_numbers_of_its_recipe_is_another(module, study, options_
         return [study.run_of(options, line, 1e-3, 0)[0] for line in options.lines]
 
     default, authors, finetuning = folders()
-    for number in ("UP_SHARE", "POST_GAMMA", "TASK_SHARE", "FAN_IN_EXPONENT"):
+    for number in ("UP_SHARE", "POST_GAMMA", "TASK_SHARE", "TASK_PART", "FAN_IN_EXPONENT"):
         with monkeypatch.context() as other:
             other.setattr(configurations, number, 0.7)
             found = folders()
