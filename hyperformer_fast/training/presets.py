@@ -7,7 +7,7 @@ from typing import Any
 
 from ..config import HyperFormerConfig
 from ..nearest import did_you_mean
-from ..recipes import RECIPES
+from ..recipes import BEFORE_RECIPES, RECIPES
 from .field_checks import RunConfigError
 
 #: What suited the embedded T5 of the first release, which was another, on its built-in tasks.
@@ -62,11 +62,9 @@ def with_preset(given: Mapping[str, Any]) -> dict[str, Any]:
     if name not in PRESETS:
         raise RunConfigError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}{did_you_mean(name, PRESETS)}")
     preset = dict(PRESETS[name])
-    unknown = given.get("init_from") is not None and not (given.get("recipe") or given.get("learning_rate_rule"))
-    if unknown or not divides_rates(given):
+    if not divides_rates(given):
         # The preset's rate is for generators that get it divided. Undivided, a lower one did better on
-        # validation (docs/choosing.md), and a whole T5 wants a lower one, too. The weights that a run starts from may
-        # be of either kind, and learn at the lower one by both.
+        # validation (docs/choosing.md), and a whole T5 wants a lower one, too.
         preset["learning_rate"] = FIRST_RELEASE_EMBEDDED["learning_rate"]
     if "num_train_epochs" in given and "max_steps" not in given:
         del preset["max_steps"]  # it would silently win over the epochs that were asked for
@@ -76,17 +74,25 @@ def with_preset(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_rate(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``fields`` with the learning rate of their recipe, where they have none.
-
-    A run that starts from other weights (``init_from``) gets none here, because their recipe is not known yet.
-    """
-    if "learning_rate" in fields or fields.get("init_from") is not None or not divides_rates(fields):
+    """Return ``fields`` with the learning rate of their recipe, where they have none."""
+    if "learning_rate" in fields or not divides_rates(fields):
         return dict(fields)
     return {**fields, "learning_rate": FAN_IN_RATE}
 
 
 def divides_rates(fields: Mapping[str, Any]) -> bool:
-    """Whether a run with these arguments has the rule of learning rates ``"fan_in"``, and parts that it is for."""
-    recipe = RECIPES.get(fields.get("recipe") or HyperFormerConfig.recipe)
-    rule = fields.get("learning_rate_rule") or (None if recipe is None else recipe.learning_rate_rule)
-    return rule == "fan_in" and fields.get("variant") != "finetuning"
+    """Whether a run with these arguments has adapters, and the rule of learning rates ``"fan_in"``.
+
+    A run that starts from other weights (``init_from``) has their variant and recipe. Where those cannot be read yet,
+    on the Hub or in a run that is not finished, the answer is no: a rate that is too low is warned of, later.
+    """
+    variant, recipe, rule = (fields.get(name) for name in ("variant", "recipe", "learning_rate_rule"))
+    start = fields.get("init_from")
+    if start is not None:
+        try:
+            config = HyperFormerConfig.load(start)
+            variant, recipe = config.variant, config.recipe
+        except (OSError, ValueError, TypeError):
+            recipe = recipe or BEFORE_RECIPES
+    of_recipe = RECIPES.get(recipe or HyperFormerConfig.recipe)
+    return (rule or (of_recipe and of_recipe.learning_rate_rule)) == "fan_in" and variant != "finetuning"

@@ -52,8 +52,8 @@ class HyperFormerTrainingArguments(Seq2SeqTrainingArguments):
     learning_rate: float = argument(
         3e-4,
         "The highest learning rate of the schedule. Left out, `hyperformer-fast train` takes 3e-3 in its place where "
-        'learning_rate_rule comes to "fan_in", as with the default recipe, but for full fine-tuning and runs with '
-        "init_from.",
+        'learning_rate_rule comes to "fan_in", as with the default recipe, but for full fine-tuning, and where '
+        "init_from is on the Hub or a run that is not finished.",
     )
     predict_with_generate: bool = _default("predict_with_generate", True)
     report_to: None | str | list[str] = _default("report_to", "none")
