@@ -65,7 +65,8 @@ class HyperFormerConfig(ConfigFiles):
             does.
         init_weights: how weights are drawn. ``"authors"``: a normal distribution with standard deviation 1e-2 for all.
             ``"hyperfan_in"``, ``"hyperfan_out"``: so that generated weights have the variance of a plain adapter's that
-            preserves that of activations (of gradients). None: as the recipe says.
+            preserves that of activations (of gradients), with an up-projection of a tenth of its size. None: as the
+            recipe says.
         zero_delta: start with adapters that return their input, to the last bit: the last factor of what they add (the
             norm after them, else their up-projection) is zero. None: as the recipe says.
         normalize_embeddings: scale the embeddings of task, layer and position, each by itself, to a root mean square of
@@ -194,7 +195,8 @@ class HyperFormerConfig(ConfigFiles):
             "help": (
                 'how weights are drawn. "authors": a normal distribution with standard deviation 1e-2 for all. '
                 '"hyperfan_in", "hyperfan_out": so that generated weights have the variance of a plain adapter\'s that '
-                "preserves that of activations (of gradients). None: as the recipe says."
+                "preserves that of activations (of gradients), with an up-projection of a tenth of its size. None: as "
+                "the recipe says."
             )
         },
     )

@@ -18,9 +18,9 @@ parametrisation for Adam, whose rate of a matrix goes with 1 / fan-in: Yang et a
 - Embeddings, whose numbers have size 1, layer norms, and what of the T5 is trained: the rate.
 
 What this is for, measured by ``tools/recipe_start.py`` (``tools/results/recipe_start.md``): at a rate of 1e-3 the first
-step of the authors' start moves the inputs of the generators by 0.8 of their size, all tasks' in one direction, and
-after ten steps the mean cosine between tasks has gone from 0.71 to 0.98. Under ``"fan_in"`` the first step moves them
-by 0.013, and the cosine stays.
+step of the authors' start moves the inputs of the generators by 0.88 of their size, all tasks' in one direction, and
+after ten steps the mean cosine between tasks has gone from 0.71 to 0.99. Under ``"fan_in"`` the first step of ours
+moves them by 0.012, and the cosine goes from 0.46 to 0.49.
 """
 
 from __future__ import annotations
