@@ -25,6 +25,11 @@ def spread(values: Sequence[float]) -> dict[str, float | None]:
     return {"mean": statistics.fmean(values), "deviation": statistics.stdev(values) if len(values) > 1 else None}
 
 
+def with_scores(values: Sequence[float]) -> dict[str, Any]:
+    """Mean and standard deviation of a sample, and the score of each seed, so that none below the others is hidden."""
+    return {**spread(values), "scores": list(values)}
+
+
 def shown(value: Mapping[str, float | None]) -> str:
     return f"{value['mean']:.1f}" + ("" if value["deviation"] is None else f" ± {value['deviation']:.1f}")
 
@@ -68,7 +73,7 @@ def compared(found: Mapping[tuple[str, int], Mapping[str, Any] | None], methods:
             for name, metrics in of_majority["tasks"].items()
         }
         results["methods"][method] = {
-            **{name: spread([run[name] for run in runs]) for name in AVERAGES},
+            **{name: with_scores([run[name] for run in runs]) for name in AVERAGES},
             "above_majority": sum(
                 (tasks[name]["score"]["mean"] or 0.0) > most["score"] for name, most in of_majority["tasks"].items()
             ),
@@ -209,7 +214,7 @@ def swept(found: Mapping[tuple[str, float, int], Mapping[str, Any] | None], labe
         for rate in rates:
             runs = [found[key] for key in sorted(found) if key[:2] == (label, rate)]
             scores = [most if run is None else run["average_metrics"] for run in runs]
-            by_rate.append({"rate": rate, **spread(scores), "scores": scores, "diverged": runs.count(None)})
+            by_rate.append({"rate": rate, **with_scores(scores), "diverged": runs.count(None)})
         averages = {each["rate"]: each["mean"] for each in by_rate}
         results["methods"][label] = {"rates": by_rate, "within": within(averages)}
     return results

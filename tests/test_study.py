@@ -215,6 +215,8 @@ def test_a_run_that_diverged_counts_as_the_majority_class(module):
     found = {("a", 0): metrics(config, "test", 70.0), ("a", 1): None, ("b", 0): None, ("b", 1): None}
     results = comparison.compared(found, ["a", "b"])
     assert results["methods"]["a"]["average_metrics"]["mean"] == 60.0
+    assert results["methods"]["a"]["average_metrics"]["scores"] == [70.0, 50.0]
+    assert results["methods"]["a"]["average_tasks"]["scores"] == [71.0, 51.0]
     assert results["methods"]["a"]["tasks"]["rte"]["score"]["mean"] == 60.0
     assert [results["methods"][label]["above_majority"] for label in "ab"] == [2, 0]
     table = comparison.markdown(comparison.methods_table(results, "a title"))
