@@ -8,7 +8,7 @@
 `--t5 FOLDER --data FOLDER [--tasks ...]` is real text. Every run is a `hyperformer-fast train` of its own, in a process
 with one thread. What is finished is kept in --work, so that the same command goes on where it was stopped, and studies
 share the runs that they have in common. `rates` looks at validation rows alone, and `compare --chosen` takes the rates
-that it found; `compare`, `many` and `transfer` report test rows.
+that it found, and the default for a method that it did not sweep; `compare`, `many` and `transfer` report test rows.
 """
 
 from __future__ import annotations
@@ -89,7 +89,8 @@ def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
             "--learning-rate", nargs="+", type=_rate, default=[], metavar="METHOD[:RECIPE]=X",
             help=f"default: the preset's on the built-in tasks; on real text {LEARNING_RATES}",
         )  # fmt: skip
-        each.add_argument("--chosen", type=Path, help="a result of `rates`, whose best learning rates are taken")
+        words = "a result of `rates`, whose best learning rates are taken for the methods that it has"
+        each.add_argument("--chosen", type=Path, help=words)
     transfer.add_argument("--to", nargs="+", help=f"the new tasks (default: {BUILTIN_TRANSFER} or {TEXT_TRANSFER})")
     transfer.add_argument("--samples", type=int, nargs="+", default=[4, 16, 32, 100], help="rows of the new task")
     transfer.add_argument("--fewshot-steps", type=int, default=200, help="steps of each transfer (default: 200)")
@@ -197,10 +198,13 @@ def _methods_of(path: Path) -> Mapping[str, Any]:
 
 
 def rates_of(options: argparse.Namespace) -> dict[str, float]:
-    """The learning rate of each line, by its label: as an option says, as `rates` found it, or the default."""
+    """The learning rate of each line, by its label: as an option says, as `rates` found it, or the default.
+
+    What a sweep lacks takes its default, which is printed. A sweep that has none of the lines is refused.
+    """
     given = dict(options.learning_rate)
-    chosen = None if options.chosen is None else _methods_of(options.chosen)
-    found = {}
+    chosen = {} if options.chosen is None else _methods_of(options.chosen)
+    found, lacking, taken = {}, {}, False
     for line in options.lines:
         # tasks that are trained one by one train the same adapters
         like = Line("adapters", line.recipe) if line.method == "single_task" else line
@@ -208,16 +212,24 @@ def rates_of(options: argparse.Namespace) -> dict[str, float]:
         name = next((name for name in own if name in given), None)
         if name is not None:
             rate = given[name]
-        elif chosen is not None:
-            if like.label not in chosen:
-                raise SystemExit(f"{options.chosen} has no rate of {like.label}: give one with --learning-rate")
-            rate = chosen[like.label]["within"]["best"]
-        elif options.t5 is None:
-            rate = with_preset({"preset": "demo", **like.fields})["learning_rate"]
+        elif like.label in chosen:
+            rate, taken = chosen[like.label]["within"]["best"], True
         else:
-            rate = LEARNING_RATES.get(like.method, LEARNING_RATES["hyperformer++"])
+            rate = lacking[line.label] = _default_rate(options, like)
         found[line.label] = rate
+    if options.chosen is not None and lacking:
+        names = ", ".join(lacking)
+        if not taken:
+            raise SystemExit(f"{options.chosen} has no rate of {names}: it would not be used; leave --chosen out")
+        defaults = ", ".join(f"{label}: {rate:g}" for label, rate in lacking.items())
+        print(f"{options.chosen} lacks some methods, which take their default learning rates ({defaults})")
     return found
+
+
+def _default_rate(options: argparse.Namespace, line: Line) -> float:
+    if options.t5 is None:
+        return with_preset({"preset": "demo", **line.fields})["learning_rate"]
+    return LEARNING_RATES.get(line.method, LEARNING_RATES["hyperformer++"])
 
 
 def run_of(options: argparse.Namespace, line: Line, rate: float, seed: int) -> tuple[Path, dict[str, Any]]:

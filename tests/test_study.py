@@ -199,7 +199,7 @@ def test_a_comparison_takes_the_rates_that_validation_chose(study, options_of, c
     assert {task["split"] for task in results["evaluated"].values()} == {"test"}
     assert results["settings"]["learning_rates"] == found
     assert "adapters, a run each (authors)" in table and "test rows, percent, 1 seed" in table
-    with pytest.raises(SystemExit, match=r"has no rate of hyperformer\+\+ \(default\)"):
+    with pytest.raises(SystemExit, match=r"has no rate of hyperformer\+\+ \(default\), hyperformer\+\+ \(authors\)"):
         study.rates_of(options_of("compare", "--chosen", str(chosen), "--methods", "hyperformer++"))
     with pytest.raises(SystemExit, match="absent.json cannot be read: No such file"):
         study.rates_of(options_of("compare", "--chosen", str(tmp_path / "absent.json")))
@@ -207,6 +207,26 @@ def test_a_comparison_takes_the_rates_that_validation_chose(study, options_of, c
         chosen.write_text(text)
         with pytest.raises(SystemExit, match="rates.json is not a result of `rates`"):
             study.rates_of(options_of("compare", "--chosen", str(chosen)))
+
+
+@pytest.mark.parametrize("on_text", [False, True], ids=["builtin", "text"])
+def test_what_a_sweep_lacks_takes_its_default_rate(study, options_of, commands, text, tmp_path, capsys, on_text):
+    """The commands of docs/choosing.md: the sweep has HyperFormer++ alone, and the comparison all methods."""
+    place = text if on_text else []
+    options = options_of("rates", *place, "--rates", "4e-3", "7e-3", "--seeds", "1")
+    study.rates(options)
+    (path,) = options.output.glob("*.json")
+    chosen = path.rename(tmp_path / "rates.json")
+    default = study.rates_of(options_of("compare", *place))
+    capsys.readouterr()
+    found = study.rates_of(options_of("compare", *place, "--chosen", str(chosen)))
+    swept = {"hyperformer++ (default)": 4e-3, "hyperformer++ (authors)": 4e-3}
+    assert found == {**default, **swept}
+    (said,) = capsys.readouterr().out.splitlines()
+    for label, rate in default.items():
+        assert (f"{label}: {rate:g}" in said) == (label not in swept)
+    study.rates_of(options_of("compare", *place, "--chosen", str(chosen), "--methods", "hyperformer++"))
+    assert not capsys.readouterr().out
 
 
 def test_a_run_that_diverged_counts_as_the_majority_class(module):
