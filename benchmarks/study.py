@@ -1,6 +1,6 @@
 """Studies of the methods and of the recipe, on the built-in tasks with the embedded T5, or on real text.
 
-    python benchmarks/study.py rates    [--rates 1e-4 ... 1e-2] [--methods hyperformer++ adapters:default]
+    python benchmarks/study.py rates    [--rates 3e-4 ... 3e-2] [--methods hyperformer++ adapters:default]
     python benchmarks/study.py compare  [--chosen RATES.json] [--methods ...]
     python benchmarks/study.py transfer [--to TASK ...] [--samples 4 16 32 100]
     python benchmarks/study.py many     --t5 FOLDER --data FOLDER
@@ -58,7 +58,7 @@ from hyperformer_fast.recipes import RECIPES
 from hyperformer_fast.training import fewshot_report
 from hyperformer_fast.training.presets import PRESETS, with_preset
 
-RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
+RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 QUICK = {"steps": 4, "rates": [1e-3, 3e-3], "batch": 4, "seeds": 1, "eval_rows": 8, "fewshot_steps": 2, "samples": [4]}
 
 
@@ -83,7 +83,8 @@ def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         words = f"METHOD or METHOD:RECIPE (default: {' '.join(default)})"
         each.add_argument("--methods", nargs="+", type=_one_of(methods), default=default, help=words)
         each.add_argument("--seeds", type=int, default=seeds, help=f"runs of each (default: {seeds})")
-    rates.add_argument("--rates", type=float, nargs="+", default=RATES, help=f"default: {RATES}")
+    words = f"default: {' '.join(f'{rate:g}' for rate in RATES)}"
+    rates.add_argument("--rates", type=float, nargs="+", default=RATES, help=words)
     for each in (compare, many, transfer):
         each.add_argument(
             "--learning-rate", nargs="+", type=_rate, default=[], metavar="METHOD[:RECIPE]=X",

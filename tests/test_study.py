@@ -177,6 +177,14 @@ def test_rates_are_compared_on_validation_rows_and_nothing_is_run_twice(study, o
     assert not commands
 
 
+@pytest.mark.parametrize("name", ["builtin", "t5_mini"])
+def test_the_rates_that_are_swept_are_those_of_the_docs(options_of, name):
+    (path,) = (BENCHMARKS / "results").glob(f"rates-{name}-*.json")
+    methods = json.loads(path.read_text())["results"]["methods"]
+    swept = tuple(options_of("rates").rates)
+    assert {tuple(each["rate"] for each in method["rates"]) for method in methods.values()} == {swept}
+
+
 def test_a_comparison_takes_the_rates_that_validation_chose(study, options_of, commands, tmp_path):
     options = options_of("rates", "--rates", "1e-3", "2e-3", "--seeds", "1", "--methods", "adapters", "finetuning")
     study.rates(options)
