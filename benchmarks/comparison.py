@@ -12,8 +12,8 @@ from rich.text import Text
 AVERAGES = ("average_metrics", "average_tasks")
 #: Figures of a run's diagnostics that are kept of each stack, with what they are; and those of the whole model.
 OF_A_STACK = {
-    "weight_variation": "variance of adapters over tasks, of mean square",
-    "weight_cosine_mean": "cosine of two tasks' adapters, mean",
+    "weight_variation": "variance of adapters\nover tasks, of mean square",
+    "weight_cosine_mean": "mean cosine of\ntwo tasks' adapters",
 }
 OF_THE_MODEL = ("task_embedding_cosine_mean", "collapsed_pairs", "gradient_cosine_mean", "gradient_conflicts")
 #: How many points below the best average a learning rate still counts as good.
@@ -108,6 +108,43 @@ def splits_in_words(evaluated: Mapping[str, Mapping[str, Any]]) -> str:
         return f"{splits.pop() or 'evaluated'} rows"
     of = {split: [name for name, task in evaluated.items() if task["split"] == split] for split in sorted(splits)}
     return ", ".join(f"{split} rows of {', '.join(names)}" for split, names in of.items())
+
+
+def counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
+def over_in_words(number: int, what: str) -> str:
+    """What the scores of a table are of: one run, or several."""
+    return counted(number, what) if number == 1 else f"mean and deviation of {counted(number, what)}"
+
+
+def place_in_words(settings: Mapping[str, Any], with_builtin: bool = False) -> str:
+    """How many tasks of what kind a study has, and its T5.
+
+    Args:
+        settings: the study's.
+        with_builtin: whether tasks of a folder were joined by the built-in ones; otherwise a folder may have others of
+            their names.
+    """
+    from hyperformer_fast.data.builtin import BUILTIN_SPECS  # what draws other results needs no `datasets`
+
+    tasks = settings["tasks"]
+    if settings["t5"] == "embedded":
+        return f"{counted(len(tasks), 'built-in task')}, embedded T5"
+    builtin = [task for task in tasks if with_builtin and task in BUILTIN_SPECS]
+    kinds = [counted(len(builtin), "built-in task")] if builtin else []
+    if others := len(tasks) - len(builtin):
+        kinds.append(f"{counted(others, 'task')} of real text")
+    return f"{' and '.join(kinds)}, {settings['t5']}"
+
+
+def budget_in_words(results: Mapping[str, Any]) -> str:
+    """The rows that a study reports, its seeds and the length of its runs."""
+    settings = results["settings"]
+    rows = splits_in_words(results["evaluated"]) if "evaluated" in results else "validation rows"
+    steps = f"{settings['steps']} steps of {settings['batch']} rows"
+    return f"{rows}, percent, {over_in_words(settings['seeds'], 'seed')}, {steps}"
 
 
 def comparison_table(results: Mapping[str, Any], title: str) -> Table:

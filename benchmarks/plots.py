@@ -8,77 +8,21 @@ Without arguments it redraws every result that a plot is kept of. Each plot is b
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from comparison import OF_A_STACK, POINTS, splits_in_words, title_of
-from timing import RESULTS, described
+from drawing import panels, plain_logarithmic
+from study_plots import comparison, fewshot, many, rates
+from timing import RESULTS
 
 #: The label of every axis that shows how a rival compares.
 RATIO = "time of the rival over ours\n(above 1: ours is faster)"
-#: Steps of a logarithmic axis within a decade, where the axis spans little more than one.
-FINE, COARSE = (1, 1.5, 2, 3, 4, 5, 7), (1,)
-#: Inches of a figure with one row of the legend, and of each further row.
-HEIGHT, LEGEND_ROW = 4.2, 0.22
-#: Letters of the legend's font in an inch, and letters that a line's sample takes the room of.
-LETTERS_PER_INCH, LETTERS_PER_LINE = 12, 7
 #: Differences below this are drawn at it: a logarithmic axis has no zero.
 LEAST = 1e-9
 #: The kinds of rows in the plot of decoding, and how their names start.
 OF_DECODING = {"the bare T5": "bare", "hyperformer_fast": ("fused", "unfused"), "other libraries": ("PEFT", "adapters")}
-
-
-@contextlib.contextmanager
-def panels(count: int, path: Path, where: Mapping[str, str], height: float = HEIGHT, **settings) -> Iterator[Sequence]:
-    """``count`` axes side by side in one style, under the machine's description; saved as ``path`` at the end.
-
-    The lines of all axes share one legend, below them, whose first row is within ``height``.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}
-    with plt.rc_context({**style, "grid.alpha": 0.25, "axes.titlesize": 11}):
-        figure, axes = plt.subplots(
-            1, count, figsize=(max(8, 4.3 * count), height), squeeze=False, layout="constrained", **settings
-        )
-        try:
-            yield axes[0]
-            figure.suptitle(described(where), fontsize=9)
-            lines = {}
-            for axis in axes[0]:
-                for line, label in zip(*axis.get_legend_handles_labels()):
-                    lines.setdefault(label, line)
-            letters = max(map(len, lines)) + LETTERS_PER_LINE
-            columns = min(len(lines), int(figure.get_figwidth() * LETTERS_PER_INCH / letters)) or 1
-            figure.set_figheight(height + LEGEND_ROW * (math.ceil(len(lines) / columns) - 1))
-            figure.legend(lines.values(), lines, loc="outside lower center", ncols=columns, frameon=False)
-            figure.savefig(path, dpi=130)
-        finally:
-            plt.close(figure)
-
-
-def plain_logarithmic(axis, ticks: Sequence[float] | None = None) -> None:
-    """Make ``axis`` (an ``xaxis`` or ``yaxis``) logarithmic with plain numbers for ticks: 6, not 6 x 10^0.
-
-    Args:
-        ticks: where they are; chosen by the axis' limits if not given.
-    """
-    from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, NullLocator
-
-    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
-    low, high = axis.get_view_interval()
-    subs = FINE if high / low < 30 else COARSE
-    axis.set_major_locator(FixedLocator(ticks) if ticks is not None else LogLocator(subs=subs, numticks=12))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter("{x:g}")
-    axis.set_minor_formatter(NullFormatter())
 
 
 def adapter(results: list[dict], where: Mapping[str, str], path: Path) -> None:
@@ -149,104 +93,6 @@ def gpu_report(results: dict, where: Mapping[str, str], path: Path) -> None:
                 axis.plot([r["N"] for r in rows], shares, style, color=f"C{i}", marker="o", markersize=3.5, label=label)
         axis.set(xlabel="rows N", ylabel="% of a copy's bandwidth", title="the adapter, d = 768, b = 24")
         plain_logarithmic(axis.xaxis, sorted({r["N"] for r in found}))
-
-
-def heading(results: Mapping) -> str:
-    """The rows, seeds and steps of a study."""
-    told, rows = results["settings"], splits_in_words(results["evaluated"]) if "evaluated" in results else "validation"
-    seeds = "1 seed" if told["seeds"] == 1 else f"{told['seeds']} seeds"
-    return f"{rows}, {seeds}, {told['steps']} steps of {told['batch']} rows"
-
-
-def color_of(label: str) -> str:
-    """One color for each recipe, and one for methods that have none."""
-    return "C1" if label.endswith("(authors)") else "C0" if label.endswith(")") else "0.45"
-
-
-def comparison(results: dict, where: Mapping[str, str], path: Path) -> None:
-    """The average of each method with its deviation over seeds, and the score of each method on each task."""
-    most, methods = results["majority"], results["methods"]
-    places, tasks = range(len(methods)), list(most["tasks"])
-    without = "a method without recipes" if any("(" in label for label in methods) else "mean and deviation"
-    with panels(2, path, where, sharey=True, width_ratios=(1, 1.5)) as (left, right):
-        for place, (label, method) in zip(places, methods.items()):
-            average = method["average_metrics"]
-            recipe = label.partition("(")[2].rstrip(")")
-            left.errorbar(
-                average["mean"], place, xerr=average["deviation"] or 0.0, fmt="o", capsize=3, color=color_of(label),
-                label=f"recipe {recipe}" if recipe else without,
-            )  # fmt: skip
-        left.axvline(most["average_metrics"], color="black", linestyle=":", label="majority class")
-        left.set_yticks(places, [title_of(label) for label in methods])
-        left.set(xlabel="average of all metrics, percent")
-        left.set_title(heading(results), fontsize=9)
-        left.invert_yaxis()
-        scores = [[method["tasks"][task]["score"]["mean"] for task in tasks] for method in methods.values()]
-        above = [[score - most["tasks"][task]["score"] for score, task in zip(row, tasks)] for row in scores]
-        bound = max(abs(value) for row in above for value in row) or 1.0
-        right.imshow(above, aspect="auto", cmap="RdBu", vmin=-bound, vmax=bound, alpha=0.55)
-        for y, row in enumerate(scores):
-            for x, score in enumerate(row):
-                right.text(x, y, f"{score:.0f}", ha="center", va="center", fontsize=8)
-        right.set_xticks(range(len(tasks)), tasks, rotation=30, ha="right", rotation_mode="anchor", fontsize=8)
-        right.set_title("score of each task; blue: above the majority class", fontsize=9)
-        right.grid(visible=False)
-
-
-def rates(results: dict, where: Mapping[str, str], path: Path) -> None:
-    """The average of each method over the learning rate, and the range in which it is near its best."""
-    with panels(1, path, where) as (axis,):
-        for i, (label, method) in enumerate(results["methods"].items()):
-            tried, near = [each["rate"] for each in method["rates"]], method["within"]
-            means, deviations = ([each[name] or 0.0 for each in method["rates"]] for name in ("mean", "deviation"))
-            axis.errorbar(tried, means, yerr=deviations, marker="o", markersize=4, capsize=3, color=f"C{i}",
-                          label=f"{title_of(label)}: a factor of {near['factor']:.3g}")  # fmt: skip
-            good = [(rate, mean) for rate, mean in zip(tried, means) if near["low"] <= rate <= near["high"]]
-            axis.plot(*zip(*good), color=f"C{i}", linewidth=9, alpha=0.2, marker="o", markersize=9)
-        most = results["majority"]["average_metrics"]
-        axis.axhline(most, color="black", linestyle=":", label="majority class")
-        title = f"{heading(results)}; broad: within {POINTS:g} points of the best"
-        axis.set(xlabel="learning rate", ylabel="average of all metrics, percent", title=title)
-        plain_logarithmic(axis.xaxis, sorted({e["rate"] for m in results["methods"].values() for e in m["rates"]}))
-
-
-def many(results: dict, where: Mapping[str, str], path: Path) -> None:
-    """The score of each method on each of many tasks, and what their diagnostics logged while training."""
-    most, methods, curves = results["majority"], results["methods"], results["diagnostics"]
-    logged = {name.partition("/")[2] for of_method in curves.values() for name in of_method}
-    figures, tasks = {name: title for name, title in OF_A_STACK.items() if name in logged}, list(most["tasks"])
-    with panels(1 + len(figures), path, where) as (first, *others):
-        for i, (label, method) in enumerate(methods.items()):
-            found = [method["tasks"][task]["score"] for task in tasks]
-            places = [place + (i - (len(methods) - 1) / 2) * 0.2 for place in range(len(tasks))]
-            first.errorbar(
-                [one["mean"] for one in found], places, xerr=[one["deviation"] or 0.0 for one in found], fmt="o",
-                markersize=3.5, capsize=2, color=f"C{i}",
-                label=f"{title_of(label)}: {method['average_metrics']['mean']:.1f} on average",
-            )  # fmt: skip
-        scores = [most["tasks"][task]["score"] for task in tasks]
-        label = f"majority class: {most['average_metrics']:.1f}"
-        first.plot(scores, range(len(tasks)), "|", color="black", markersize=9, label=label)
-        first.set_yticks(range(len(tasks)), tasks, fontsize=7)
-        first.invert_yaxis()
-        first.set(xlabel="mean of the task's metrics, percent", title=heading(results))
-        for axis, (name, title) in zip(others, figures.items()):
-            for stack, style in (("encoder", "-"), ("decoder", "--")):
-                axis.plot([], [], style, color="0.3", label=stack)  # for the legend alone
-                for i, label in enumerate(methods):
-                    points = curves[label].get(f"{stack}/{name}")
-                    if points:
-                        axis.plot(*zip(*points), style, color=f"C{i}")
-            axis.set(xlabel="optimizer step")
-            axis.set_title(title, fontsize=9)
-
-
-def fewshot(results: dict, where: Mapping[str, str], path: Path) -> None:
-    """The score on a new task over the number of its rows that are trained."""
-    from hyperformer_fast.training.fewshot_report import draw_scores
-
-    with panels(1, path, where) as (axis,):
-        draw_scores(axis, results)
 
 
 def step(results: dict, where: Mapping[str, str], path: Path) -> None:

@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from comparison import (
+    budget_in_words,
     compared,
     comparison_table,
     diagnosed,
     markdown,
     methods_table,
-    splits_in_words,
+    place_in_words,
     sweep_table,
     swept,
 )
@@ -346,11 +347,9 @@ def settings(options: argparse.Namespace, rates: Mapping[str, float] | None = No
 
 
 def caption(options: argparse.Namespace, results: Mapping[str, Any]) -> str:
-    """What a table shows: which rows, how many seeds and steps."""
-    seeds = "1 seed" if options.seeds == 1 else f"mean and deviation of {options.seeds} seeds"
-    where = "the built-in tasks" if options.t5 is None else options.name
-    rows = splits_in_words(results["evaluated"])
-    return f"{options.command} on {where}: {rows}, percent, {seeds}, {options.steps} steps of {options.batch} rows"
+    """What a table shows: the study, its tasks and T5, which rows, how many seeds and steps."""
+    place = place_in_words(results["settings"], options.command == "many")
+    return f"{options.command} on {place}: {budget_in_words(results)}"
 
 
 def finish(name: str, options: argparse.Namespace, results: Mapping[str, Any], table: Table) -> None:

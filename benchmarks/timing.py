@@ -87,9 +87,10 @@ def described(where: dict[str, str]) -> str:
     """The machine in one line, for the head of a table or a plot."""
     if "gpu" in where:
         return f"{where['gpu']}, PyTorch {where['torch']}, ours ({where['backend']})"
+    threads = "1 thread" if where["threads"] == "1" else f"{where['threads']} threads"
     return (
         f"{where['cpu']}, PyTorch {where['torch']} with {where['instruction_set']}, "
-        f"ours ({where['backend']}) with {where['our_instruction_set']}, {where['threads']} threads"
+        f"ours ({where['backend']}) with {where['our_instruction_set']}, {threads}"
     )
 
 

@@ -295,7 +295,7 @@ STEP = {
 #: As study.py writes them: many methods and tasks, with long names.
 METHODS = ["finetuning", "single_task (default)", "hyperformer-shared (authors)", "hyperformer++ (default)"]
 TASKS = {f"task number {i}": {"accuracy": 50.0, "score": 30.0 + i} for i in range(18)}
-SETTINGS = {"seeds": 3, "steps": 1500, "batch": 16}
+SETTINGS = {"seeds": 3, "steps": 1500, "batch": 16, "t5": "t5_mini", "tasks": list(TASKS)}
 EVALUATED = {"evaluated": {task: {"split": "test", "rows": 250} for task in TASKS}, "settings": SETTINGS}
 COMPARISON = {
     "machine": STEP["machine"],
@@ -355,6 +355,11 @@ def test_plots_have_plain_ticks_and_no_legend_over_the_curves(benchmark_module, 
         assert not legend.overlaps(axis.get_window_extent())
         for tick in (*axis.get_xticklabels(), *axis.get_yticklabels(), *axis.get_yticklabels(minor=True)):
             assert "^" not in tick.get_text() and "times" not in tick.get_text()
+    found = json.loads(copy.read_text())["results"]
+    if "settings" in found and "methods" in found and not result.name.startswith("fewshot"):
+        told = found["settings"]
+        for words in ("embedded T5" if told["t5"] == "embedded" else told["t5"], "task", f"{told['steps']} steps"):
+            assert words in figure.get_suptitle()
     if result.name.startswith("adapter"):
         assert figure.axes[0].get_ylabel() == "time of the rival over ours\n(above 1: ours is faster)"
 
