@@ -147,6 +147,20 @@ def budget_in_words(results: Mapping[str, Any]) -> str:
     return f"{rows}, percent, {over_in_words(settings['seeds'], 'seed')}, {steps}"
 
 
+def transfer_in_words(results: Mapping[str, Any]) -> tuple[str, str]:
+    """From what tasks to which one a study transfers, and what its scores are of.
+
+    Each of its seeds is another draw of the rows; the runs that are transferred have one.
+    """
+    settings, draws = results["settings"], over_in_words(results["seeds"], "draw")
+    (split,) = {cell["split"] for method in results["methods"].values() for cell in method["cells"].values()}
+    runs = f"one base run of {settings['steps']} steps, {results['training']['max_steps']} steps of each transfer"
+    return (
+        f"Transfer to {results['task']} from {place_in_words(settings)}",
+        f"{split} rows, percent, {draws} of the training rows, {runs}",
+    )
+
+
 def comparison_table(results: Mapping[str, Any], title: str) -> Table:
     """A row for each metric and average, a column for the majority class and each method."""
     table = Table("task", "metric", title=Text(title))

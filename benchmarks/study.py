@@ -30,6 +30,7 @@ from comparison import (
     place_in_words,
     sweep_table,
     swept,
+    transfer_in_words,
 )
 from configurations import (
     BUILTIN_TRANSFER,
@@ -313,7 +314,8 @@ def transfer(options: argparse.Namespace) -> None:
         for method in methods.values():
             del method["run"]  # a path of this machine
         results = {**first, "methods": methods, "settings": settings(options, rates)}
-        finish(f"fewshot-{task}-{options.name}", options, results, fewshot_report.table(results))
+        table = fewshot_report.table(results, ": ".join(transfer_in_words(results)))
+        finish(f"fewshot-{task}-{options.name}", options, results, table)
 
 
 def transferred(options: argparse.Namespace, run: Path, task: str) -> dict[str, Any]:

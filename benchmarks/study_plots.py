@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from comparison import OF_A_STACK, POINTS, budget_in_words, place_in_words, title_of
+from comparison import OF_A_STACK, POINTS, budget_in_words, place_in_words, title_of, transfer_in_words
 from drawing import figure_of, panels, plain_logarithmic
 
 #: Up to how many tasks their names stand upright below a panel.
@@ -246,5 +246,7 @@ def fewshot(results: dict, where: Mapping[str, str], path: Path) -> None:
     """The score on a new task over the number of its rows that are trained."""
     from hyperformer_fast.training.fewshot_report import draw_scores
 
-    with panels(1, path, where) as (axis,):
+    what, how = transfer_in_words(results)
+    heading = "\n".join([what, how.replace(", one base", ",\none base")])
+    with panels(1, path, where, 5.0, heading) as (axis,):
         draw_scores(axis, results)

@@ -297,7 +297,10 @@ def test_a_transfer_trains_without_the_new_task_and_once(study, options_of, comm
     assert configs and all("topic" not in config["tasks"] for config in configs)
     results, table = results_of(options)
     assert list(results["methods"]) == [line.label for line in options.lines]
-    assert str(options.work) not in json.dumps(results) and "5 seeds, 200 steps" in table
+    assert str(options.work) not in json.dumps(results)
+    of_draws = "test rows, percent, mean and deviation of 5 draws of the training rows"
+    of_runs = f"one base run of {options.steps} steps, 200 steps of each transfer"
+    assert f"Transfer to topic from 6 built-in tasks, embedded T5: {of_draws}, {of_runs}" in table
     commands.clear()
     study.transfer(options)
     assert not commands

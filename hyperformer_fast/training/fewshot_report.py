@@ -66,9 +66,14 @@ def _caption(results: Mapping[str, Any]) -> str:
     return f"Transfer to {results['task']}: {cell['split']}, percent, {seeds}, {steps}{what}"
 
 
-def table(results: Mapping[str, Any]) -> Table:
-    """Return mean and deviation of each method and number of rows as a table for the terminal."""
-    out = Table(title=Text(_caption(results)))
+def table(results: Mapping[str, Any], caption: str | None = None) -> Table:
+    """Return mean and deviation of each method and number of rows as a table for the terminal.
+
+    Args:
+        results: the content of ``fewshot.json``.
+        caption: what the table shows; None for the task, the seeds and the steps.
+    """
+    out = Table(title=Text(_caption(results) if caption is None else caption))
     for heading in _headings(results):
         out.add_column(Text(heading), justify="right")
     for row in _rows(results):
@@ -93,6 +98,7 @@ def plot(results: Mapping[str, Any], path: str | Path) -> None:
     with plt.rc_context(PLOT_STYLE):
         figure, axis = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
         draw_scores(axis, results)
+        axis.set_title(_caption(results), loc="left", fontsize=10)
         axis.grid(alpha=0.25)
         axis.legend(frameon=False)
         with write_file(path) as partial:
@@ -116,4 +122,3 @@ def draw_scores(axis: Axes, results: Mapping[str, Any]) -> None:
     axis.set_xticks(samples, [str(rows) for rows in samples])
     axis.set_xlabel("training rows")
     axis.set_ylabel("mean of the task's metrics, percent")
-    axis.set_title(_caption(results), loc="left", fontsize=10)
