@@ -70,7 +70,11 @@ def notes(results: Mapping[str, Any]) -> list[str]:
 
 
 def plot_curves(
-    history: Sequence[Mapping[str, Any]], majority: Mapping[str, float], path: str | Path, title: str = "HyperFormer++"
+    history: Sequence[Mapping[str, Any]],
+    majority: Mapping[str, float],
+    path: str | Path,
+    title: str = "HyperFormer++",
+    rows: int | None = None,
 ) -> None:
     """Plot the training loss, and each task's validation score beside that of its majority class, into a PNG.
 
@@ -78,7 +82,8 @@ def plot_curves(
         history: the Trainer's log, whose entries have ``step`` and ``loss``, or ``step`` and ``eval_<task>_score``.
         majority: score of the majority class on the same rows, by task.
         path: path of the PNG, which is replaced atomically.
-        title: name of the model.
+        title: name of the model, and what else tells the run from others.
+        rows: at most how many rows of each task were scored; None for all.
     """
     import matplotlib
 
@@ -89,7 +94,8 @@ def plot_curves(
     with plt.rc_context(PLOT_STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(11.5, 4.4), width_ratios=(1, 1.25), layout="constrained")
         _plot_loss(left, [(entry["step"], entry["loss"]) for entry in history if "loss" in entry])
-        _plot_scores(right, history, majority, title)
+        _plot_scores(right, history, majority, "" if rows is None else f", at most {rows} rows of each task")
+        figure.suptitle(title)
         for axis in (left, right):
             axis.set_xlabel("optimizer step")
             axis.set_xlim(left=0)
@@ -113,7 +119,7 @@ def shown_name(task: str) -> str:
 def _plot_loss(axis: Axes, points: list[tuple[int, float]]) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    axis.set_title("Training loss", loc="left")
+    axis.set_title("Training loss", loc="left", fontsize=10)
     axis.set_ylabel("cross-entropy per token")
     if not points:
         return
@@ -129,8 +135,8 @@ def _plot_loss(axis: Axes, points: list[tuple[int, float]]) -> None:
     axis.legend(frameon=False)
 
 
-def _plot_scores(axis: Axes, history: Sequence[Mapping[str, Any]], majority: Mapping[str, float], title: str) -> None:
-    axis.set_title(f"{title}: validation score (dotted: majority class)", loc="left")
+def _plot_scores(axis: Axes, history: Sequence[Mapping[str, Any]], majority: Mapping[str, float], rows: str) -> None:
+    axis.set_title(f"Validation score{rows} (dotted: majority class)", loc="left", fontsize=10)
     axis.set_ylabel("mean of the task's metrics, percent")
     lines = {task: f"eval_{task}_score" for task in majority} | {"average": "eval_average_metrics"}
     for i, (task, key) in enumerate(lines.items()):
@@ -145,7 +151,8 @@ def _plot_scores(axis: Axes, history: Sequence[Mapping[str, Any]], majority: Map
             marker="o",
             markersize=4,
             linewidth=2.5 if is_average else 1.5,
-            label=shown_name(task),
+            # Many tasks end at 100 percent, where the last line hides the others.
+            label=f"{shown_name(task)}: {points[-1][1]:.1f}",
         )
         if not is_average:
             axis.axhline(majority[task], color=color, linestyle=":", linewidth=1.2)

@@ -311,7 +311,7 @@ def _report(
 
     def curves() -> None:
         baselines = {name: majority(task, "validation", rows)["score"] for name, task in data.items()}
-        plot_curves(history, baselines, folder / CURVES_NAME, title)
+        plot_curves(history, baselines, folder / CURVES_NAME, f"{title}, seed {trainer.args.seed}", rows)
 
     plots: dict[str, Callable[[], None]] = {CURVES_NAME: curves}
     if has_diagnostics(history):
