@@ -144,7 +144,8 @@ def budget_in_words(results: Mapping[str, Any]) -> str:
     settings = results["settings"]
     rows = splits_in_words(results["evaluated"]) if "evaluated" in results else "validation rows"
     steps = f"{settings['steps']} steps of {settings['batch']} rows"
-    return f"{rows}, percent, {over_in_words(settings['seeds'], 'seed')}, {steps}"
+    others = "".join(f", {name} {value}" for name, value in settings.get("set", {}).items())
+    return f"{rows}, percent, {over_in_words(settings['seeds'], 'seed')}, {steps}{others}"
 
 
 def transfer_in_words(results: Mapping[str, Any]) -> tuple[str, str]:

@@ -140,6 +140,7 @@ def _shared_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="ARGUMENT=X", help="further arguments of every run, as JSON or text"
     )
+    parser.add_argument("--name", default="", help="what the results' names end in, where --set makes another study")
     parser.add_argument("--quick", action="store_true", help="two tasks and four steps, only to see that it runs")
     text_options(parser, steps=None, batch=None)
 
@@ -174,7 +175,7 @@ def _settled(options: argparse.Namespace, parser: argparse.ArgumentParser) -> ar
     if unknown := {*options.tasks, *getattr(options, "to", ())} - set(there):
         parser.error(f"unknown task {', '.join(sorted(unknown))}; there are {', '.join(there)}")
     options.set = {name: _value(text) for name, _, text in (each.partition("=") for each in options.set)}
-    options.name = Path(options.t5).name if on_text else "builtin"
+    options.name_end, options.name = options.name, Path(options.t5).name if on_text else "builtin"
     options.lines = lines(options.methods, options.recipes)
     options.contents = contents_of(options, [*options.tasks, *getattr(options, "to", ())])
     return options
@@ -344,6 +345,7 @@ def settings(options: argparse.Namespace, rates: Mapping[str, float] | None = No
         **({} if rates is None else {"learning_rates": dict(rates)}),
         **{name: getattr(options, name) for name in sorted(names)},
         "recipes": {line.recipe: recipe_fields(line.recipe) for line in options.lines if line.recipe is not None},
+        "set": {name: value for name, value in options.set.items() if name != "mixed_batches"},
         "arguments": {name: value for name, value in config.items() if name not in own},
     }
 
@@ -359,7 +361,7 @@ def finish(name: str, options: argparse.Namespace, results: Mapping[str, Any], t
     console = Console()
     console.width = max(console.width, 180)  # rich truncates the numbers of a narrower table
     console.print(table)
-    path = write(name, where_runs_ran(), results, options.output)
+    path = write(f"{name}-{options.name_end}" if options.name_end else name, where_runs_ran(), results, options.output)
     path.with_suffix(".md").write_text(markdown(table))
     draw(path)
 

@@ -177,9 +177,18 @@ def test_rates_are_compared_on_validation_rows_and_nothing_is_run_twice(study, o
     assert not commands
 
 
+def test_another_argument_of_all_runs_stands_in_the_caption_and_can_name_the_results(study, options_of, commands):
+    words = ["--set", "max_task_grad_norm=0.1", "mixed_batches=true", "--name", "clipped"]
+    options = options_of("compare", "--seeds", "1", "--methods", "hyperformer++:default", *words)
+    study.compare(options)
+    results, table = results_of(options)
+    assert results["settings"]["set"] == {"max_task_grad_norm": 0.1} and ", max_task_grad_norm 0.1" in table
+    assert {path.name.startswith("compare-builtin-clipped-") for path in options.output.iterdir()} == {True}
+
+
 @pytest.mark.parametrize("name", ["builtin", "t5_mini"])
 def test_the_rates_that_are_swept_are_those_of_the_docs(options_of, name):
-    (path,) = (BENCHMARKS / "results").glob(f"rates-{name}-*.json")
+    (path,) = (BENCHMARKS / "results").glob(f"rates-{name}-avx*.json")
     methods = json.loads(path.read_text())["results"]["methods"]
     swept = tuple(options_of("rates").rates)
     assert {tuple(each["rate"] for each in method["rates"]) for method in methods.values()} == {swept}
