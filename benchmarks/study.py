@@ -34,7 +34,6 @@ from comparison import (
 )
 from configurations import (
     BUILTIN_TRANSFER,
-    LEARNING_RATES,
     METHODS,
     TEXT_SIZES,
     TEXT_TASKS,
@@ -46,6 +45,7 @@ from configurations import (
     named,
     recipe_fields,
     text_options,
+    text_rate,
     with_builtin,
 )
 from plots import draw
@@ -87,10 +87,11 @@ def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         each.add_argument("--seeds", type=int, default=seeds, help=f"runs of each (default: {seeds})")
     words = f"default: {' '.join(f'{rate:g}' for rate in RATES)}"
     rates.add_argument("--rates", type=float, nargs="+", default=RATES, help=words)
+    in_words = ", ".join(f"{line.label} {text_rate(line):g}" for line in lines(METHODS, RECIPES))
     for each in (compare, many, transfer):
         each.add_argument(
             "--learning-rate", nargs="+", type=_rate, default=[], metavar="METHOD[:RECIPE]=X",
-            help=f"default: the preset's on the built-in tasks; on real text {LEARNING_RATES}",
+            help=f"default: the preset's on the built-in tasks; on real text {in_words}",
         )  # fmt: skip
         words = "a result of `rates`, whose best learning rates are taken for the methods that it has"
         each.add_argument("--chosen", type=Path, help=words)
@@ -233,7 +234,7 @@ def rates_of(options: argparse.Namespace) -> dict[str, float]:
 def _default_rate(options: argparse.Namespace, line: Line) -> float:
     if options.t5 is None:
         return with_preset({"preset": "demo", **line.fields})["learning_rate"]
-    return LEARNING_RATES.get(line.method, LEARNING_RATES["hyperformer++"])
+    return text_rate(line)
 
 
 def run_of(options: argparse.Namespace, line: Line, rate: float, seed: int) -> tuple[Path, dict[str, Any]]:
