@@ -14,6 +14,9 @@ This Gram matrix, over all generators of all stacks, has the norms and cosines o
 task's gradient, and PCGrad (Yu et al. 2020, arXiv 2001.06782), multiply each task's gradient by one number, which the
 matrix gives. So one function in the backward, where dpacked arrives, is all there is: no further forward or backward.
 
+Adapters that are learned (``AdapterTable``) are their own gradient: ``<t, u>`` is ``dpacked[s, t] . dpacked[s, u]``,
+summed over the sites, where both tasks have the same adapters, and else that of the norms alone.
+
 Letters: S sites of a stack, T tasks, P packed numbers per adapter, Q generators, k width of their inputs, n sites of a
 generator times tasks, R generated numbers per adapter.
 """
@@ -22,6 +25,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
@@ -43,33 +47,46 @@ if TYPE_CHECKING:
 #: How many pairs of tasks are logged by name: those whose gradients point most against each other.
 _PAIRS = 10
 
+#: Makes the inner products [T, T] of the tasks' gradients from dpacked of a stack.
+_Gram = Callable[[Tensor], Tensor]
+
 #: What ``surgery`` of :class:`TaskGradients` may be.
 SURGERIES = ("none", "pcgrad")
 
 
-def gram_matrix(dpacked: Tensor, inputs: Tensor | None, generated: int) -> Tensor:
-    """The inner products [T, T] of the tasks' gradients with respect to the trained weights behind a stack's adapters.
+def gram_matrix(dpacked: Tensor, inputs: Tensor, generated: int) -> Tensor:
+    """The inner products [T, T] of the tasks' gradients with respect to a stack's generators.
 
     Args:
         dpacked: [S, T, P], the gradient of the stack's packed weights.
-        inputs: [Q, n, k], the generators' inputs, sites first. None: each task's projections are parameters of its own
-            (``AdapterTable``), so that tasks meet in the norms alone.
-        generated: R. The last P - R numbers are the norms of a generator or site, trained vectors that all tasks share.
+        inputs: [Q, n, k], the generators' inputs, sites first.
+        generated: R. The last P - R numbers are the norms of a generator, trained vectors that all tasks share.
     """
     S, T, _ = dpacked.shape
     dpacked = dpacked.to(accumulator_dtype(dpacked.dtype))
-    own, norms = dpacked[..., :generated], dpacked[..., generated:]
-    if inputs is None:
-        gram = own.square().sum((0, 2)).diag()
-    else:
-        Q, inputs = inputs.shape[0], inputs.to(dpacked.dtype)
-        own = own.reshape(Q, -1, generated)
-        pairs = (own @ own.mT) * (inputs @ inputs.mT + 1)
-        gram = pairs.view(Q, S // Q, T, S // Q, T).sum((0, 1, 3))
-        norms = norms.reshape(Q, S // Q, T, -1).sum(1)
-    if norms.shape[-1]:
-        gram = gram + (norms @ norms.mT).sum(0)
-    return gram
+    Q, inputs = inputs.shape[0], inputs.to(dpacked.dtype)
+    own = dpacked[..., :generated].reshape(Q, -1, generated)
+    pairs = (own @ own.mT) * (inputs @ inputs.mT + 1)
+    norms = dpacked[..., generated:].reshape(Q, S // Q, T, -1).sum(1)
+    return pairs.view(Q, S // Q, T, S // Q, T).sum((0, 1, 3)) + _gram_of_sites(norms)
+
+
+def gram_of_table(dpacked: Tensor, same: Tensor, generated: int) -> Tensor:
+    """The inner products [T, T] of the tasks' gradients with respect to a stack's table of adapters.
+
+    Args:
+        dpacked: [S, T, P], the gradient of the stack's packed weights.
+        same: [T, T] booleans, whether two tasks have the same adapters. Others meet in the norms alone.
+        generated: R. The last P - R numbers are the norms of a site, trained vectors that all tasks share.
+    """
+    dpacked = dpacked.to(accumulator_dtype(dpacked.dtype))
+    own = torch.where(same, _gram_of_sites(dpacked[..., :generated]), dpacked.new_zeros(()))
+    return own + _gram_of_sites(dpacked[..., generated:])
+
+
+def _gram_of_sites(vectors: Tensor) -> Tensor:
+    """The inner products [T, T] of vectors [S, T, n], which may be empty, summed over S."""
+    return (vectors @ vectors.mT).sum(0)
 
 
 def cosines(gram: Tensor) -> Tensor:
@@ -273,32 +290,35 @@ class TaskGradients:
         if not nets:
             return {}
         packed: list[Tensor] = []
-        inputs: list[Tensor | None] = []
+        grams: list[_Gram] = []
         for net in nets.values():
             with _inputs_of(net) as found:
                 packed.append(net(embeddings))
-            inputs.append(found[0] if found else None)
-        generated = [_generated_numel(cast("AdapterSource", net)) for net in nets.values()]
+            generated = _generated_numel(cast("AdapterSource", net))
+            if isinstance(net, AdapterTable):
+                same = _same_adapters(net, tasks, embeddings.device)
+                grams.append(functools.partial(gram_of_table, same=same, generated=generated))
+            else:
+                grams.append(functools.partial(gram_matrix, inputs=found[0], generated=generated))
 
         def act(*dpacked: Tensor | None) -> tuple[Tensor | None, ...]:
             # a backward that is called within autocast must not round the inner products
             with torch.autocast(embeddings.device.type, enabled=False):
-                return self._act(dpacked, inputs, generated, tasks)
+                return self._act(dpacked, grams, tasks)
 
         return dict(zip(nets, _tap(act, *packed), strict=True))
 
     def _act(
         self,
         dpacked: Sequence[Tensor | None],
-        inputs: Sequence[Tensor | None],
-        generated: Sequence[int],
+        grams: Sequence[_Gram],
         tasks: Sequence[int] | None,
     ) -> tuple[Tensor | None, ...]:
         """Record the gradients of one pass, and return what takes their place."""
-        there = [(d, e, R) for d, e, R in zip(dpacked, inputs, generated, strict=True) if d is not None]
-        if not there:
+        of_stacks = [gram_of(d) for gram_of, d in zip(grams, dpacked, strict=True) if d is not None]
+        if not of_stacks:
             return tuple(dpacked)
-        gram = sum((gram_matrix(*each) for each in there), torch.zeros((), device=there[0][0].device))
+        gram = torch.stack(of_stacks).sum(0)
         factors = clipped = None
         if self.max_norm is not None:
             factors = clip_factors(gram.diagonal().clamp_min(0).sqrt(), self.max_norm * self.scale)
@@ -330,10 +350,15 @@ def why_no_gradients(model: HyperFormerModel) -> str | None:
 
 def why_no_conflicts(model: HyperFormerModel) -> str | None:
     """Why no two tasks of this model can want different things of a weight; None where they can."""
-    if any(isinstance(net, AdapterTable) for net in model.hypernetworks.values()):
-        return f'in variant "{model.hyperformer_config.variant}" each task has adapters of its own, so none conflict'
-    if len(model.hyperformer_config.tasks) == 1:
+    config = model.hyperformer_config
+    if len(config.tasks) == 1:
         return "the model has one task only"
+    tables = any(isinstance(net, AdapterTable) for net in model.hypernetworks.values())
+    if tables and len(config.embedding_names) == len(config.tasks):
+        return (
+            f'in variant "{config.variant}" each task has adapters of its own here, and tasks share no more of them '
+            "than layer norms (task_to_embeddings lets tasks share all)"
+        )
     return None
 
 
@@ -346,6 +371,15 @@ def _generated_numel(net: AdapterSource) -> int:
     """R: how many of a site's packed numbers are not norms that all tasks share."""
     shared = (net.generator if isinstance(net, HyperNetwork) else net).norms
     return net.layout.numel - (0 if shared is None else net.layout.norm_numel)
+
+
+def _same_adapters(table: AdapterTable, tasks: Sequence[int] | None, device: torch.device) -> Tensor:
+    """Whether two of these tasks (None: of all) have the same adapters, [T, T]."""
+    config = table.config
+    names = config.tasks if tasks is None else [config.tasks[task] for task in tasks]
+    places = [config.embedding_names.index(config.embedding_of(name)) for name in names]
+    index = index_on(device, places)
+    return index.unsqueeze(1) == index
 
 
 @contextlib.contextmanager

@@ -226,6 +226,16 @@ def test_every_method_has_the_figures_that_make_sense(tmp_path, variant):
     assert "gradient_share/cola" in found[0]
 
 
+def test_tasks_that_share_adapters_have_cosines_and_pcgrad(tmp_path):
+    sharing = {"cola": "both", "stsb": "own", "mrpc": "both"}
+    fields = {"variant": "adapters", "tasks": THREE, "per_device_train_batch_size": 12, "max_steps": 2}
+    trainer = small_trainer(tmp_path, diagnostics_steps=2, task_to_embeddings=sharing, **fields, **BOTH)
+    trainer.train()
+    (only,) = figures(trainer)
+    assert abs(only["gradient_cosine/cola/mrpc"]) > 10 * abs(only["gradient_cosine/cola/stsb"])
+    assert "clipped/mrpc" in only
+
+
 def test_frozen_generators_have_no_gradient_figures(tmp_path):
     trainer = small_trainer(tmp_path, diagnostics_steps=2, max_steps=2, freeze_model_but_task_embeddings=True)
     trainer.train()

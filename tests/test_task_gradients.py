@@ -293,6 +293,46 @@ def test_the_norms_that_all_tasks_share_are_where_adapters_meet():
     assert found == pytest.approx(float(torch.cosine_similarity(vectors[0], vectors[1], dim=0)), rel=1e-9)
 
 
+SHARING = {"mnli": "both", "stsb": "own", "cola": "both"}
+
+
+@pytest.mark.parametrize("changes", [{}, {"add_layer_norm_after_adapter": False}], ids=["norms", "no norms"])
+@pytest.mark.parametrize("clips", [False, True])
+def test_tasks_that_share_adapters_conflict_in_them(changes, clips):
+    """Variant "adapters" with ``task_to_embeddings``: norms, cosines, clipping and PCGrad by a backward for each."""
+    model, inputs = tiny_model("adapters", task_to_embeddings=SHARING, **changes).train(), batch()
+    wants = {"cola": -1.0}  # cola is to become worse
+    tasks = task_by_task(model, inputs, MIXED, wants)
+    vectors = [on_tables(found) for found in tasks.values()]
+    order = [TASKS.index(task) for task in tasks]
+    expected = torch.stack([v / v.norm() for v in vectors])
+    expected = expected @ expected.T
+    shared = list(tasks).index("mnli"), list(tasks).index("cola")
+    assert expected[shared] < -0.01  # there is a conflict to resolve
+    limit = float(vectors[0].norm()) / 3 if clips else None
+    if limit is not None:
+        vectors = [v * min(1.0, limit / float(v.norm())) for v in vectors]
+    changed = False
+    for seed in range(3):
+        watch = TaskGradients(model, max_norm=limit, surgery="pcgrad", seed=seed)
+        with watch.attached():
+            found = gradients(model, loss_of(model, inputs, MIXED, wants=wants))
+        similar = watch.statistics.mean("cosines")[np.ix_(order, order)]
+        off = ~np.eye(len(order), dtype=bool)
+        np.testing.assert_allclose(similar[off], expected.numpy()[off], rtol=1e-9, atol=1e-12)
+        stated = stated_pcgrad(vectors, pcgrad_order(len(vectors), [seed, 0]))
+        torch.testing.assert_close(on_tables(found), stated, rtol=1e-9, atol=1e-12)
+        changed |= not torch.allclose(stated, sum(vectors), rtol=1e-3)
+    assert changed
+    everyone = TaskGradients(model)
+    with everyone.attached():  # by number, every task has weights, one that no sample has among them
+        index = torch.tensor([TASKS.index(task) for task in ("mnli", "cola", "mnli", "cola")])
+        model(**inputs, task_index=index).loss.backward()
+    two = task_by_task(model, inputs, ["mnli", "cola", "mnli", "cola"])
+    cosine = torch.cosine_similarity(*(on_tables(each) for each in two.values()), dim=0)
+    assert everyone.statistics.mean("cosines")[0, 2] == pytest.approx(float(cosine), rel=1e-9)
+
+
 def test_what_makes_no_sense_is_refused():
     model = tiny_model()
     for arguments, message in [
@@ -302,8 +342,11 @@ def test_what_makes_no_sense_is_refused():
     ]:
         with pytest.raises(ValueError, match=message):
             TaskGradients(model, **arguments)
-    with pytest.raises(ValueError, match="each task has adapters of its own"):
+    with pytest.raises(ValueError, match="each task has adapters of its own here, and tasks share no more"):
         TaskGradients(tiny_model("adapters"), surgery="pcgrad")
+    own = {task: f"of {task}" for task in TASKS}
+    with pytest.raises(ValueError, match="each task has adapters of its own here"):
+        TaskGradients(tiny_model("adapters", task_to_embeddings=own), surgery="pcgrad")
     with pytest.raises(ValueError, match="the model has one task only"):
         TaskGradients(tiny_model(tasks=["mnli"]), surgery="pcgrad")
     finetuning = get_hyperformer_model(tiny_t5(), tiny_config("finetuning"))
