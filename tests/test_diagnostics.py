@@ -99,6 +99,34 @@ def test_at_most_a_fifth_of_the_steps_is_watched(tmp_path, monkeypatch, mixed):
     assert watched_steps(trainer, monkeypatch) == [2, 4]
 
 
+def test_the_end_of_a_training_ends_an_interval(tmp_path, monkeypatch):
+    trainer = small_trainer(tmp_path, diagnostics_steps=5, max_steps=8)
+    assert watched_steps(trainer, monkeypatch) == [5, 8]
+    assert [each["step"] for each in figures(trainer)] == [5, 8]
+    assert any(name.startswith("gradient_norm") for name in figures(trainer)[1])
+    first = figures(trainer)
+    trainer.train()  # another training is one of its own
+    assert [each["step"] for each in figures(trainer)] == [5, 8] and figures(trainer) != first
+
+
+@pytest.mark.parametrize("event", ["on_step_end", "on_evaluate"])
+def test_a_training_that_is_stopped_early_has_its_figures_once(tmp_path, event):
+    """In its checkpoint, too, from which a run that is resumed stays stopped."""
+
+    def stop(args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == 3
+
+    callback = TrainerCallback()
+    setattr(callback, event, stop)
+    fields = {"diagnostics_steps": 4, "save_steps": 3, "eval_steps": 3, "mixed_batches": True}
+    trainer = small_trainer(tmp_path, callbacks=[callback], **fields)
+    trainer.train()
+    assert [each["step"] for each in figures(trainer)] == [3] and trainer.state.global_step == 3
+    again = small_trainer(tmp_path, **fields)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert figures(again) == figures(trainer)
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_step_of_pcgrad_and_clipping_is_that_of_naive_gradients(tmp_path, accumulation):
     """Each micro-batch again, with a backward for each task, in the order that the run drew."""
@@ -151,7 +179,7 @@ def test_a_run_with_pcgrad_resumes_to_the_same_bits_and_figures(tmp_path, monkey
     expected = trained(whole.model)
     assert all(torch.equal(value, expected[name]) for name, value in trained(again.model).items())
     assert losses(again) == losses(whole)
-    assert figures(again) == figures(whole) and len(figures(whole)) == 1
+    assert figures(again) == figures(whole) and [each["step"] for each in figures(whole)] == [10, 12]
     assert drawn == [draw for draw in orders if draw[-2] >= 9] and len(drawn) > 1
 
 
@@ -187,15 +215,17 @@ def test_a_healthy_run_is_not_warned_of_a_collapse(tmp_path):
 
 
 def test_a_second_training_of_a_trainer_begins_anew(tmp_path, monkeypatch):
-    trainer = small_trainer(tmp_path, diagnostics_steps=4, max_steps=1, tasks=THREE, **BOTH)
-    drawn = []
+    class Passes(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append(trainer._diagnostics.state()["attributes"]["sums"]["passes"])
+
+    seen, drawn = [], []
+    trainer = small_trainer(tmp_path, diagnostics_steps=4, max_steps=1, tasks=THREE, callbacks=[Passes()], **BOTH)
     monkeypatch.setattr(task_gradients, "pcgrad_order", lambda T, draw: drawn.append(draw) or pcgrad_order(T, draw))
     trainer.train()
-    first = trainer._diagnostics.state()
     trainer.train()
     assert len(drawn) == 2 and drawn[0] == drawn[1]
-    second = trainer._diagnostics.state()
-    assert [state["attributes"]["sums"]["passes"] for state in (first, second)] == [[1, 1, 1]] * 2
+    assert seen == [[1, 1, 1]] * 2
 
 
 @pytest.mark.parametrize("variant", ["hyperformer++", "adapters"])
@@ -231,7 +261,8 @@ def copy(model, source, task):
 
 @pytest.mark.parametrize("variant", ["hyperformer-shared", "hyperformer", "adapters", "finetuning"])
 def test_every_method_has_the_figures_that_make_sense(tmp_path, variant):
-    trainer = small_trainer(tmp_path, diagnostics_steps=2, max_steps=2, mixed_batches=True, variant=variant)
+    fields = {"mixed_batches": True, "per_device_train_batch_size": 12}
+    trainer = small_trainer(tmp_path, diagnostics_steps=2, max_steps=2, variant=variant, **fields)
     trainer.train()
     found = figures(trainer)
     if variant == "finetuning":
@@ -321,6 +352,16 @@ def test_the_command_logs_and_plots_them(tmp_path, capsys):
     assert "curves.png and diagnostics.png are in" in capsys.readouterr().out.replace("\n", " ")
     with Image.open(tmp_path / "run" / "diagnostics.png") as image:
         assert image.size[0] > 1000
+
+
+def test_a_short_run_has_its_figures_in_its_history(tmp_path):
+    fields = {"model_name_or_path": saved_t5(tmp_path / "t5"), "data_dir": data_folder(tmp_path / "data"), **SMALL}
+    fields |= {"max_steps": 3, "per_device_train_batch_size": 4, "save_strategy": "no", "output_dir": tmp_path / "run"}
+    assert main(["train", *(part for name, value in fields.items() for part in (f"--{name}", str(value)))]) == 0
+    history = json.loads((tmp_path / "run" / "history.json").read_text())
+    assert [each["step"] for each in history if "diagnostics/encoder/weight_variation" in each] == [3]
+    assert any("diagnostics/gradient_share/" in name for name in history[-2] | history[-1])
+    assert (tmp_path / "run" / "diagnostics.png").exists()
 
 
 def test_any_history_is_plotted(tmp_path):

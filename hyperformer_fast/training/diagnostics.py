@@ -1,7 +1,7 @@
 """Trains with an eye on the tasks: how far apart they are, whose gradient is how long, and which of them conflict.
 
 Gradients are watched in the last steps of each interval of ``diagnostics_steps`` steps, and the figures are logged at
-its end, under names that begin with "diagnostics/".
+its end, under names that begin with "diagnostics/". The end of the training ends an interval, too.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ class DiagnosingTrainer(OptimizingTrainer):
     def __init__(self, *args: Any, **kwargs: Any):
         self._watch: TaskGradients | None = None
         self._watched_model: Any = None
-        self._step_begun, self._micro_batch = -1, 0
+        self._step_begun: int | None = None
+        self._micro_batch = 0
         kwargs["callbacks"] = [TaskDiagnostics(), *(kwargs.get("callbacks") or ())]
         super().__init__(*args, **kwargs)
         if self._changes_gradients:
@@ -137,7 +138,7 @@ class DiagnosingTrainer(OptimizingTrainer):
         return list(dict.fromkeys((first, second) for _, first, second in self._diagnostics.collapses))
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        self._step_begun, self._micro_batch = -1, 0
+        self._step_begun, self._micro_batch = None, 0
         # Before anything is loaded, for a run that is resumed began with the model that it is given again.
         self._diagnostics.begin(sorted(map(list, copied_tasks(self.adapted))) if self._interval else [])
         return super().train(*args, **kwargs)
@@ -171,21 +172,42 @@ class DiagnosingTrainer(OptimizingTrainer):
         """Whether the gradients of this step are part of the next figures."""
         if not self._interval:
             return False
+        last = self._last_of_interval(step)
+        length = (last - 1) % self._interval + 1  # of the interval so far, where the training ends within it
         watched = WATCHED_STEPS if self._mixed else WATCHED_STEPS_OF_TASK * len(self.task_names)
-        if -step % self._interval >= min(watched, max(1, self._interval // _WATCHED_OF)):
+        if last - step >= min(watched, max(1, length // _WATCHED_OF)):
             return False
         return why_no_gradients(self._watcher().model) is None
 
+    def _last_of_interval(self, step: int) -> int:
+        """The step that ends the interval which this one is in: the training's last step ends one, too."""
+        last = step + -step % self._interval
+        # Out of a training there is no last step.
+        return min(last, self.state.max_steps) if self.state.max_steps >= step else last
+
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        step = self.state.global_step
-        # At the end of an epoch the Trainer comes here a second time, and a resumed one without a step of its own.
-        if self._interval and step % self._interval == 0 and self._step_begun == step - 1:
-            self._step_begun = -1
-            logs, figures = self.control.should_log, self._diagnose()
-            if figures:
-                self.log(figures)
-            self.control.should_log = logs  # logging takes it for answered, but the Trainer has its own yet to log
+        self._log_figures_if_due()
         super()._maybe_log_save_evaluate(*args, **kwargs)
+        self._log_figures_if_due()  # the evaluation may have stopped the training
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        # The evaluation may have stopped the training, and one that is resumed from here stays stopped.
+        self._log_figures_if_due()
+        super()._save_checkpoint(*args, **kwargs)
+
+    def _log_figures_if_due(self) -> None:
+        """Log the figures after the last step of an interval, or of a training that is stopped early."""
+        step = self.state.global_step
+        # At the end of an epoch the Trainer comes here again, and a resumed one without a step of its own.
+        if not self._interval or self._step_begun != step - 1:
+            return
+        if step != self._last_of_interval(step) and not self.control.should_training_stop:
+            return
+        self._step_begun = None
+        logs, figures = self.control.should_log, self._diagnose()
+        if figures:
+            self.log(figures)
+        self.control.should_log = logs  # logging takes it for answered, but the Trainer has its own yet to log
 
     def _diagnose(self) -> dict[str, float]:
         """The figures of the interval that ends. It warns of the tasks that have collapsed and had not before."""
