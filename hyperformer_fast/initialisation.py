@@ -129,6 +129,14 @@ def plain_starts(layout: AdapterLayout, init: Initialisation) -> dict[str, Start
     return starts | (dict.fromkeys(last_parts(layout), Start(0.0, 0.0)) if init.zero_delta else {})
 
 
+def plain_sizes(layout: AdapterLayout, init: Initialisation) -> dict[str, float]:
+    """The standard deviation of each projection of a plain layer, by name: of one that starts at a share of it, the
+    whole. One that starts at zero, or that is not there, is left out."""
+    shares = {"down_weight": 1.0, "up_weight": 1.0 if init.weights == "authors" else UP_SHARE}
+    starts = plain_starts(layout, init)
+    return {name: starts[name].std / share for name, share in shares.items() if name in starts and starts[name].std}
+
+
 def plain_norms(layout: AdapterLayout, init: Initialisation) -> Tensor:
     """The initial parameters of norms that are learned by themselves, as the end of a packed adapter."""
     starts = plain_starts(layout, init)

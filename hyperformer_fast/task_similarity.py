@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .adapter_table import AdapterTable
 from .hypernetwork import HyperNetwork
-from .initialisation import TASK_SHARE, Initialisation, plain_starts
+from .initialisation import TASK_SHARE, Initialisation, plain_sizes
 from .layout import accumulator_dtype
 from .sharding import gathered, whole
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 #: weights' mean square.
 COLLAPSED = 5e-3
 
-#: Projections that are so many times as large as a plain adapter's at its start are worth a word.
+#: Projections that are so many times as large as a plain layer's are worth a word.
 _LARGE = 10.0
 
 #: The parts of an adapter whose size is compared with a plain adapter's.
@@ -80,8 +80,8 @@ class StackSimilarity:
     Args:
         inputs: of the generators' inputs, of all sites together; None where nothing is generated.
         weights: of the adapters' weights, of all sites together, without norms that all tasks share.
-        sizes: the root mean square of each of the two projections, over tasks and sites, as a multiple of that with
-            which a plain adapter of this configuration starts (``initialisation.plain_starts``), by their names in the
+        sizes: the root mean square of each of the two projections, over tasks and sites, as a multiple of a plain
+            layer's (``initialisation.plain_sizes``; of ``init_weights="authors"`` their 1e-2), by their names in the
             layout. A projection is left out that starts at zero, or that is not there.
         limit: the distance below which two tasks have collapsed onto each other. Where the adapters are generated norms
             alone it is a part of ``COLLAPSED``, because these start as the same plain norm but for ``TASK_SHARE``.
@@ -101,11 +101,13 @@ class TaskSimilarity:
         names: of the tasks; those that share an embedding are one, under the first of their names.
         embeddings: of the task embeddings, None where there are none.
         stacks: the tasks in each stack.
+        init_weights: that of the configuration, which the sizes of the projections are measured by.
     """
 
     names: list[str]
     embeddings: Grams | None
     stacks: dict[str, StackSimilarity]
+    init_weights: str
 
     def figures(self) -> dict[str, float]:
         """Numbers for a log, by name.
@@ -153,7 +155,7 @@ def task_similarity(model: HyperFormerModel) -> TaskSimilarity:
             table: Any = model.task_embeddings.task_to_embeddings
             embeddings = _grams(torch.stack([table[config.embedding_of(name)] for name in names]).unsqueeze(0))
         stacks = {name: _of_stack(net, tasks) for name, net in model.hypernetworks.items()}
-    return TaskSimilarity(names, embeddings, stacks)
+    return TaskSimilarity(names, embeddings, stacks, str(config.init_weights))
 
 
 @torch.no_grad()
@@ -207,7 +209,9 @@ def collapse_explained(
         said.append(f"in the {stack} the adapters of {who} differ by {100 * apart:.2g} % only, because {why}")
         size = max(of_stack.sizes.values(), default=0.0)
         if size > _LARGE:
-            said[-1] += f", and its projections are {size:.0f} times as large as those that a plain adapter starts with"
+            authors = similarity.init_weights == "authors"
+            plain = "the standard deviation 1e-2 of the authors' plain layers" if authors else "a plain layer's"
+            said[-1] += f", and the size of its projections is {size:.0f} times {plain}"
     cure = f"Lower learning_rate (now {learning_rate:g})"
     if recipe != "default":
         cure += ', or train with recipe "default", which takes smaller steps in weights that tasks share'
@@ -234,19 +238,17 @@ def _of_stack(net: nn.Module, tasks: Tensor) -> StackSimilarity:
 
 def _of_table(table: AdapterTable, numbers: Tensor) -> StackSimilarity:
     packed = table(numbers)[..., : table.layout.numel - table.layout.norm_numel]
-    means = {name: float(packed[..., table.layout.slices[name]].square().mean()) for name in _plain_stds(table)}
+    means = {name: float(packed[..., table.layout.slices[name]].square().mean()) for name in _plain_sizes(table)}
     return StackSimilarity(None, _grams(packed), _sizes(table, means))
 
 
-def _plain_stds(net: AdapterSource) -> dict[str, float]:
-    """The standard deviations with which the projections of a plain adapter start, where they are not zero."""
-    starts = plain_starts(net.layout, Initialisation.of(net.config))
-    return {name: starts[name].std for name in _PROJECTIONS if name in starts and starts[name].std}
+def _plain_sizes(net: AdapterSource) -> dict[str, float]:
+    return plain_sizes(net.layout, Initialisation.of(net.config))
 
 
 def _sizes(net: AdapterSource, means: Mapping[str, float]) -> dict[str, float]:
     """The mean squares of the projections as :class:`StackSimilarity` has them."""
-    return {name: math.sqrt(max(means[name], 0.0)) / std for name, std in _plain_stds(net).items()}
+    return {name: math.sqrt(max(means[name], 0.0)) / std for name, std in _plain_sizes(net).items()}
 
 
 def _of_generators(net: HyperNetwork, task_embeddings: Tensor) -> StackSimilarity:

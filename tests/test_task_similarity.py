@@ -138,7 +138,7 @@ def test_a_collapse_names_its_tasks_and_its_cause(collapse, pair, why):
     text = collapse_explained(similarity, 0.01, "authors")
     assert why in text and repr(pair[0]) in text and repr(pair[1]) in text and "learning_rate (now 0.01)" in text
     assert 'recipe "default"' in text and 'recipe "default"' not in collapse_explained(similarity, 0.01, "default")
-    assert ("times as large as those that a plain adapter starts with" in text) == (collapse is collapse_generators)
+    assert ("and the size of its projections is" in text) == (collapse is collapse_generators)
     assert ("and 2 more of 3 pairs" in text) == (collapse is not collapse_embeddings)
 
 
@@ -170,11 +170,38 @@ def test_models_without_projections_or_adapters_have_what_there_is():
 
 
 @pytest.mark.parametrize("init_weights", ["authors", "hyperfan_in", "hyperfan_out"])
-def test_a_plain_adapter_is_what_the_baseline_starts_with(init_weights):
-    figures = task_similarity(fresh_model("adapters", init_weights=init_weights)).figures()
-    for part in ("down_weight", "up_weight"):
-        assert figures[f"encoder/{part}_ratio"] == pytest.approx(1, rel=0.1)
+@pytest.mark.parametrize("variant", ["adapters", "hyperformer++"])
+def test_sizes_are_multiples_of_a_plain_layers(init_weights, variant):
+    """The up-projection starts at a tenth of it, but with the authors' weights, whose plain size is their 1e-2."""
+    changes = {"task_embedding_dim": 64, "projected_task_embedding_dim": 64, "task_hidden_dim": 128}
+    figures = task_similarity(fresh_model(variant, init_weights=init_weights, **changes)).figures()
+    authors = init_weights == "authors"
+    # the authors' generators, which read 64 numbers of mean square 1, make weights with eight times this deviation
+    generated = 8 if authors and variant == "hyperformer++" else 1
+    assert figures["encoder/down_weight_ratio"] == pytest.approx(generated, rel=0.15)
+    assert figures["encoder/up_weight_ratio"] == pytest.approx(generated if authors else 0.1, rel=0.15)
+
+
+def test_the_up_projection_has_its_size_with_a_post_norm_that_starts_at_zero():
     assert "encoder/up_weight_ratio" in task_similarity(fresh_model(zero_delta=True)).figures()
+
+
+@pytest.mark.parametrize(
+    ("init_weights", "multiple"),
+    [("authors", "the standard deviation 1e-2 of the authors' plain layers"), ("hyperfan_in", "a plain layer's")],
+)
+def test_the_warning_says_what_large_projections_are_a_multiple_of(init_weights, multiple):
+    for times in (5, 15):
+        model = fresh_model("adapters", init_weights=init_weights)
+        std = 0.01 if init_weights == "authors" else (1 / 4) ** 0.5
+        with torch.no_grad():
+            for net in model.hypernetworks.values():
+                for adapters in net.adapters.values():
+                    adapters[:, net.layout.slices["down_weight"]] = 0
+                    adapters[:, net.layout.slices["up_weight"]] = times * std
+        text = collapse_explained(task_similarity(model), 0.01, "default")
+        assert (f"and the size of its projections is 15 times {multiple}" in text) == (times == 15)
+        assert ("projections" in text) == (times == 15)
 
 
 def test_a_projection_that_starts_at_zero_has_no_size():
