@@ -96,7 +96,7 @@ class HyperFormerTrainingArguments(Seq2SeqTrainingArguments):
     max_task_grad_norm: float | None = argument(
         None,
         "Scale the gradient of each task in a batch, with respect to the generators' weights, down to this norm where "
-        "it is longer, before they are added; left out: not.",
+        "it is longer, before they are added; left out: not. max_grad_norm (1.0 by default) clips the sum again.",
     )
     gradient_surgery: str = argument(
         "none",
@@ -105,8 +105,8 @@ class HyperFormerTrainingArguments(Seq2SeqTrainingArguments):
     )
     diagnostics_steps: int = argument(
         100,
-        "Log every N steps how far apart the tasks' embeddings and adapters are, and each task's share of the "
-        "gradient, and warn where tasks have collapsed onto each other; 0: not.",
+        "Log every N steps and at the end how far apart the tasks' embeddings and adapters are, and each task's share "
+        "of the gradient, and warn where tasks have collapsed onto each other; 0: not.",
     )
     overwrite_output_dir: bool = argument(False, "Replace the run in the output folder.")
     early_stopping_patience: int | None = argument(
