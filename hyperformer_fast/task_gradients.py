@@ -226,7 +226,7 @@ class TaskGradients:
 
     It acts on each backward pass by itself: on every micro-batch of an optimizer step, and in distributed training on
     the gradient of each process before these are averaged. A forward in a graph of torch.compile is not seen; ``seen``
-    counts those that were.
+    counts those that were. Nothing is seen where tasks have no gradients of their own (:func:`why_no_gradients`).
 
     Args:
         model: the model.
@@ -289,6 +289,8 @@ class TaskGradients:
         """
         if not nets:
             return {}
+        if why_no_gradients(self.model) is not None:  # parameters may have been frozen since this was made
+            return {name: net(embeddings) for name, net in nets.items()}
         packed: list[Tensor] = []
         grams: list[_Gram] = []
         for net in nets.values():

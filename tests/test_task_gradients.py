@@ -359,6 +359,18 @@ def test_what_makes_no_sense_is_refused():
         TaskGradients(model, surgery="pcgrad")
 
 
+def test_frozen_generators_have_no_figures():
+    """Also where they are frozen after the watch was made."""
+    model = tiny_model().train()
+    watch = TaskGradients(model)
+    model.train_only_task_embeddings()
+    for each in (watch, TaskGradients(model)):
+        with each.attached():
+            model(**batch(), task=MIXED).loss.backward()
+        assert each.seen == 0 and each.statistics.figures(TASKS, meet=True) == {}
+    assert next(iter(model.task_embeddings.task_to_embeddings.values())).grad.norm() > 0
+
+
 def test_copies_of_a_watched_model_are_models():
     model = tiny_model().train()
     with TaskGradients(model).attached():
