@@ -50,6 +50,20 @@ def test_figures_are_logged_every_so_many_steps(tmp_path):
     json.dumps(trainer.state.log_history, allow_nan=False)
 
 
+def test_a_reporter_gets_them(tmp_path):
+    class Reporter(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            got.append((state.global_step, {name: v for name, v in logs.items() if name.startswith("diagnostics/")}))
+
+    got = []
+    trainer = small_trainer(tmp_path, diagnostics_steps=2, max_steps=3, mixed_batches=True, callbacks=[Reporter()])
+    trainer.train()
+    got = [(step, logs) for step, logs in got if logs]
+    assert [step for step, _ in got] == [2, 3]
+    assert all({"diagnostics/encoder/weight_variation", "diagnostics/collapsed_pairs"} <= set(logs) for _, logs in got)
+    assert any(name.startswith("diagnostics/gradient_share/") for name in got[0][1])
+
+
 def test_a_batch_of_one_task_has_no_conflicts_but_norms(tmp_path):
     trainer = small_trainer(tmp_path, diagnostics_steps=20, max_steps=20)
     trainer.train()
