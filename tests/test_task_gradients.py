@@ -19,13 +19,12 @@ from transformers import T5EncoderModel
 from hyperformer_fast import get_hyperformer_model
 from hyperformer_fast.task_gradients import (
     TaskGradients,
-    TaskStatistics,
     clip_factors,
-    cosines,
     gram_matrix,
     pcgrad_factors,
     pcgrad_order,
 )
+from hyperformer_fast.task_statistics import TaskStatistics, cosines
 
 MIXED = ["mnli", "cola", "mnli", "stsb"]
 GENERATED = ("hyperformer++", "hyperformer-shared", "hyperformer")

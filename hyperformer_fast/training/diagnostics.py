@@ -15,8 +15,9 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput
 
-from ..task_gradients import TaskGradients, TaskStatistics, why_no_conflicts, why_no_gradients
+from ..task_gradients import TaskGradients, why_no_conflicts, why_no_gradients
 from ..task_similarity import collapse_explained, copied_tasks, task_similarity
+from ..task_statistics import TaskStatistics
 from .optimizer import OptimizingTrainer
 
 #: What the names of all figures begin with.
