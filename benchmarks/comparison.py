@@ -10,12 +10,14 @@ from rich.table import Table
 from rich.text import Text
 
 AVERAGES = ("average_metrics", "average_tasks")
-#: Figures of a run's diagnostics that are kept of each stack, with what they are; and those of the whole model.
+#: Figures of a run's diagnostics that are kept of each stack, with what they are; those of the whole model; and the one
+#: of each task.
 OF_A_STACK = {
     "weight_variation": "variance of adapters\nover tasks, of mean square",
     "weight_cosine_mean": "mean cosine of\ntwo tasks' adapters",
 }
 OF_THE_MODEL = ("task_embedding_cosine_mean", "collapsed_pairs", "gradient_cosine_mean", "gradient_conflicts")
+OF_A_TASK = "gradient_norm"
 #: How many points below the best average a learning rate still counts as good.
 POINTS = 3.0
 
@@ -96,7 +98,8 @@ def diagnosed(history: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int,
     for entry in history:
         for name, value in entry.items():
             start, _, name = name.partition("/")
-            if start == "diagnostics" and (name in OF_THE_MODEL or name.partition("/")[2] in OF_A_STACK):
+            of, _, figure = name.partition("/")
+            if start == "diagnostics" and (name in OF_THE_MODEL or figure in OF_A_STACK or of == OF_A_TASK):
                 curves.setdefault(name, []).append((entry["step"], value))
     return curves
 

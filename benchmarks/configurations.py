@@ -187,8 +187,7 @@ def recipe_fields(name: str | None) -> dict[str, Any]:
     recipe = RECIPES[name]
     numbers = {}
     if recipe.init_weights != "authors":
-        starts = {"up_share": UP_SHARE, "post_gamma": POST_GAMMA, "task_share": TASK_SHARE, "task_part": TASK_PART}
-        numbers |= starts
+        numbers = {"up_share": UP_SHARE, "post_gamma": POST_GAMMA, "task_share": TASK_SHARE, "task_part": TASK_PART}
     if recipe.learning_rate_rule == "fan_in":
         numbers["fan_in_exponent"] = FAN_IN_EXPONENT
     return {**recipe._asdict(), **numbers}

@@ -38,7 +38,7 @@ COLLAPSED = 5e-3
 #: Projections that are so many times as large as a plain layer's are worth a word.
 _LARGE = 10.0
 
-#: The parts of an adapter whose size is compared with a plain adapter's.
+#: The parts of an adapter that are not norms or biases.
 _PROJECTIONS = ("down_weight", "up_weight")
 
 Matrix = NDArray[np.float64]

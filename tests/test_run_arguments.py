@@ -11,12 +11,11 @@ from rich.console import Console
 from safetensors.torch import load_file
 from support.runs import SMALL, data_folder, saved_t5, small_run, small_trainer
 
-from hyperformer_fast import HyperFormerConfig
 from hyperformer_fast.training import RunArguments, RunError, evaluate_run, train_run
 from hyperformer_fast.training import run as run_module
 from hyperformer_fast.training import start as start_module
 from hyperformer_fast.training.arguments import RunConfigError
-from hyperformer_fast.training.presets import with_preset, with_rate
+from hyperformer_fast.training.presets import with_preset
 from hyperformer_fast.training.settle import overridden
 
 
@@ -71,24 +70,21 @@ def test_a_share_of_warm_up_is_not_overridden_by_steps_that_nobody_gave():
     assert "warmup_steps" not in overridden({"warmup_steps": 500}, {"warmup_ratio": 0.1})
 
 
-def test_a_rate_that_nobody_gave_suits_the_recipe_that_learns(tmp_path):
+def test_a_run_from_other_weights_has_the_rate_of_their_recipe(inputs, tmp_path):
     def rates(**given):
-        return with_preset({"preset": "demo", **given})["learning_rate"], with_rate(given).get("learning_rate")
+        return with_preset({"preset": "demo", **given})["learning_rate"], RunArguments.from_dict(
+            given
+        ).training.learning_rate
 
-    def saved(**fields):
-        folder = tmp_path / "-".join(fields.values())
-        folder.mkdir()
-        HyperFormerConfig(tasks=["cola"], **fields).save(folder / "config.json")
-        return str(folder)
-
-    divided, undivided = (3e-3, 3e-3), (1e-3, None)
-    assert rates() == divided
-    assert rates(recipe="authors") == rates(variant="finetuning") == undivided
-    # the weights that a run starts from say what their recipe is
-    assert rates(init_from=saved(recipe="default")) == divided
-    assert rates(init_from=saved(recipe="authors")) == undivided
-    assert rates(init_from=saved(recipe="default", variant="finetuning")) == undivided
-    # where they do not yet, the rate is the one that is too low at the worst
+    divided, undivided = (3e-3, 3e-3), (1e-3, 3e-4)
+    for name, fields in (
+        ("default", {"recipe": "default"}),
+        ("authors", {"recipe": "authors"}),
+        ("finetuning", {"variant": "finetuning", **dict.fromkeys(SMALL)}),
+    ):
+        run(inputs, tmp_path / name, **fields)
+        assert rates(init_from=str(tmp_path / name)) == (divided if name == "default" else undivided)
+    # where the weights do not say it yet, the rate is the one that is too low at the worst
     for elsewhere in ("someone/model", str(tmp_path)):
         assert rates(init_from=elsewhere) == undivided
         assert rates(init_from=elsewhere, recipe="default") == divided
