@@ -32,8 +32,9 @@ def with_scores(values: Sequence[float]) -> dict[str, Any]:
     return {**spread(values), "scores": list(values)}
 
 
-def shown(value: Mapping[str, float | None]) -> str:
-    return f"{value['mean']:.1f}" + ("" if value["deviation"] is None else f" ± {value['deviation']:.1f}")
+def shown(value: Mapping[str, float | None], digits: int = 1) -> str:
+    deviation = "" if value["deviation"] is None else f" ± {value['deviation']:.{digits}f}"
+    return f"{value['mean']:.{digits}f}{deviation}"
 
 
 def title_of(label: str) -> str:
@@ -79,6 +80,7 @@ def compared(found: Mapping[tuple[str, int], Mapping[str, Any] | None], methods:
             "above_majority": sum(
                 (tasks[name]["score"]["mean"] or 0.0) > most["score"] for name, most in of_majority["tasks"].items()
             ),
+            "loss": _loss_of(of_method),
             "diverged": len(of_method) - len(trained),
             "trained_parameters": trained[0]["trained_parameters"] if trained else None,
             "percent_per_task": trained[0]["percent_per_task"] if trained else None,
@@ -86,6 +88,22 @@ def compared(found: Mapping[tuple[str, int], Mapping[str, Any] | None], methods:
             "tasks": tasks,
         }
     return results
+
+
+def mean_loss(run: Mapping[str, Any]) -> float | None:
+    """The mean of a run's tasks' cross-entropies; None where it was evaluated without them.
+
+    It asks for no text. Where a T5 is unsure, the text that it writes can be one for all rows, and a correlation zero,
+    though the probabilities of all texts follow the rows.
+    """
+    losses = [task.get("loss") for task in run["tasks"].values()]
+    return None if None in losses else statistics.fmean(losses)
+
+
+def _loss_of(runs: Sequence[Mapping[str, Any] | None]) -> dict[str, float | None] | None:
+    """Mean and standard deviation of the runs' losses; None where one diverged or has none."""
+    losses = [None if run is None else mean_loss(run) for run in runs]
+    return None if None in losses else spread(losses)
 
 
 def diagnosed(history: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
@@ -189,16 +207,19 @@ def comparison_table(results: Mapping[str, Any], title: str) -> Table:
 
 
 def methods_table(results: Mapping[str, Any], title: str) -> Table:
-    """A row for the majority class and each method, a column for each task's score (the mean of its metrics)."""
+    """A row for the majority class and each method, a column for each task's score (the mean of its metrics), and one
+    for the loss if any method has it."""
     most, methods = results["majority"], results["methods"]
     table = Table("method", title=Text(title))
     for name, metrics in most["tasks"].items():
         kinds = [metric for metric in metrics if metric != "score"]
         table.add_column(Text(f"{name}, {' / '.join(kinds)}"), justify="right")
-    for heading in ("average of metrics", "average of tasks", "tasks above the majority", "trained per task"):
+    with_loss = any(method.get("loss") for method in methods.values())
+    headings = ("average of metrics", "average of tasks", *["loss"] * with_loss, "tasks above the majority")
+    for heading in (*headings, "trained per task"):
         table.add_column(heading, justify="right")
     scores = (f"{metrics['score']:.1f}" for metrics in most["tasks"].values())
-    table.add_row("majority class", *scores, *(f"{most[name]:.1f}" for name in AVERAGES), "", "")
+    table.add_row("majority class", *scores, *(f"{most[name]:.1f}" for name in AVERAGES), *[""] * (2 + with_loss))
     table.add_section()
     for label, method in methods.items():
         diverged = f" ({method['diverged']} diverged: as majority)" if method["diverged"] else ""
@@ -206,6 +227,7 @@ def methods_table(results: Mapping[str, Any], title: str) -> Table:
             Text(title_of(label) + diverged),
             *(shown(task["score"]) for task in method["tasks"].values()),
             *(shown(method[name]) for name in AVERAGES),
+            *([_shown_loss(method)] if with_loss else []),
             f"{method['above_majority']} of {len(method['tasks'])}",
             _or_none(method["percent_per_task"], "{:.2f} %"),
         )
@@ -269,33 +291,63 @@ def swept(found: Mapping[tuple[str, float, int], Mapping[str, Any] | None], labe
         for rate in rates:
             runs = [found[key] for key in sorted(found) if key[:2] == (label, rate)]
             scores = [most if run is None else run["average_metrics"] for run in runs]
-            by_rate.append({"rate": rate, **with_scores(scores), "diverged": runs.count(None)})
+            by_rate.append(
+                {
+                    "rate": rate,
+                    **with_scores(scores),
+                    "diverged": runs.count(None),
+                    "loss": _loss_of(runs),
+                    "tasks": {name: _mean_score(runs, name, first) for name in first["tasks"]},
+                }
+            )
         averages = {each["rate"]: each["mean"] for each in by_rate}
         results["methods"][label] = {"rates": by_rate, "within": within(averages)}
     return results
 
 
+def _mean_score(runs: Sequence[Mapping[str, Any] | None], task: str, first: Mapping[str, Any]) -> float:
+    """The mean score of a task; a run that diverged has the majority class's."""
+    of_runs = [first["tasks"][task]["majority"] if run is None else run["tasks"][task]["metrics"] for run in runs]
+    return statistics.fmean(scores["score"] for scores in of_runs)
+
+
 def sweep_table(results: Mapping[str, Any], title: str) -> Table:
-    """A row for each learning rate, a column for each method."""
+    """A row for each learning rate, and for each method a column of its averages and, if known, one of its losses."""
     table = Table(title=Text(title))
     table.add_column("learning rate", justify="right")
     methods = results["methods"]
+    with_loss = any(each.get("loss") for method in methods.values() for each in method["rates"])
     for label in methods:
         table.add_column(Text(title_of(label)), justify="right")
+        if with_loss:
+            table.add_column("loss", justify="right")
     by_rate = {label: {each["rate"]: each for each in method["rates"]} for label, method in methods.items()}
     for rate in sorted({rate for each in by_rate.values() for rate in each}):
         cells = [by_rate[label].get(rate) for label in methods]
-        table.add_row(f"{rate:g}", *("" if cell is None else shown(cell) + _diverged(cell) for cell in cells))
+        table.add_row(f"{rate:g}", *(text for cell in cells for text in _of_rate(cell, with_loss)))
     table.add_section()
     most = f"{results['majority']['average_metrics']:.1f}"
-    table.add_row("majority class", *(most for _ in methods))
     ranges = [method["within"] for method in methods.values()]
-    table.add_row("best rate", *(f"{each['best']:g}" for each in ranges))
-    table.add_row(
-        f"within {POINTS:g} points of it",
-        *(f"{each['low']:g} to {each['high']:g}, a factor of {each['factor']:.3g}" for each in ranges),
-    )
+    near = [f"{each['low']:g} to {each['high']:g}, a factor of {each['factor']:.3g}" for each in ranges]
+    for heading, texts in (
+        ("majority class", [most] * len(ranges)),
+        ("best rate", [f"{each['best']:g}" for each in ranges]),
+        (f"within {POINTS:g} points of it", near),
+    ):
+        table.add_row(heading, *(cell for text in texts for cell in ([text, ""] if with_loss else [text])))
     return table
+
+
+def _of_rate(cell: Mapping[str, Any] | None, with_loss: bool) -> list[str]:
+    """What a table shows of a method at one rate."""
+    if cell is None:
+        return ["", ""] if with_loss else [""]
+    return [shown(cell) + _diverged(cell), *([_shown_loss(cell)] if with_loss else [])]
+
+
+def _shown_loss(found: Mapping[str, Any]) -> str:
+    loss = found.get("loss")
+    return "" if loss is None else shown(loss, 3)
 
 
 def _diverged(cell: Mapping[str, Any]) -> str:

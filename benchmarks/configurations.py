@@ -34,6 +34,19 @@ UNDIVIDED_RATE = 1e-3
 EMBEDDED = Path(hyperformer_fast.__file__).parent / "assets" / "tiny_t5"
 #: Longest source, reduction factor and width of the task embeddings on real text.
 TEXT_SIZES = {"length": 64, "reduction": 16, "embedding": 32}
+#: What a run of "hyperformer++" by the default recipe may have otherwise, one thing each time. PCGrad and per-task
+#: clipping act on mixed batches, as all runs of `study.py options` have.
+OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    "default": {},
+    "zero_delta": {"zero_delta": True},
+    "init_weights hyperfan_out": {"init_weights": "hyperfan_out"},
+    "init_weights authors": {"init_weights": "authors"},
+    "embeddings not normalised": {"normalize_embeddings": False},
+    "learning_rate_rule uniform": {"learning_rate_rule": "uniform"},
+    "embedding_warmup_steps": {"embedding_warmup_steps": 0.25},
+    "max_task_grad_norm 0.1": {"max_task_grad_norm": 0.1},
+    "gradient_surgery pcgrad": {"gradient_surgery": "pcgrad"},
+}
 #: What a study decides itself for each run of the preset "demo".
 _DECIDED = frozenset("max_steps warmup_steps learning_rate eval_steps save_steps max_eval_samples".split())
 
@@ -230,6 +243,14 @@ def with_builtin(work: Path, data: Path) -> Path:
             (partial / task).symlink_to((data / task).resolve(), target_is_directory=True)
         partial.rename(folder)
     return folder
+
+
+def option_fields(name: str, steps: int) -> dict[str, Any]:
+    """The arguments of one of OPTIONS in a run of so many steps. The embeddings warm up over a share of these."""
+    fields = dict(OPTIONS[name])
+    if share := fields.get("embedding_warmup_steps"):
+        fields["embedding_warmup_steps"] = max(1, round(share * steps))
+    return fields
 
 
 def _digest(content: bytes) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from drawing import panels, plain_logarithmic
-from study_plots import comparison, fewshot, many, rates
+from study_plots import comparison, fewshot, many, options, rates
 from timing import RESULTS
 
 #: The label of every axis that shows how a rival compares.
@@ -166,6 +166,7 @@ PLOTS = {
     "gpu-report": gpu_report,
     "real-text": comparison,
     "compare": comparison,
+    "options": options,
     "rates": rates,
     "many": many,
     "fewshot": fewshot,

@@ -3,12 +3,14 @@
     python benchmarks/study.py rates    [--rates 3e-4 ... 3e-2] [--methods hyperformer++ adapters:default]
     python benchmarks/study.py compare  [--chosen RATES.json] [--methods ...]
     python benchmarks/study.py transfer [--to TASK ...] [--samples 4 16 32 100]
+    python benchmarks/study.py options  [--options NAME ...]
     python benchmarks/study.py many     --t5 FOLDER --data FOLDER
 
 `--t5 FOLDER --data FOLDER [--tasks ...]` is real text. Every run is a `hyperformer-fast train` of its own, in a process
 with one thread. What is finished is kept in --work, so that the same command goes on where it was stopped, and studies
-share the runs that they have in common. `rates` looks at validation rows alone, and `compare --chosen` takes the rates
-that it found, and the default for a method that it did not sweep; `compare`, `many` and `transfer` report test rows.
+share the runs that they have in common. `rates` and `options` (of the recipe, one changed at a time) look at validation
+rows alone, and `compare --chosen` takes the rates that `rates` found, and the default for a method that it did not
+sweep; `compare`, `many` and `transfer` report test rows.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from comparison import (
 from configurations import (
     BUILTIN_TRANSFER,
     METHODS,
+    OPTIONS,
     TEXT_SIZES,
     TEXT_TASKS,
     TEXT_TRANSFER,
@@ -43,6 +46,7 @@ from configurations import (
     contents_of,
     lines,
     named,
+    option_fields,
     recipe_fields,
     text_options,
     text_rate,
@@ -69,9 +73,10 @@ def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     rates = commands.add_parser("rates", help="sweep the learning rate: averages on validation rows")
     compare = commands.add_parser("compare", help="all methods side by side, on test rows")
+    options = commands.add_parser("options", help="the default recipe with one thing changed, on validation rows")
     many = commands.add_parser("many", help="the built-in tasks and all of --data in one run")
     transfer = commands.add_parser("transfer", help="few-shot transfer to tasks that were not trained")
-    for each in (rates, compare, many, transfer):
+    for each in (rates, compare, options, many, transfer):
         _shared_options(each)
     # `evaluate` and `fewshot` take one run, not a folder of runs of single tasks
     together = [method for method in METHODS if method != "single_task"]
@@ -79,6 +84,7 @@ def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     for each, methods, default, seeds in (
         (rates, together, ["hyperformer++"], 3),
         (compare, METHODS, METHODS, 3),
+        (options, ["hyperformer++"], ["hyperformer++:default"], 3),
         (many, METHODS, two, 3),
         (transfer, together, two, 5),
     ):
@@ -88,7 +94,8 @@ def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     words = f"default: {' '.join(f'{rate:g}' for rate in RATES)}"
     rates.add_argument("--rates", type=float, nargs="+", default=RATES, help=words)
     in_words = ", ".join(f"{line.label} {text_rate(line):g}" for line in lines(METHODS, RECIPES))
-    for each in (compare, many, transfer):
+    options.add_argument("--options", nargs="+", choices=OPTIONS, default=list(OPTIONS), help="default: all")
+    for each in (compare, options, many, transfer):
         each.add_argument(
             "--learning-rate", nargs="+", type=_rate, default=[], metavar="METHOD[:RECIPE]=X",
             help=f"default: the preset's on the built-in tasks; on real text {in_words}",
@@ -286,6 +293,21 @@ def compare(options: argparse.Namespace) -> None:
     finish(f"compare-{options.name}", options, results, methods_table(results, caption(options, results)))
 
 
+def options(options: argparse.Namespace) -> None:
+    rates, (line,) = rates_of(options), options.lines
+    options.set = {"mixed_batches": True, **options.set}
+    calls = {}
+    for seed in range(options.seeds):
+        for name in options.options:
+            changed = {"set": {**options.set, **option_fields(name, options.steps)}}
+            of_run = argparse.Namespace(**{**vars(options), **changed})
+            run = run_of(of_run, line, rates[line.label], seed)
+            calls[name, seed] = lambda run=run: outcome(*run, validation=True)
+    results = compared(in_parallel("options", calls, options.jobs, said), options.options)
+    results["settings"] = settings(options, rates)
+    finish(f"options-{options.name}", options, results, methods_table(results, caption(options, results)))
+
+
 def many(options: argparse.Namespace) -> None:
     rates = rates_of(options)
     results = compared(trained(options, rates), list(rates))
@@ -369,7 +391,9 @@ def finish(name: str, options: argparse.Namespace, results: Mapping[str, Any], t
 
 def main() -> None:
     options = options_of()
-    {"rates": rates, "compare": compare, "many": many, "transfer": transfer}[options.command](options)
+    {"rates": rates, "compare": compare, "options": options, "many": many, "transfer": transfer}[options.command](
+        options
+    )
 
 
 if __name__ == "__main__":

@@ -56,11 +56,16 @@ def with_deviations(values: Sequence[Mapping[str, Any]]) -> list[float]:
     return bars + [score for value in values for score in value.get("scores", ())]
 
 
-def comparison(results: dict, where: Mapping[str, str], path: Path) -> None:
+def options(results: dict, where: Mapping[str, str], path: Path) -> None:
+    """The same as of methods for the recipe with one thing changed."""
+    comparison(results, where, path, "options of the recipe")
+
+
+def comparison(results: dict, where: Mapping[str, str], path: Path, what: str | None = None) -> None:
     """The average of each method with its deviation over seeds, and the score of each method on each task."""
     methods, tasks = results["methods"], list(results["majority"]["tasks"])
     size = 5.7 + 0.75 * min(len(tasks), UPRIGHT), 2.7 + 0.3 * len(methods)
-    with figure_of(path, where, size, title(methods_in_words(list(methods)), results)) as figure:
+    with figure_of(path, where, size, title(what or methods_in_words(list(methods)), results)) as figure:
         left, right = figure.subplots(1, 2, sharey=True, width_ratios=(1, 0.35 + 0.22 * min(len(tasks), UPRIGHT)))
         _averages(left, results)
         _scores(figure, right, results, tasks)

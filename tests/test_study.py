@@ -47,7 +47,13 @@ def text(tmp_path):
 
 def metrics(config, split, score):
     tasks = {
-        task: {"split": split, "rows": 250, "metrics": {"accuracy": score, "score": score}, "majority": MAJORITY}
+        task: {
+            "split": split,
+            "rows": 250,
+            "metrics": {"accuracy": score, "score": score},
+            "majority": MAJORITY,
+            "loss": score / 100,
+        }
         for task in config["tasks"]
     }
     averages = {"average_metrics": score, "average_tasks": score + 1}
@@ -175,6 +181,58 @@ def test_rates_are_compared_on_validation_rows_and_nothing_is_run_twice(study, o
     commands.clear()
     study.rates(options)
     assert not commands
+
+
+def test_a_rate_has_the_loss_that_needs_no_text(module):
+    def run(average, *losses):
+        tasks = {
+            f"t{i}": {"split": "validation", "rows": 4, "metrics": {"score": average}, "majority": {"score": 50.0}}
+            | ({} if loss is None else {"loss": loss})
+            for i, loss in enumerate(losses)
+        }
+        return {"average_metrics": average, "majority_average_metrics": 50.0, "tasks": tasks}
+
+    comparison = module("comparison")
+    found = {
+        ("a", 0.1, 0): run(60.0, 1.0, 2.0),
+        ("a", 0.1, 1): run(70.0, 2.0, 3.0),
+        ("b", 0.1, 0): run(55.0, None, 1.0),
+    }
+    found["b", 0.1, 1] = None
+    results = comparison.swept(found, ["a", "b"])
+    (a,), (b,) = (results["methods"][label]["rates"] for label in "ab")
+    assert a["loss"] == {"mean": 2.0, "deviation": pytest.approx(0.5**0.5)} and a["tasks"] == {"t0": 65.0, "t1": 65.0}
+    assert b["loss"] is None and b["tasks"] == {"t0": 52.5, "t1": 52.5}  # one diverged, and had no loss
+    shown = comparison.markdown(comparison.sweep_table(results, "x"))
+    assert "| learning rate | a | loss | b | loss |" in shown
+    assert "| 0.1 | 65.0 ± 7.1 | 2.000 ± 0.707 | 52.5 ± 3.5 (1 diverged) |  |" in shown
+
+
+def test_options_change_one_thing_each_on_validation_rows(module, study, options_of, commands):
+    options = options_of("options", "--quick", "--options", "default", "zero_delta", "embedding_warmup_steps")
+    study.options(options)
+    configs = [json.loads(Path(words[1]).read_text()) for words in commands if words[0] == "train"]
+    keys = {"zero_delta", "embedding_warmup_steps"}
+    assert [{k: v for k, v in config.items() if k in keys} for config in configs] == [
+        {}, {"zero_delta": True}, {"embedding_warmup_steps": 1},
+    ]  # fmt: skip
+    same = [{k: v for k, v in config.items() if k not in {*keys, "output_dir"}} for config in configs]
+    assert same[0] == same[1] == same[2] and same[0]["mixed_batches"] is True and same[0]["recipe"] == "default"
+    (path,) = (options.output).glob("options-builtin-*.json")
+    results = json.loads(path.read_text())["results"]
+    assert list(results["methods"]) == ["default", "zero_delta", "embedding_warmup_steps"]
+    assert {task["split"] for task in results["evaluated"].values()} == {"validation"}
+    assert results["methods"]["default"]["loss"] == {"mean": pytest.approx(0.87), "deviation": None}
+    assert "| average of tasks | loss |" in path.with_suffix(".md").read_text()
+    assert path.with_suffix(".png").stat().st_size
+
+
+def test_every_option_is_an_argument_of_a_run(module, tmp_path):
+    configurations = module("configurations")
+    for name in configurations.OPTIONS:
+        fields = configurations.option_fields(name, 100)
+        RunArguments.from_dict({"output_dir": str(tmp_path), "max_steps": 100, "mixed_batches": True, **fields})
+        assert list(fields) == list(configurations.OPTIONS[name])
 
 
 def test_another_argument_of_all_runs_stands_in_the_caption_and_can_name_the_results(study, options_of, commands):

@@ -12,7 +12,7 @@ from transformers import ByT5Tokenizer
 
 from hyperformer_fast import get_hyperformer_model
 from hyperformer_fast.training import generation
-from hyperformer_fast.training.evaluate import evaluate_tasks
+from hyperformer_fast.training.evaluate import evaluate_tasks, tokenised
 from hyperformer_fast.training.report import notes, plot_curves, results_table, smoothed
 
 
@@ -54,6 +54,8 @@ def test_results_say_what_they_rest_on(tmp_path, monkeypatch):
     cola = results["tasks"]["cola"]
     assert (cola["split"], cola["rows"], cola["unparsed"]) == ("validation", 6, 1)
     assert results["tasks"]["stsb"]["metrics"]["pearson"] == pytest.approx(100)
+    rows = tokenised(data["stsb"], "validation", trainer.processing_class, trainer.task_names, 64)
+    assert results["tasks"]["stsb"]["loss"] == plain("stsb", rows).metrics["eval_loss"]
     assert results["average_metrics"] == pytest.approx((cola["metrics"]["matthews"] + 200) / 3)
     assert results["average_tasks"] == pytest.approx((cola["metrics"]["matthews"] + 100) / 2)
     console = Console(width=100, record=True, file=io.StringIO())
@@ -63,6 +65,9 @@ def test_results_say_what_they_rest_on(tmp_path, monkeypatch):
         assert part in text
     said = "\n".join(notes(results))
     assert "cola, stsb: reported on validation" in said and "cola: 1 of 6 generated texts are no label" in said
+    assert cola["distinct"] == 3 and "one text was generated" not in said
+    answers["stsb"] = ["0.2"] * 6
+    assert "stsb: one text was generated for all 6 rows" in "\n".join(notes(evaluate_tasks(trainer, data, run)))
     with pytest.raises(ValueError, match="task 'cola' has no split 'test'; it has train, validation"):
         evaluate_tasks(trainer, data, run, "test")
 

@@ -98,8 +98,9 @@ def evaluate_tasks(
 ) -> dict[str, Any]:
     """Evaluate a trainer's model on whole splits and return the content of metrics.json.
 
-    For each task the content has the split, the number of rows, the metrics of the model and of the majority class, and
-    the number of generated texts that are no label. It also has the averages.
+    For each task the content has the split, the number of rows, the metrics of the model and of the majority class, the
+    cross-entropy of a target's token (``loss``, the mean over batches), and how many of the generated texts are
+    distinct and how many are no label. It also has the averages.
     """
     for name, task in data.items():
         if split is not None and split not in task.splits:
@@ -122,6 +123,8 @@ def evaluate_tasks(
                     "rows": len(rows),
                     "metrics": outcome.scores,
                     "majority": majority(task, chosen, run.data.max_predict_samples),
+                    "loss": outcome.metrics["test_loss"],
+                    "distinct": len(set(outcome.texts)),
                     "unparsed": [task.spec.parse(text) for text in outcome.texts].count(None),
                 }
         finally:
