@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast, T5ForConditionalGeneration
 
-from hyperformer_fast.data.builtin import load_builtin
+from hyperformer_fast.data.builtin import BUILTIN_SPECS, load_builtin
 from hyperformer_fast.data.builtin_prose import Prose
 from hyperformer_fast.data.builtin_words import REVIEWED
+from hyperformer_fast.data.registry import builtin_spec
 
 TOOLS = Path(__file__).parents[1] / "tools"
 MAKERS = ("spans", "pair_spans", "proceed", "count", "follows", "foretell", "intact", "recall")
@@ -82,10 +83,12 @@ def test_examples_say_what_is_true(objectives, name):
             assert example.source[end] < sentinel or flag == -100
         if name == "count":
             first, second = _pair(text)
-            assert target == str(min(9, sum(word not in first for word in second)))
+            assert prefix == "count" and example.new == min(9, sum(word not in first for word in second))
+            assert target == "none one two three four five six seven eight nine".split()[example.new]
             assert [flag == 1 for flag in example.shared] == [w in second for w in first] + [w in first for w in second]
         elif name == "intact":
-            assert target == str(int(1 not in example.altered)) and "sentence: " in text
+            assert prefix == "intact" and target == ("changed" if example.changed else "kept")
+            assert example.changed == (1 in example.altered) and "sentence: " in text
         elif name == "recall":
             way, _, rest = text.partition(" ")
             given, _, sentence = rest.partition(" sentence: ")
@@ -99,11 +102,38 @@ def test_examples_say_what_is_true(objectives, name):
         elif name == "foretell":
             assert example.following == example.target and "sentence: " in text
         elif name == "follows":
-            assert target in "01" and len(_pair(text)) == 2
+            assert prefix == "follows" and target in ("yes", "no") and len(_pair(text)) == 2
         else:
             assert sentinel in example.target and "<extra_id" not in text
         answers.add(target)
     assert len(answers) > 1
+
+
+def test_no_word_that_is_a_tasks_label_is_an_answer(objectives):
+    """What an objective asks near to a task is answered in other words, or the T5 would know the task by heart."""
+    module = importlib.import_module("pretraining.objectives")
+    answers = {module.KEPT, module.CHANGED, module.YES, module.NO, *module.NUMBERS}
+    labels = {
+        builtin_spec(task).target_text(row["label"]) for task in BUILTIN_SPECS for row in load_builtin(task, "train")
+    }
+    assert not answers & labels
+
+
+def test_an_altered_sentence_is_none_of_a_held_out_row(objectives, monkeypatch):
+    """`grammar` alters sentences in the same way: without a check some of its test rows would be drawn."""
+    words = "the old nurse waits in the park".split()
+    objectives.draw.seed(0)
+    monkeypatch.setattr(objectives, "words", {"wait"})
+    made = {" ".join(objectives._alter(words)[0]) for _ in range(300)}
+    assert "the old nurse wait in the park" in made and "the old nurse waits in the park" not in made
+    monkeypatch.setattr(objectives.prose, "held", {"the old nurse wait in the park"})
+    assert "the old nurse wait in the park" not in {" ".join(objectives._alter(words)[0]) for _ in range(300)}
+
+
+def test_words_that_are_new_and_shown_are_counted(objectives):
+    example = type(objectives.spans())(objectives.ids)
+    objectives._pair(example, "Anna lost a hat".split(), "Boris sold a red hat".split(), {1: objectives.ids.sentinel})
+    assert example.new == 2  # Boris, red
 
 
 def _pair(text):

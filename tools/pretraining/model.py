@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGene
 from hyperformer_fast.checkpoint import recover_directory, write_directory
 from hyperformer_fast.fusion import fuse_t5
 
-from .objectives import IGNORED, Example
+from .objectives import IGNORED, NUMBERS, Example
 from .tokenizer import TOKENIZER_FIELDS
 
 CONFIG = {
@@ -39,8 +39,9 @@ class Pretraining(nn.Module):
     """The T5, and linear readers of its encoder.
 
     At each word's last piece they read whether the other sentence of a pair has the word, and whether it was altered;
-    at the end token the first piece of the target, and all pieces of a sentence that is to be foretold. The decoder's
-    few pieces of target say little about each word of the source.
+    at the end token whether any word was altered, how many words are new in the second sentence of a pair, the first
+    piece of the target, and all pieces of a sentence that is to be foretold. The decoder's few pieces of target say
+    little about each word of the source, and nothing about what it was not asked.
     """
 
     def __init__(self) -> None:
@@ -49,6 +50,7 @@ class Pretraining(nn.Module):
         config = self.t5.config
         reader = lambda n: nn.Sequential(nn.LayerNorm(config.d_model), nn.Linear(config.d_model, n))  # noqa: E731
         self.shared, self.altered = reader(2), reader(2)
+        self.changed, self.new = reader(2), reader(len(NUMBERS))
         self.answer, self.following = reader(config.vocab_size), reader(config.vocab_size)
         self._look_for_likes()
         fuse_t5(self.t5)  # a fifth faster on one thread
@@ -86,10 +88,17 @@ class Pretraining(nn.Module):
         ends = torch.tensor([end for example in examples for end in example.ends])
         for name, reader in (("shared", self.shared), ("altered", self.altered)):
             flags = torch.tensor([flag for example in examples for flag in getattr(example, name)])
-            known = flags != IGNORED
-            if known.any():
-                losses[name] = cross_entropy(reader(states[rows[known], ends[known]]), flags[known])
+            _add(losses, name, reader, states[rows, ends], flags)
+        for name, reader in (("changed", self.changed), ("new", self.new)):
+            _add(losses, name, reader, last, torch.tensor([getattr(example, name) for example in examples]))
         return losses
+
+
+def _add(losses: dict[str, Tensor], name: str, reader: nn.Module, states: Tensor, wanted: Tensor) -> None:
+    """Add the loss of a reader where there is something to read."""
+    known = wanted != IGNORED
+    if known.any():
+        losses[name] = cross_entropy(reader(states[known]), wanted[known])
 
 
 def pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:

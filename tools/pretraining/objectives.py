@@ -60,6 +60,12 @@ def lesson_at(step: int) -> Lesson:
     return next(lesson for lesson in LESSONS if step < lesson.until)
 
 
+#: What some objectives answer, always behind a prefix of their own and never in the words of a task's label: what they
+#: ask is near to what some tasks ask, and a T5 that answers a task before it is adapted shows nothing.
+KEPT, CHANGED = "kept", "changed"
+YES, NO = "yes", "no"
+NUMBERS = ("none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
 #: The columns' names before two sentences: mostly those of the tasks on pairs.
 PAIRS = (("sentence1", "sentence2"),) * 3 + (("context", "question"),)
 
@@ -69,7 +75,8 @@ class Example:
 
     ``ends`` are the positions of the words' last pieces; ``shared`` says whether the other sentence of a pair has the
     word, ``altered`` whether it is not as it stood in the text. IGNORED where there is nothing to know. ``following``
-    are the pieces of the sentence that comes next, if it has to be foretold.
+    are the pieces of the sentence that comes next, if it has to be foretold. ``new`` is how many of the words that are
+    shown of a pair's second sentence the first does not have.
     """
 
     def __init__(self, ids: WordIds):
@@ -80,6 +87,12 @@ class Example:
         self.shared: list[int] = []
         self.altered: list[int] = []
         self.following: list[int] = []
+        self.new = IGNORED
+
+    @property
+    def changed(self) -> int:
+        """Whether any word is not as it stood in the text."""
+        return max(self.altered, default=IGNORED)
 
     def say(self, text: str) -> None:
         self.source += self.ids.text(text)
@@ -167,8 +180,8 @@ class Objectives:
     def count(self) -> Example:
         """How many words of the second sentence does the first not have?"""
         example, (first, second) = Example(self.ids), self._relatives()
-        self._pair(example, first, second, prefix="count:" if self.draw.random() < 0.5 else "")
-        example.target = self.ids.text(str(min(9, sum(word not in first for word in second))))
+        self._pair(example, first, second, prefix="count:")
+        example.target = self.ids.text(NUMBERS[example.new])
         return example
 
     def follows(self) -> Example:
@@ -179,40 +192,30 @@ class Objectives:
         if not follows:
             second = self._two_of(kind)[1]
         example = Example(self.ids)
-        self._pair(example, first, second, prefix="follows:" if self.draw.random() < 0.5 else "")
-        example.target = self.ids.text(str(int(follows)))
+        self._pair(example, first, second, prefix="follows:")
+        example.target = self.ids.text(YES if follows else NO)
         return example
 
     def intact(self) -> Example:
         """Did a word of well-formed prose gain or lose an s, did two change places, or did one come from elsewhere?"""
         kind = self.draw.choices(PROSE_KINDS, (1, 12, 1, 1))[0]
-        words, altered = self.draw.choice(self.prose.passage_of(self.draw, kind)).split(), set()
-        if self.draw.random() < 0.5:
-            way = self.draw.random()
-            inflected = [i for i, word in enumerate(words) if _inflected(word) in self.words]
-            if way < 0.85 and inflected:
-                i = self.draw.choice(inflected)
-                words[i], altered = _inflected(words[i]), {i}
-            elif way < 0.93:
-                i = self.draw.randrange(len(words) - 1)
-                words[i], words[i + 1], altered = words[i + 1], words[i], {i, i + 1}
-            else:
-                i = self.draw.randrange(len(words))
-                words[i], altered = self.draw.choice(self.all_words), {i}
+        words = self.draw.choice(self.prose.passage_of(self.draw, kind)).split()
+        words, altered = self._alter(words) if self.draw.random() < 0.5 else (words, set())
         example = Example(self.ids)
-        example.say("intact:" if self.draw.random() < 0.5 else "")
-        example.say("sentence:")
+        example.say("intact: sentence:")
         example.lay(words, altered=altered)
-        example.target = self.ids.text(str(int(not altered)))
+        example.target = self.ids.text(CHANGED if altered else KEPT)
         return example
 
     def foretell(self) -> Example:
         """Write the sentence that follows in the passage, as skip-thought vectors do."""
-        first, second = self._passage((8, 1, 3, 1))
+        first, second = self._passage((6, 6, 3, 1))
+        # words are altered here, too, so that the encoder finds them without being asked
+        first, altered = self._alter(first) if not self.kind and self.draw.random() < 0.5 else (first, set())
         example = Example(self.ids)
         example.say("next:" if self.draw.random() < 0.5 else "")
         example.say("sentence:")
-        example.lay(first)
+        example.lay(first, altered=altered)
         example.target = example.following = self.ids.text(" ".join(second))
         return example
 
@@ -276,6 +279,30 @@ class Objectives:
             second = second[turn:] + second[:turn]
         return first, second
 
+    def _alter(self, words: Sequence[str]) -> tuple[list[str], set[int]]:
+        """Return a sentence in which a word has gained or lost an s, two changed places, or one came from elsewhere,
+        and the places of these words. Never a sentence of a task's validation or test row: those of `grammar` are made
+        in this way."""
+        while True:
+            changed, places = self._altered_somehow(list(words))
+            if changed != words and " ".join(changed) not in self.prose.held:
+                return changed, places
+
+    def _altered_somehow(self, words: list[str]) -> tuple[list[str], set[int]]:
+        way = self.draw.random()
+        inflected = [i for i, word in enumerate(words) if _inflected(word) in self.words]
+        if way < 0.85 and inflected:
+            i = self.draw.choice(inflected)
+            words[i] = _inflected(words[i])
+            return words, {i}
+        if way < 0.93:
+            i = self.draw.randrange(len(words) - 1)
+            words[i], words[i + 1] = words[i + 1], words[i]
+            return words, {i, i + 1}
+        i = self.draw.randrange(len(words))
+        words[i] = self.draw.choice(self.all_words)
+        return words, {i}
+
     def _hide(self, example: Example, words: Sequence[str]) -> dict[int, int]:
         """Hide a fifth of the words behind sentinels, one for each run of them, and write them as the target.
 
@@ -298,6 +325,8 @@ class Objectives:
         example.lay(first, other=second)
         example.say(f"{two}:")
         example.lay(second, other=first, hidden=hidden)
+        shown = [word for i, word in enumerate(second) if not hidden or i not in hidden]
+        example.new = min(len(NUMBERS) - 1, sum(word not in first for word in shown))
 
 
 def _inflected(word: str) -> str:
