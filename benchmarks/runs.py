@@ -90,9 +90,12 @@ def train(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def on_validation(folder: Path) -> dict[str, Any]:
-    """Evaluate a finished run on its validation rows, unless that is done; return the same content as metrics.json."""
+    """Evaluate a finished run on its validation rows, unless that is done; return the same content as metrics.json.
+
+    What an earlier version of the command found without the losses of tasks is found again.
+    """
     kept = beside(folder, ".validation.json")
-    if not kept.exists():
+    if not kept.exists() or any("loss" not in task for task in json.loads(kept.read_text())["tasks"].values()):
         command("evaluate", folder, "--split", "validation", log=beside(folder, ".validation.log"))
         (folder / "evaluation.json").rename(kept)
     return json.loads(kept.read_text())

@@ -84,7 +84,6 @@ def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     for each, methods, default, seeds in (
         (rates, together, ["hyperformer++"], 3),
         (compare, METHODS, METHODS, 3),
-        (options, ["hyperformer++"], ["hyperformer++:default"], 3),
         (many, METHODS, two, 3),
         (transfer, together, two, 5),
     ):
@@ -95,6 +94,8 @@ def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     rates.add_argument("--rates", type=float, nargs="+", default=RATES, help=words)
     in_words = ", ".join(f"{line.label} {text_rate(line):g}" for line in lines(METHODS, RECIPES))
     options.add_argument("--options", nargs="+", choices=OPTIONS, default=list(OPTIONS), help="default: all")
+    options.add_argument("--seeds", type=int, default=3, help="runs of each (default: 3)")
+    options.set_defaults(methods=["hyperformer++:default"])
     for each in (compare, options, many, transfer):
         each.add_argument(
             "--learning-rate", nargs="+", type=_rate, default=[], metavar="METHOD[:RECIPE]=X",
@@ -304,7 +305,8 @@ def options(options: argparse.Namespace) -> None:
             run = run_of(of_run, line, rates[line.label], seed)
             calls[name, seed] = lambda run=run: outcome(*run, validation=True)
     results = compared(in_parallel("options", calls, options.jobs, said), options.options)
-    results["settings"] = settings(options, rates)
+    of_options = {name: option_fields(name, options.steps) for name in options.options}
+    results["settings"] = {**settings(options, rates), "options": of_options}
     finish(f"options-{options.name}", options, results, methods_table(results, caption(options, results)))
 
 
@@ -390,10 +392,9 @@ def finish(name: str, options: argparse.Namespace, results: Mapping[str, Any], t
 
 
 def main() -> None:
-    options = options_of()
-    {"rates": rates, "compare": compare, "options": options, "many": many, "transfer": transfer}[options.command](
-        options
-    )
+    given = options_of()
+    studies = {"rates": rates, "compare": compare, "options": options, "many": many, "transfer": transfer}
+    studies[given.command](given)
 
 
 if __name__ == "__main__":

@@ -67,18 +67,22 @@ def comparison(results: dict, where: Mapping[str, str], path: Path, what: str | 
     size = 5.7 + 0.75 * min(len(tasks), UPRIGHT), 2.7 + 0.3 * len(methods)
     with figure_of(path, where, size, title(what or methods_in_words(list(methods)), results)) as figure:
         left, right = figure.subplots(1, 2, sharey=True, width_ratios=(1, 0.35 + 0.22 * min(len(tasks), UPRIGHT)))
-        _averages(left, results)
+        _averages(left, results, of_recipe=what is None)
         _scores(figure, right, results, tasks)
         left.set_ylim(len(methods) + 0.5, -0.5)
 
 
-def _averages(axis, results: Mapping[str, Any]) -> None:
+def _averages(axis, results: Mapping[str, Any], of_recipe: bool = True) -> None:
+    """The averages of methods, in the colors of their recipes, or of whatever has one recipe for all."""
     methods, most = results["methods"], results["majority"]["average_metrics"]
     for place, (label, method) in enumerate(methods.items()):
         average, recipe = method["average_metrics"], label.partition("(")[2].rstrip(")")
+        words, color = f"recipe {recipe}" if recipe else "no recipe", color_of(label)
+        if not of_recipe:
+            words, color = "recipe default, with one thing changed", "C0"
         axis.errorbar(
-            average["mean"], place, xerr=average["deviation"], fmt="o", capsize=3, color=color_of(label),
-            label=f"recipe {recipe}" if recipe else "no recipe",
+            average["mean"], place, xerr=average["deviation"], fmt="o", capsize=3, color=color,
+            label=words,
         )  # fmt: skip
         scores = average.get("scores", ()) if average["deviation"] is not None else ()
         if scores:

@@ -72,7 +72,7 @@ def test_a_batch_depends_on_the_step_alone(objectives):
 @pytest.mark.parametrize("name", MAKERS)
 def test_examples_say_what_is_true(objectives, name):
     objectives.draw.seed(name)
-    tokenizer, sentinel, answers = objectives.ids.tokenizer, objectives.ids.sentinel, set()
+    tokenizer, sentinel, answers, changes = objectives.ids.tokenizer, objectives.ids.sentinel, set(), set()
     for _ in range(60):
         example = getattr(objectives, name)()
         target = tokenizer.decode(example.target)
@@ -101,16 +101,17 @@ def test_examples_say_what_is_true(objectives, name):
             assert _pair(text)[1] and 1 <= len(target.split()) <= 3
         elif name == "foretell":
             assert example.following == example.target and "sentence: " in text
+            changes.add(example.changed)
         elif name == "follows":
             assert prefix == "follows" and target in ("yes", "no") and len(_pair(text)) == 2
         else:
             assert sentinel in example.target and "<extra_id" not in text
         answers.add(target)
-    assert len(answers) > 1
+    assert len(answers) > 1 and changes in (set(), {0, 1})
 
 
 def test_no_word_that_is_a_tasks_label_is_an_answer(objectives):
-    """What an objective asks near to a task is answered in other words, or the T5 would know the task by heart."""
+    """What `intact`, `count` and `follows` ask is answered in other words, or the T5 would know tasks by heart."""
     module = importlib.import_module("pretraining.objectives")
     answers = {module.KEPT, module.CHANGED, module.YES, module.NO, *module.NUMBERS}
     labels = {
@@ -124,7 +125,10 @@ def test_an_altered_sentence_is_none_of_a_held_out_row(objectives, monkeypatch):
     words = "the old nurse waits in the park".split()
     objectives.draw.seed(0)
     monkeypatch.setattr(objectives, "words", {"wait"})
-    made = {" ".join(objectives._alter(words)[0]) for _ in range(300)}
+    drawn = [objectives._alter(words) for _ in range(300)]
+    for changed, places in drawn:
+        assert places == {i for i, (one, two) in enumerate(zip(words, changed, strict=True)) if one != two}
+    made = {" ".join(changed) for changed, _ in drawn}
     assert "the old nurse wait in the park" in made and "the old nurse waits in the park" not in made
     monkeypatch.setattr(objectives.prose, "held", {"the old nurse wait in the park"})
     assert "the old nurse wait in the park" not in {" ".join(objectives._alter(words)[0]) for _ in range(300)}

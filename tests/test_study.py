@@ -208,9 +208,50 @@ def test_a_rate_has_the_loss_that_needs_no_text(module):
     assert "| 0.1 | 65.0 ± 7.1 | 2.000 ± 0.707 | 52.5 ± 3.5 (1 diverged) |  |" in shown
 
 
-def test_options_change_one_thing_each_on_validation_rows(module, study, options_of, commands):
-    options = options_of("options", "--quick", "--options", "default", "zero_delta", "embedding_warmup_steps")
-    study.options(options)
+@pytest.mark.parametrize("command", ["rates", "compare", "options", "many", "transfer"])
+def test_each_study_is_a_command(study, monkeypatch, text, tmp_path, command):
+    class Asked(Exception):
+        pass
+
+    def in_parallel(title, calls, *_):
+        raise Asked(title, len(calls))
+
+    monkeypatch.setattr(study, "in_parallel", in_parallel)
+    place = text[:4] if command == "many" else []
+    monkeypatch.setattr("sys.argv", ["study.py", command, "--quick", "--work", str(tmp_path / "work"), *place])
+    with pytest.raises(Asked):
+        study.main()
+
+
+def test_options_have_one_color_and_no_legend_of_recipes(module, study, options_of, commands, tmp_path, monkeypatch):
+    """Beside methods a point without a recipe's name in brackets has none; here all have one."""
+    drawn, plots = [], module("study_plots")
+    plain = plots._averages
+    monkeypatch.setattr(
+        plots, "_averages", lambda axis, *rest, **named: (plain(axis, *rest, **named), drawn.append(axis))
+    )
+    study.options(options_of("options", "--quick", "--options", "default", "zero_delta"))
+    study.compare(options_of("compare", "--quick", "--methods", "finetuning", "hyperformer++:default"))
+    of_options, of_methods = (axis.get_legend_handles_labels()[1] for axis in drawn)
+    assert {"no recipe", "recipe default"} <= set(of_methods) and not {"no recipe", "recipe default"} & set(of_options)
+
+
+def test_an_evaluation_without_losses_is_made_again(module, study, options_of, commands):
+    options = options_of("rates", "--quick", "--methods", "hyperformer++:default")
+    study.rates(options)
+    kept, _ = options.work.glob("*.validation.json")
+    found = json.loads(kept.read_text())
+    for task in found["tasks"].values():
+        del task["loss"]
+    kept.write_text(json.dumps(found))
+    del commands[:]
+    study.rates(options)
+    assert [words[0] for words in commands] == ["evaluate"] and "loss" in kept.read_text()
+
+
+def test_options_change_one_thing_each_on_validation_rows(module, study, options_of, commands, tmp_path):
+    words = ["--quick", "--options", "default", "zero_delta", "embedding_warmup_steps, a quarter"]
+    study.options(options_of("options", *words))
     configs = [json.loads(Path(words[1]).read_text()) for words in commands if words[0] == "train"]
     keys = {"zero_delta", "embedding_warmup_steps"}
     assert [{k: v for k, v in config.items() if k in keys} for config in configs] == [
@@ -218,9 +259,10 @@ def test_options_change_one_thing_each_on_validation_rows(module, study, options
     ]  # fmt: skip
     same = [{k: v for k, v in config.items() if k not in {*keys, "output_dir"}} for config in configs]
     assert same[0] == same[1] == same[2] and same[0]["mixed_batches"] is True and same[0]["recipe"] == "default"
-    (path,) = (options.output).glob("options-builtin-*.json")
+    (path,) = (tmp_path / "out").glob("options-builtin-*.json")
     results = json.loads(path.read_text())["results"]
-    assert list(results["methods"]) == ["default", "zero_delta", "embedding_warmup_steps"]
+    assert list(results["methods"]) == words[2:] == list(results["settings"]["options"])
+    assert results["settings"]["options"]["zero_delta"] == {"zero_delta": True}
     assert {task["split"] for task in results["evaluated"].values()} == {"validation"}
     assert results["methods"]["default"]["loss"] == {"mean": pytest.approx(0.87), "deviation": None}
     assert "| average of tasks | loss |" in path.with_suffix(".md").read_text()

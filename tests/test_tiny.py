@@ -94,6 +94,10 @@ def test_it_answers_no_task_before_it_is_adapted(loaded, task):
     spec, rows = builtin_spec(task), load_builtin(task, "validation")[:100]
     batch = tokenizer([spec.source_text(row, "") for row in rows], padding=True, return_tensors="pt")
     written = tokenizer.batch_decode(t5.generate(**batch, max_new_tokens=12), skip_special_tokens=True)
+    if task in ("grammar", "entailment"):  # of which an objective asks nearly the same, and answers in other words
+        assert not {"kept", "changed", "none", "one", "two", "three"} & {
+            word for text in written for word in text.split()
+        }
     right = [text == spec.target_text(row["label"]) for text, row in zip(written, rows, strict=True)]
     assert sum(right) <= 5
 

@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--text-dir", type=Path, nargs="*", default=[], help="folders of text files or of WordNet's")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--partial", type=Path, help="folder of the progress (default: OUTPUT.partial)")
-    parser.add_argument("--steps", type=int, default=10_000, help="steps of all resumed runs together")
+    parser.add_argument("--steps", type=int, default=14_000, help="steps of all resumed runs together")
     parser.add_argument("--batch-size", type=int, default=48)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)

@@ -3,7 +3,8 @@
 The tasks' own sentences do not tell good words from bad ones, nor a singular verb from a plural one in a wrong place:
 each occurs wherever the other does. In a passage of this prose people stay to the end of what is lovely and leave what
 is dull, verbs agree with their subjects, and a second sentence speaks of the same things as the first. That is what a
-T5 can find by reading. No passage holds a sentence of a validation or test row.
+T5 can find by reading. No sentence of a passage is one of a validation or test row, though a longer one may have such
+a sentence in it ("Max said the book was wonderful").
 """
 
 from __future__ import annotations

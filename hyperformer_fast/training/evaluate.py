@@ -99,8 +99,8 @@ def evaluate_tasks(
     """Evaluate a trainer's model on whole splits and return the content of metrics.json.
 
     For each task the content has the split, the number of rows, the metrics of the model and of the majority class, the
-    cross-entropy of a target's token (``loss``, the mean over batches), and how many of the generated texts are
-    distinct and how many are no label. It also has the averages.
+    loss as the Trainer's ``eval_loss`` is (the mean over a batch's target tokens, and over batches, weighted by their
+    rows), and how many of the generated texts are distinct and how many are no label. It also has the averages.
     """
     for name, task in data.items():
         if split is not None and split not in task.splits:

@@ -67,7 +67,7 @@ def notes(results: Mapping[str, Any]) -> list[str]:
                 f"{name}: {task['unparsed']} of {task['rows']} generated texts are no label and count as wrong"
             )
         if task.get("distinct") == 1 < task["rows"]:
-            lines.append(f"{name}: one text was generated for all {task['rows']} rows; the loss may have fallen still")
+            lines.append(f"{name}: one text was generated for all {task['rows']} rows; its loss may still have fallen")
     return lines
 
 

@@ -23,7 +23,8 @@ TOKENIZER_FIELDS = {
     "model_input_names": ["input_ids", "attention_mask"],
 }
 
-#: Words that stand around the sentences, and digits: each is to be one piece, and texts say them rarely or never.
+#: Words that stand around the sentences, and digits: each is to be one piece, and texts say them rarely or never. (What
+#: objectives answer need not be: "kept" is written in several.)
 _FRAME = "sentence sentence1 sentence2 context question count follows intact after before last: 0 1 2 3 4 5 6 7 8 9"
 #: How often the tokenizer's training reads them.
 FRAMES = 20_000
