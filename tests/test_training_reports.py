@@ -73,8 +73,9 @@ def test_results_say_what_they_rest_on(tmp_path, monkeypatch):
 
 
 def test_the_loss_is_that_of_tokens_and_of_batches_by_their_rows(tmp_path):
-    run = small_run(tmp_path, per_device_eval_batch_size=4)
-    trainer = small_trainer(tmp_path, per_device_eval_batch_size=4)
+    """Without the smoothing that a run trains with, because a saved run is evaluated without."""
+    changes = {"per_device_eval_batch_size": 4, "label_smoothing_factor": 0.1}
+    run, trainer = small_run(tmp_path, **changes), small_trainer(tmp_path, **changes)
     rows = trainer.eval_dataset["stsb"]
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
     assert len(rows) == 6
@@ -92,6 +93,7 @@ def test_the_loss_is_that_of_tokens_and_of_batches_by_their_rows(tmp_path):
         total -= len(part) * logs[target >= 0].mean().item()
     data = small_data(("stsb",))
     assert evaluate_tasks(trainer, data, run)["tasks"]["stsb"]["loss"] == pytest.approx(total / 6, rel=1e-5)
+    assert trainer.label_smoother is not None
 
 
 def test_curves_are_drawn(tmp_path):

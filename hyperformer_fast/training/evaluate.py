@@ -99,14 +99,18 @@ def evaluate_tasks(
     """Evaluate a trainer's model on whole splits and return the content of metrics.json.
 
     For each task the content has the split, the number of rows, the metrics of the model and of the majority class, the
-    loss as the Trainer's ``eval_loss`` is (the mean over a batch's target tokens, and over batches, weighted by their
-    rows), and how many of the generated texts are distinct and how many are no label. It also has the averages.
+    loss (the cross-entropy without label smoothing, as the Trainer's ``eval_loss`` the mean over a batch's target
+    tokens, and over batches, weighted by their rows; not where several processes share the rows, because the stock loop
+    then leaves some of the last batch out), and how many of the generated texts are distinct and how many are no label.
+    It also has the averages.
     """
     for name, task in data.items():
         if split is not None and split not in task.splits:
             raise RunError(f"task {name!r} has no split {split!r}; it has {', '.join(task.splits)}")
     tasks: dict[str, dict[str, Any]] = {}
     trainer.max_target_length = run.data.test_max_target_length or run.data.max_target_length
+    # a saved run is evaluated without smoothing, and a loss that ends a training is to be the same number
+    smoother, trainer.label_smoother = trainer.label_smoother, None
     with progress_bars(console or Console(quiet=True)) as progress:
         follower = EvaluationProgress(progress)
         trainer.add_callback(follower)
@@ -123,12 +127,13 @@ def evaluate_tasks(
                     "rows": len(rows),
                     "metrics": outcome.scores,
                     "majority": majority(task, chosen, run.data.max_predict_samples),
-                    "loss": outcome.metrics["test_loss"],
+                    **({"loss": outcome.metrics["test_loss"]} if trainer.args.world_size == 1 else {}),
                     "distinct": len(set(outcome.texts)),
                     "unparsed": [task.spec.parse(text) for text in outcome.texts].count(None),
                 }
         finally:
             trainer.remove_callback(follower)
+            trainer.label_smoother = smoother
     model, most = ({name: task[which] for name, task in tasks.items()} for which in ("metrics", "majority"))
     return {
         "variant": trainer.accelerator.unwrap_model(trainer.model).hyperformer_config.variant,
