@@ -82,9 +82,9 @@ def compared(found: Mapping[tuple[str, int], Mapping[str, Any] | None], methods:
             ),
             "loss": _loss_of(of_method),
             "diverged": len(of_method) - len(trained),
-            "trained_parameters": trained[0]["trained_parameters"] if trained else None,
-            "percent_per_task": trained[0]["percent_per_task"] if trained else None,
-            "train_seconds": [run["train_seconds"] for run in trained],
+            "trained_parameters": trained[0].get("trained_parameters") if trained else None,
+            "percent_per_task": trained[0].get("percent_per_task") if trained else None,
+            "train_seconds": [run["train_seconds"] for run in trained if "train_seconds" in run],
             "tasks": tasks,
         }
     return results
