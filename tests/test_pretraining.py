@@ -172,9 +172,7 @@ def test_neighbours_that_are_hidden_share_a_sentinel(objectives):
 def run(monkeypatch, tmp_path):
     script = importlib.import_module("pretrain_tiny")
     model = importlib.import_module("pretraining.model")
-    small = {"vocab_size": 640, "d_model": 16, "d_kv": 4, "d_ff": 8, "num_heads": 2}
-    monkeypatch.setitem(script.__dict__, "CONFIG", {**model.CONFIG, **small})
-    monkeypatch.setattr(model, "CONFIG", script.CONFIG)
+    monkeypatch.setattr(model, "CONFIG", {**model.CONFIG, "d_model": 16, "d_kv": 4, "d_ff": 8, "num_heads": 2})
     monkeypatch.setattr(script, "PASSAGES", 10)
     monkeypatch.setattr(
         script, "unlabelled_text", lambda: [row["sentence"] for row in load_builtin("grammar", "train")]
@@ -184,8 +182,8 @@ def run(monkeypatch, tmp_path):
     (tmp_path / "text" / "a.txt").write_text("\n\n".join(GENERAL))
 
     def run(output, *further):
-        arguments = f"x --text-dir {tmp_path / 'text'} --output {output} --batch-size 2 --steps 4".split()
-        monkeypatch.setattr(sys, "argv", [*arguments, *further])
+        arguments = f"--text-dir {tmp_path / 'text'} --output {output} --vocab-size 640 --batch-size 2 --steps 4"
+        monkeypatch.setattr(sys, "argv", ["x", *arguments.split(), *further])
         script.main()
 
     run.model = model
@@ -243,6 +241,15 @@ def test_pretraining_saves_and_goes_on_as_if_it_had_not_stopped(run, tmp_path, m
     assert not info["missing_keys"]
     assert len(PreTrainedTokenizerFast.from_pretrained(tmp_path / "parts")) == t5.config.vocab_size
     torch.set_num_threads(threads)
+
+
+def test_the_smallest_vocabulary_is_bytes(run, tmp_path):
+    run(tmp_path / "t5", "--vocab-size", "359")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "t5")
+    text = "Zoë's 12 films were good"
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    assert len(tokenizer) == 359 and len(ids) == len(f" {text}".encode())
+    assert tokenizer.decode(ids) == text
 
 
 def test_a_state_of_other_arguments_is_refused(run, tmp_path):

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import torch
-from pretraining.model import CONFIG, Pretraining, State, save_model
+from pretraining.model import Pretraining, State, save_model
 from pretraining.objectives import Objectives, lesson_at
 from pretraining.text import read_sentences
 from pretraining.tokenizer import WordIds, train_tokenizer
@@ -81,6 +81,9 @@ def main() -> None:
     parser.add_argument("--text-dir", type=Path, nargs="*", default=[], help="folders of text files or of WordNet's")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--partial", type=Path, help="folder of the progress (default: OUTPUT.partial)")
+    parser.add_argument(
+        "--vocab-size", type=int, default=2048, help="pieces and sentinels of the tokenizer; 359 is bytes alone"
+    )
     parser.add_argument("--steps", type=int, default=14_000, help="steps of all resumed runs together")
     parser.add_argument("--batch-size", type=int, default=48)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
@@ -92,14 +95,14 @@ def main() -> None:
     general, builtin, prose = read_sentences(arguments.text_dir), list(unlabelled_text()), Prose()
     draw = random.Random(f"tokenizer {arguments.seed}")
     passages = (sentence for _ in range(PASSAGES) for sentence in prose.passage(draw))
-    tokenizer = train_tokenizer(itertools.chain(builtin, builtin, passages, general), CONFIG["vocab_size"])
+    tokenizer = train_tokenizer(itertools.chain(builtin, builtin, passages, general), arguments.vocab_size)
 
     objectives = Objectives(general, builtin, prose, WordIds(tokenizer), arguments.seed)
     torch.manual_seed(arguments.seed)
-    model = Pretraining().train()
+    model = Pretraining(len(tokenizer)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     partial = arguments.partial or arguments.output.with_name(arguments.output.name + ".partial")
-    given = {name: getattr(arguments, name) for name in ("batch_size", "learning_rate", "seed")}
+    given = {name: getattr(arguments, name) for name in ("batch_size", "learning_rate", "seed", "vocab_size")}
     state = State(partial, model, optimizer, {**given, "sentences": len(general)})
     if state.steps not in (None, arguments.steps) and state.step > min(map(decay_from, (state.steps, arguments.steps))):
         raise SystemExit(f"{partial} is at step {state.step} of {state.steps}, which is too late for {arguments.steps}")

@@ -19,7 +19,6 @@ from .objectives import IGNORED, NUMBERS, Example
 from .tokenizer import TOKENIZER_FIELDS
 
 CONFIG = {
-    "vocab_size": 2048,
     "d_model": 128,
     "d_kv": 32,
     "d_ff": 384,
@@ -44,9 +43,9 @@ class Pretraining(nn.Module):
     little about each word of the source, and nothing about what it was not asked.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, vocab_size: int) -> None:
         super().__init__()
-        self.t5 = T5ForConditionalGeneration(T5Config(**CONFIG))
+        self.t5 = T5ForConditionalGeneration(T5Config(vocab_size=vocab_size, **CONFIG))
         config = self.t5.config
         reader = lambda n: nn.Sequential(nn.LayerNorm(config.d_model), nn.Linear(config.d_model, n))  # noqa: E731
         self.shared, self.altered = reader(2), reader(2)
