@@ -18,6 +18,8 @@ OF_A_STACK = {
 }
 OF_THE_MODEL = ("task_embedding_cosine_mean", "collapsed_pairs", "gradient_cosine_mean", "gradient_conflicts")
 OF_A_TASK = "gradient_norm"
+#: How many tasks have a mean score above the majority class's by more than its deviation, where several seeds have one.
+ABOVE = "tasks above the majority by more than their deviation"
 #: How many points below the best average a learning rate still counts as good.
 POINTS = 3.0
 
@@ -25,6 +27,11 @@ POINTS = 3.0
 def spread(values: Sequence[float]) -> dict[str, float | None]:
     """Mean and standard deviation of a sample."""
     return {"mean": statistics.fmean(values), "deviation": statistics.stdev(values) if len(values) > 1 else None}
+
+
+def beyond(value: Mapping[str, float | None], least: float) -> bool:
+    """Whether a mean is above ``least`` by more than its deviation, and than the mean of equal numbers is rounded."""
+    return (value["mean"] or 0.0) - (value["deviation"] or 0.0) > least + 1e-9
 
 
 def with_scores(values: Sequence[float]) -> dict[str, Any]:
@@ -78,7 +85,7 @@ def compared(found: Mapping[tuple[str, int], Mapping[str, Any] | None], methods:
         results["methods"][method] = {
             **{name: with_scores([run[name] for run in runs]) for name in AVERAGES},
             "above_majority": sum(
-                (tasks[name]["score"]["mean"] or 0.0) > most["score"] for name, most in of_majority["tasks"].items()
+                beyond(tasks[name]["score"], most["score"]) for name, most in of_majority["tasks"].items()
             ),
             "loss": _loss_of(of_method),
             "diverged": len(of_method) - len(trained),
@@ -197,7 +204,7 @@ def comparison_table(results: Mapping[str, Any], title: str) -> Table:
     for average in AVERAGES:
         table.add_row("average", average.removeprefix("average_"), f"{most[average]:.1f}",
                       *(shown(m[average]) for m in methods))  # fmt: skip
-    table.add_row("tasks above the majority", "", "", *(f"{m['above_majority']}" for m in methods))
+    table.add_row(ABOVE, "", "", *(f"{m['above_majority']}" for m in methods))
     if any(m["diverged"] for m in methods):
         table.add_row("runs that diverged", "(count as majority)", "", *(f"{m['diverged']}" for m in methods))
     table.add_section()
@@ -215,7 +222,7 @@ def methods_table(results: Mapping[str, Any], title: str) -> Table:
         kinds = [metric for metric in metrics if metric != "score"]
         table.add_column(Text(f"{name}, {' / '.join(kinds)}"), justify="right")
     with_loss = any(method.get("loss") for method in methods.values())
-    headings = ("average of metrics", "average of tasks", *["loss"] * with_loss, "tasks above the majority")
+    headings = ("average of metrics", "average of tasks", *["loss"] * with_loss, ABOVE)
     for heading in (*headings, "trained per task"):
         table.add_column(heading, justify="right")
     scores = (f"{metrics['score']:.1f}" for metrics in most["tasks"].values())

@@ -12,6 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+from timing import machine
+
 import hyperformer_fast
 from hyperformer_fast.data import available_tasks, builtin
 from hyperformer_fast.data.builtin import BUILTIN_SPECS, SIZES, load_builtin
@@ -30,8 +34,9 @@ LEARNING_RATES = {"finetuning": 5e-4, "adapters": 3e-3, "hyperformer": 3e-3, "hy
 #: There, of generators by the authors' recipe, whose rate is not divided: the best of HyperFormer++ in the sweep of
 #: `study.py rates` on validation rows.
 UNDIVIDED_RATE = 1e-3
-#: The name of the T5 that is part of the package.
-EMBEDDED = Path(hyperformer_fast.__file__).parent / "assets" / "tiny_t5"
+PACKAGE = Path(hyperformer_fast.__file__).parent
+#: The T5 that is part of it.
+EMBEDDED = PACKAGE / "assets" / "tiny_t5"
 #: Longest source, reduction factor and width of the task embeddings on real text.
 TEXT_SIZES = {"length": 64, "reduction": 16, "embedding": 32}
 #: What a run of "hyperformer++" by the default recipe may have otherwise, one thing each time. PCGrad and per-task
@@ -43,6 +48,7 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "init_weights authors": {"init_weights": "authors"},
     "embeddings not normalised": {"normalize_embeddings": False},
     "learning_rate_rule uniform": {"learning_rate_rule": "uniform"},
+    "learning_rate_rule uniform, 1e-3": {"learning_rate_rule": "uniform", "learning_rate": 1e-3},  # the demo's with it
     "embedding_warmup_steps, a quarter": {"embedding_warmup_steps": 0.25},
     "max_task_grad_norm 0.1": {"max_task_grad_norm": 0.1},
     "gradient_surgery pcgrad": {"gradient_surgery": "pcgrad"},
@@ -183,7 +189,7 @@ def named(work: Path, line: Line, rate: float, seed: int, config: Mapping[str, A
         work: where all runs are kept.
         line, rate, seed: what a person tells runs apart by.
         config: the run's arguments.
-        contents: a digest of its T5 and data.
+        contents: a digest of its T5 and data, and of the code and machine (``contents_of``).
     """
     depends = json.dumps([config, contents, recipe_fields(line.recipe)], sort_keys=True)
     label = line.method if line.recipe is None else f"{line.method}-{line.recipe}"
@@ -207,8 +213,13 @@ def recipe_fields(name: str | None) -> dict[str, Any]:
 
 
 def contents_of(options: argparse.Namespace, tasks: Sequence[str]) -> str:
-    """A digest of the T5 and of the tasks' rows, so that runs on earlier ones are not taken for runs on these."""
-    found = hashlib.sha256()
+    """A digest of the T5 and the tasks' rows, of the library's code, the libraries below it and the processor, which
+    round differently, so that runs of or on earlier ones are not taken for runs of or on these."""
+    where = [machine()["cpu"], torch.__version__, transformers.__version__]
+    found = hashlib.sha256(json.dumps(where).encode())
+    for path in sorted(path for path in PACKAGE.rglob("*") if path.suffix in (".py", ".so")):
+        found.update(f"{path.relative_to(PACKAGE)}".encode())
+        found.update(path.read_bytes())
     folders = [EMBEDDED if options.t5 is None else Path(options.t5)]
     folders += [Path(options.data) / task for task in tasks] if options.data is not None else []
     for path in [path for folder in folders for path in sorted(folder.iterdir()) if path.is_file()]:

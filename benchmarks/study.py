@@ -300,9 +300,10 @@ def options(options: argparse.Namespace) -> None:
     calls = {}
     for seed in range(options.seeds):
         for name in options.options:
-            changed = {"set": {**options.set, **option_fields(name, options.steps)}}
-            of_run = argparse.Namespace(**{**vars(options), **changed})
-            run = run_of(of_run, line, rates[line.label], seed)
+            fields = option_fields(name, options.steps)
+            rate = fields.pop("learning_rate", rates[line.label])
+            of_run = argparse.Namespace(**{**vars(options), "set": {**options.set, **fields}})
+            run = run_of(of_run, line, rate, seed)
             calls[name, seed] = lambda run=run: outcome(*run, validation=True)
     results = compared(in_parallel("options", calls, options.jobs, said), options.options)
     of_options = {name: option_fields(name, options.steps) for name in options.options}

@@ -13,6 +13,7 @@ None of these is made. Their inner products are those of dpacked times those of 
 This Gram matrix, over all generators of all stacks, has the norms and cosines of the tasks' gradients. Clipping each
 task's gradient, and PCGrad (Yu et al. 2020, arXiv 2001.06782), multiply each task's gradient by one number, which the
 matrix gives. So one function in the backward, where dpacked arrives, is all there is: no further forward or backward.
+A parameter that is frozen is no part of a gradient: without W the e's drop out of this product, without b the 1.
 
 Adapters that are learned (``AdapterTable``) are their own gradient: ``<t, u>`` is ``dpacked[s, t] . dpacked[s, u]``,
 summed over the sites, where both tasks have the same adapters, and else that of the norms alone.
@@ -26,7 +27,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -51,34 +52,38 @@ _Gram = Callable[[Tensor], Tensor]
 SURGERIES = ("none", "pcgrad")
 
 
-def gram_matrix(dpacked: Tensor, inputs: Tensor, generated: int) -> Tensor:
+def gram_matrix(
+    dpacked: Tensor, inputs: Tensor, generated: int, trained: Collection[str] = ("weight", "bias", "norms")
+) -> Tensor:
     """The inner products [T, T] of the tasks' gradients with respect to a stack's generators.
 
     Args:
         dpacked: [S, T, P], the gradient of the stack's packed weights.
         inputs: [Q, n, k], the generators' inputs, sites first.
         generated: R. The last P - R numbers are the norms of a generator, trained vectors that all tasks share.
+        trained: the generators' parameters that are trained.
     """
     S, T, _ = dpacked.shape
     dpacked = dpacked.to(accumulator_dtype(dpacked.dtype))
     Q, inputs = inputs.shape[0], inputs.to(dpacked.dtype)
     own = dpacked[..., :generated].reshape(Q, -1, generated)
-    pairs = (own @ own.mT) * (inputs @ inputs.mT + 1)
+    pairs = (own @ own.mT) * ((inputs @ inputs.mT) * ("weight" in trained) + ("bias" in trained))
     norms = dpacked[..., generated:].reshape(Q, S // Q, T, -1).sum(1)
-    return pairs.view(Q, S // Q, T, S // Q, T).sum((0, 1, 3)) + _gram_of_sites(norms)
+    return pairs.view(Q, S // Q, T, S // Q, T).sum((0, 1, 3)) + _gram_of_sites(norms) * ("norms" in trained)
 
 
-def gram_of_table(dpacked: Tensor, same: Tensor, generated: int) -> Tensor:
+def gram_of_table(dpacked: Tensor, same: Tensor, generated: int, norms_train: bool = True) -> Tensor:
     """The inner products [T, T] of the tasks' gradients with respect to a stack's table of adapters.
 
     Args:
         dpacked: [S, T, P], the gradient of the stack's packed weights.
-        same: [T, T] booleans, whether two tasks have the same adapters. Others meet in the norms alone.
+        same: [T, T] booleans, whether two tasks train the same adapters. Others meet in the norms alone.
         generated: R. The last P - R numbers are the norms of a site, trained vectors that all tasks share.
+        norms_train: whether the norms are trained.
     """
     dpacked = dpacked.to(accumulator_dtype(dpacked.dtype))
     own = torch.where(same, _gram_of_sites(dpacked[..., :generated]), dpacked.new_zeros(()))
-    return own + _gram_of_sites(dpacked[..., generated:])
+    return own + _gram_of_sites(dpacked[..., generated:]) * norms_train
 
 
 def _gram_of_sites(vectors: Tensor) -> Tensor:
@@ -127,13 +132,18 @@ class TaskGradients:
             model(**batch, task=names).loss.backward()
         watch.statistics.mean("cosines")
 
-    Norms and cosines are those of the gradients of the generators' weights and biases, of all stacks together. What is
-    changed is all that lies behind the adapters' weights: the generators, the embeddings of tasks, layers and
-    positions, and their projectors and norms. Parameters of the T5 that are trained (norms, a head) get the plain sum.
+    Norms and cosines are those of the gradients of what is trained of the generators' weights and biases, of all
+    stacks together. What is changed is all that lies behind the adapters' weights: the generators, the embeddings of
+    tasks, layers and positions, and their projectors and norms. Parameters of the T5 that are trained (norms, a head)
+    get the plain sum.
 
     It acts on each backward pass by itself: on every micro-batch of an optimizer step, and in distributed training on
     the gradient of each process before these are averaged. A forward in a graph of torch.compile is not seen; ``seen``
     counts those that were. Nothing is seen where tasks have no gradients of their own (:func:`why_no_gradients`).
+
+    A loss that is scaled makes every gradient longer or shorter, and ``max_norm`` means gradients that are not. Set
+    ``scale`` before each backward to what the loss was multiplied by: ``scaler.get_scale()`` of a ``GradScaler``, or
+    1 / n where a loss is divided by n batches that are accumulated.
 
     Args:
         model: the model.
@@ -165,7 +175,7 @@ class TaskGradients:
             raise ValueError(f"surgery {surgery!r} is impossible here: {why}")
         self.model, self.max_norm, self.surgery = model, max_norm, surgery
         self.seed = [seed] if isinstance(seed, int) else list(seed)
-        #: Factor by which the loss, and so every gradient, is larger than it is meant.
+        #: What the loss, and so every gradient, is multiplied by.
         self.scale = 1.0
         #: Whether backward passes are added to ``statistics``.
         self.records = True
@@ -198,24 +208,21 @@ class TaskGradients:
             return {}
         if why_no_gradients(self.model) is not None:  # parameters may have been frozen since this was made
             return {name: net(embeddings) for name, net in nets.items()}
-        packed: list[Tensor] = []
-        grams: list[_Gram] = []
-        for net in nets.values():
+        packed: dict[str, Tensor] = {}
+        grams: dict[str, _Gram] = {}
+        for name, net in nets.items():
             with _inputs_of(net) as found:
-                packed.append(net(embeddings))
-            generated = _generated_numel(cast("AdapterSource", net))
-            if isinstance(net, AdapterTable):
-                same = _same_adapters(net, tasks, embeddings.device)
-                grams.append(functools.partial(gram_of_table, same=same, generated=generated))
-            else:
-                grams.append(functools.partial(gram_matrix, inputs=found[0], generated=generated))
+                packed[name] = net(embeddings)
+            if packed[name].requires_grad:
+                grams[name] = _gram_of(cast("AdapterSource", net), found, tasks, embeddings.device)
 
         def act(*dpacked: Tensor | None) -> tuple[Tensor | None, ...]:
             # a backward that is called within autocast must not round the inner products
             with torch.autocast(embeddings.device.type, enabled=False):
-                return self._act(dpacked, grams, tasks)
+                return self._act(dpacked, list(grams.values()), tasks)
 
-        return dict(zip(nets, _tap(act, *packed), strict=True))
+        watched = _tap(act, *(packed[name] for name in grams))
+        return {**packed, **dict(zip(grams, watched, strict=True))}
 
     def _act(
         self,
@@ -252,7 +259,9 @@ def why_no_gradients(model: HyperFormerModel) -> str | None:
     nets = list(model.hypernetworks.values())
     if not nets:
         return f'variant "{model.hyperformer_config.variant}" has no adapters, and all tasks train the same weights'
-    if not all(_generators_train(net) for net in nets):
+    if not any(_trained_parts(net) for net in nets):
+        if all(isinstance(net, AdapterTable) for net in nets):
+            return "all adapters are frozen"
         return "the generators are frozen, and each task trains its embedding alone"
     return None
 
@@ -271,24 +280,38 @@ def why_no_conflicts(model: HyperFormerModel) -> str | None:
     return None
 
 
-def _generators_train(net: nn.Module) -> bool:
+def _trained_parts(net: nn.Module) -> set[str]:
+    """The names of the parameters that are trained of a stack's generators or of its table."""
     part = net.generator if isinstance(net, HyperNetwork) else net
-    return all(parameter.requires_grad for parameter in part.parameters())
+    return {name for name, parameter in part.named_parameters() if parameter.requires_grad}
 
 
-def _generated_numel(net: AdapterSource) -> int:
-    """R: how many of a site's packed numbers are not norms that all tasks share."""
-    shared = (net.generator if isinstance(net, HyperNetwork) else net).norms
-    return net.layout.numel - (0 if shared is None else net.layout.norm_numel)
+def _gram_of(net: AdapterSource, inputs: Sequence[Tensor], tasks: Sequence[int] | None, device: torch.device) -> _Gram:
+    """What makes the inner products of these tasks' gradients of what a stack trains.
+
+    Args:
+        net: the stack's hypernetwork or table.
+        inputs: what its generators have read; nothing of a table.
+        tasks: the tasks' numbers; None for all.
+        device: where the gradients will be.
+    """
+    trained, shared = _trained_parts(net), (net.generator if isinstance(net, HyperNetwork) else net).norms
+    # how many of a site's packed numbers are not norms that all tasks share
+    generated = net.layout.numel - (0 if shared is None else net.layout.norm_numel)
+    if isinstance(net, AdapterTable):
+        same = _same_adapters(net, tasks, device)
+        return functools.partial(gram_of_table, same=same, generated=generated, norms_train="norms" in trained)
+    return functools.partial(gram_matrix, inputs=inputs[0], generated=generated, trained=trained)
 
 
 def _same_adapters(table: AdapterTable, tasks: Sequence[int] | None, device: torch.device) -> Tensor:
-    """Whether two of these tasks (None: of all) have the same adapters, [T, T]."""
+    """Whether two of these tasks (None: of all) train the same adapters, [T, T]."""
     config = table.config
     names = config.tasks if tasks is None else [config.tasks[task] for task in tasks]
-    places = [config.embedding_names.index(config.embedding_of(name)) for name in names]
-    index = index_on(device, places)
-    return index.unsqueeze(1) == index
+    entries = [config.embedding_of(name) for name in names]
+    index = index_on(device, [config.embedding_names.index(entry) for entry in entries])
+    trains = index_on(device, [int(table.adapters[entry].requires_grad) for entry in entries]).bool()
+    return (index.unsqueeze(1) == index) & trains
 
 
 @contextlib.contextmanager

@@ -157,9 +157,21 @@ def test_a_run_by_other_numbers_of_its_recipe_is_another(module, study, options_
         assert found[0] != default and found[1:] == [authors, finetuning]
 
 
-def test_contents_are_those_of_the_t5_and_the_rows(study, options_of, text, tmp_path):
+def test_contents_are_those_of_the_t5_the_rows_the_code_and_the_processor(
+    study, options_of, text, tmp_path, module, monkeypatch
+):
+    configurations = module("configurations")
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "pcgrad.py").write_text("order = 1")
+    monkeypatch.setattr(configurations, "PACKAGE", tmp_path / "package")
     before = options_of("compare", *text).contents
     assert options_of("compare", *text).contents == before
+    (tmp_path / "package" / "pcgrad.py").write_text("order = 2")
+    assert options_of("compare", *text).contents != before
+    before = options_of("compare", *text).contents
+    with monkeypatch.context() as other:
+        other.setattr(configurations, "machine", lambda: {"cpu": "another"})
+        assert options_of("compare", *text).contents != before
     (tmp_path / "t5" / "model.safetensors").write_bytes(b"others")
     assert options_of("compare", *text).contents != before
     before = options_of("compare", *text).contents
@@ -357,7 +369,9 @@ def test_a_run_that_diverged_counts_as_the_majority_class(module):
     assert results["methods"]["a"]["average_metrics"]["scores"] == [70.0, 50.0]
     assert results["methods"]["a"]["average_tasks"]["scores"] == [71.0, 51.0]
     assert results["methods"]["a"]["tasks"]["rte"]["score"]["mean"] == 60.0
-    assert [results["methods"][label]["above_majority"] for label in "ab"] == [2, 0]
+    assert [results["methods"][label]["above_majority"] for label in "ab"] == [0, 0]  # 60 +- 14 is not above 50
+    once = comparison.compared({("a", 0): found["a", 0]}, ["a"])
+    assert once["methods"]["a"]["above_majority"] == 2
     table = comparison.markdown(comparison.methods_table(results, "a title"))
     assert "| b (2 diverged: as majority) | 50.0 ± 0.0 |" in table and table.endswith("\na title\n")
     with pytest.raises(SystemExit, match="all runs diverged"):

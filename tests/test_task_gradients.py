@@ -13,7 +13,16 @@ import numpy as np
 import pytest
 import torch
 from support.t5s import TASKS, batch, tiny_config, tiny_model, tiny_t5
-from support.task_gradients import on_generators, on_tables, stated_pcgrad
+from support.task_gradients import (
+    MIXED,
+    behind_adapters,
+    gradients,
+    loss_of,
+    on_generators,
+    on_tables,
+    stated_pcgrad,
+    task_by_task,
+)
 from transformers import T5EncoderModel
 
 from hyperformer_fast import get_hyperformer_model
@@ -26,33 +35,7 @@ from hyperformer_fast.task_gradients import (
 )
 from hyperformer_fast.task_statistics import TaskStatistics, cosines
 
-MIXED = ["mnli", "cola", "mnli", "stsb"]
 GENERATED = ("hyperformer++", "hyperformer-shared", "hyperformer")
-
-
-def loss_of(model, inputs, tasks, only=None, wants=None):
-    """The loss of a batch, in which tasks have the factors ``wants``; with ``only`` this task's part of it."""
-    factors = [(wants or {}).get(task, 1.0) * (only in (None, task)) for task in tasks]
-    logits, labels = model(**inputs, task=tasks).logits, inputs["labels"]
-    losses = torch.nn.functional.cross_entropy(logits.mT, labels, reduction="none").mean(1)
-    return losses @ torch.tensor(factors, dtype=losses.dtype)
-
-
-def behind_adapters(model):
-    """The parameters behind the adapters' weights, by name."""
-    return {n: p for n, p in model.named_parameters() if n.startswith(("hypernetworks", "task_embeddings"))}
-
-
-def gradients(model, loss):
-    """The gradient of each trained parameter, by name; zeros where there is none."""
-    wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    found = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
-    return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(wanted.items(), found, strict=True)}
-
-
-def task_by_task(model, inputs, tasks, wants=None):
-    """The gradient of each task of the batch, by a backward for each, in the order in which the tasks come."""
-    return {task: gradients(model, loss_of(model, inputs, tasks, task, wants)) for task in dict.fromkeys(tasks)}
 
 
 @pytest.mark.parametrize("variant", GENERATED)
@@ -356,18 +339,6 @@ def test_what_makes_no_sense_is_refused():
     model.train_only_task_embeddings()
     with pytest.raises(ValueError, match="the generators are frozen"):
         TaskGradients(model, surgery="pcgrad")
-
-
-def test_frozen_generators_have_no_figures():
-    """Also where they are frozen after the watch was made."""
-    model = tiny_model().train()
-    watch = TaskGradients(model)
-    model.train_only_task_embeddings()
-    for each in (watch, TaskGradients(model)):
-        with each.attached():
-            model(**batch(), task=MIXED).loss.backward()
-        assert each.seen == 0 and each.statistics.figures(TASKS, meet=True) == {}
-    assert next(iter(model.task_embeddings.task_to_embeddings.values())).grad.norm() > 0
 
 
 def test_copies_of_a_watched_model_are_models():

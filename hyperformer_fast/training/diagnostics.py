@@ -26,7 +26,8 @@ PREFIX = "diagnostics/"
 #: How many steps of each interval are watched: with mixed batches; for each task, where a batch is of one.
 WATCHED_STEPS, WATCHED_STEPS_OF_TASK = 8, 4
 
-#: At most one step of so many is watched. Watching adds some 4 % to a step, so that a whole interval costs under 1 %.
+#: At most one step of so many is watched, but one in each interval. Watching adds some 4 % to a step, so that a whole
+#: interval of no fewer steps costs under 1 %.
 _WATCHED_OF = 5
 
 
@@ -68,6 +69,7 @@ class DiagnosingTrainer(OptimizingTrainer):
         self._watched_model: Any = None
         self._step_begun: int | None = None
         self._micro_batch = 0
+        self._said_unseen = False
         kwargs["callbacks"] = [TaskDiagnostics(), *(kwargs.get("callbacks") or ())]
         super().__init__(*args, **kwargs)
         if self._changes_gradients:
@@ -115,6 +117,15 @@ class DiagnosingTrainer(OptimizingTrainer):
             )
         self._watcher()
 
+    def _expect_conflicts(self, tasks: int, rows: int) -> None:
+        """Raise ValueError if batches of so many rows, of so many tasks, can never have two tasks that conflict."""
+        if self._surgery != "none" and min(tasks, rows) < 2:
+            what = "the training rows are of one task" if tasks < 2 else "per_device_train_batch_size is 1"
+            raise ValueError(
+                f"gradient_surgery {self._surgery!r} compares the gradients of the tasks in one batch, but {what}: it "
+                "would do nothing"
+            )
+
     def _watcher(self) -> TaskGradients:
         """What watches the gradients of the model that is trained now."""
         model = self.adapted
@@ -154,20 +165,26 @@ class DiagnosingTrainer(OptimizingTrainer):
         watch = self._watcher()
         watch.records, watch.draw = recorded, (step, self._micro_batch)
         scaler = self.accelerator.scaler
-        watch.scale = 1.0 if scaler is None else scaler.get_scale()
-        if self._max_task_norm is not None:
-            # Then the sum over the micro-batches is no longer than the argument says.
-            watch.max_norm = self._max_task_norm / self.args.gradient_accumulation_steps
+        # A micro-batch is a share of the step. Clipped as such, the sum is no longer than the argument says.
+        watch.scale = (1.0 if scaler is None else scaler.get_scale()) / self.args.gradient_accumulation_steps
         watch.statistics = self._diagnostics.statistics_of(len(self.task_names))
         before = watch.seen
         with watch.attached():
             loss = super().training_step(model, inputs, *args, **kwargs)
-        if watch.seen == before and self._changes_gradients:
-            raise RuntimeError(
-                "max_task_grad_norm and gradient_surgery had no effect, because no gradient of the adapters was seen: "
-                "leave torch_compile off, and let training_step run the backward"
-            )
+        if watch.seen == before:
+            self._nothing_seen(watch)
         return loss
+
+    def _nothing_seen(self, watch: TaskGradients) -> None:
+        """Raise where the gradients were to be changed, and say once that there will be no figures of them."""
+        why = why_no_gradients(watch.model) or (
+            "no gradient of the adapters was seen: leave torch_compile off, and let training_step run the backward"
+        )
+        if self._changes_gradients:
+            raise RuntimeError(f"max_task_grad_norm and gradient_surgery had no effect, because {why}")
+        if not self._said_unseen and self.is_world_process_zero():
+            warnings.warn(f"the diagnostics have no figures of gradients, because {why}", stacklevel=3)
+        self._said_unseen = True
 
     def _records(self, step: int) -> bool:
         """Whether the gradients of this step are part of the next figures."""

@@ -109,7 +109,7 @@ def evaluate_tasks(
             raise RunError(f"task {name!r} has no split {split!r}; it has {', '.join(task.splits)}")
     tasks: dict[str, dict[str, Any]] = {}
     trainer.max_target_length = run.data.test_max_target_length or run.data.max_target_length
-    # a saved run is evaluated without smoothing, and a loss that ends a training is to be the same number
+    # a saved run is evaluated without smoothing, and in float32 a loss that ends a training is to be the same number
     smoother, trainer.label_smoother = trainer.label_smoother, None
     with progress_bars(console or Console(quiet=True)) as progress:
         follower = EvaluationProgress(progress)

@@ -306,6 +306,17 @@ def check_same(folder: Path, run: RunArguments, data: dict[str, TaskData], world
             f"cannot resume {folder}: an optimizer step took {was} examples and would now take {size} "
             f"(per_device_train_batch_size x gradient_accumulation_steps x processes): {_cure(run, was, world_size)}"
         )
+    rows, accumulated = (
+        _value(theirs, name, defaults) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")
+    )
+    parts = run.training.per_device_train_batch_size, run.training.gradient_accumulation_steps
+    each_by_itself = run.training.max_task_grad_norm is not None or run.training.gradient_surgery != "none"
+    if each_by_itself and was is not None and parts != (rows, accumulated):
+        raise RunError(
+            f"cannot resume {folder}: max_task_grad_norm and gradient_surgery change each micro-batch by itself, and "
+            f"these would be others: set per_device_train_batch_size to {rows} and gradient_accumulation_steps to "
+            f"{accumulated}, in {was // (rows * accumulated)} processes"
+        )
     for name, task in data.items():
         if not task.unchanged("train", content["data"].get(name, {}).get("train")):
             raise RunError(f"cannot resume {folder}: the training rows of {name!r} have changed since it started")

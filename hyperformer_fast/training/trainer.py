@@ -160,6 +160,7 @@ class HyperFormerTrainer(DiagnosingTrainer):
             raise ValueError("training needs a train_dataset with rows")
         index = task_of_rows(rows, self.task_names, self.adapted._task_order)
         sizes = np.bincount(index)
+        self._expect_conflicts(int((sizes > 0).sum()), self._batch_size)
         per_epoch, total = self._steps()
         sampler = TaskBatchSampler(
             sizes[sizes > 0].tolist(),

@@ -96,7 +96,8 @@ class HyperFormerTrainingArguments(Seq2SeqTrainingArguments):
     max_task_grad_norm: float | None = argument(
         None,
         "Scale the gradient of each task in a batch, with respect to the generators' weights, down to this norm where "
-        "it is longer, before they are added; left out: not. max_grad_norm (1.0 by default) clips the sum again.",
+        "it is longer, before they are added; left out: not. A micro-batch's is measured as if it were a whole batch. "
+        "max_grad_norm (1.0 by default) clips the sum again.",
     )
     gradient_surgery: str = argument(
         "none",
