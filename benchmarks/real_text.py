@@ -118,7 +118,8 @@ def transfer(options: argparse.Namespace, task: str, runs: Sequence[Path]) -> di
     """Transfer the runs to one task in a process of its own; return the content of its fewshot.json."""
     folder = options.work / f"to-{task}"
     grid = ["--samples", *map(str, options.samples), "--seeds", str(options.seeds)]
-    grid += ["--max_steps", str(options.fewshot_steps), "--output_dir", str(folder)]
+    grid += ["--max_steps", str(options.fewshot_steps), "--max_predict_samples", str(options.eval_rows)]
+    grid += ["--output_dir", str(folder)]
     command("fewshot", *runs, "--task", task, *grid, log=folder / "study.log")
     results = json.loads((folder / "fewshot.json").read_text())
     for method in results["methods"].values():

@@ -350,6 +350,8 @@ def transferred(options: argparse.Namespace, run: Path, task: str) -> dict[str, 
     folder = run.with_name(f"{run.name}-to-{task}-{options.fewshot_steps}")
     grid = ["--samples", *map(str, options.samples), "--seeds", str(options.seeds)]
     grid += ["--max_steps", str(options.fewshot_steps)]
+    if options.eval_rows is not None:
+        grid += ["--max_predict_samples", str(options.eval_rows)]
     if options.data is not None:
         grid += ["--split_validation_test", "true"]
     arguments, found = beside(folder, ".json"), folder / "fewshot.json"

@@ -96,7 +96,11 @@ def _evaluate_options(evaluate: argparse.ArgumentParser) -> None:
         help="split to evaluate (default: test if there is one, else validation)",
     )
     evaluate.add_argument(
-        "--tasks", nargs="+", action=Names, metavar="TASK", help="tasks to evaluate (default: all of the run's)"
+        "--tasks",
+        nargs="+",
+        action=Names,
+        metavar="TASK",
+        help="tasks to evaluate (default: the run's eval_tasks, else all)",
     )
     _base_option(evaluate)
     evaluate.add_argument("--data_dir", "--data-dir", metavar="DIR", help="where the run's data is now")

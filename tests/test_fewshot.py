@@ -246,7 +246,7 @@ def test_the_command_takes_flags_of_train(trained, tmp_path, capsys):
     arguments = ["fewshot", *runs, "--task", "rte", *grid, "--output_dir", str(tmp_path / "study")]
     assert main(arguments) == 0
     said = capsys.readouterr().out
-    assert "hyperformer++, 2 rows, seed 0: " in said and "Transfer to rte: validation, percent, 1 seed" in said
+    assert "hyperformer++, 2 rows, seed 0: " in said and "Transfer to rte: validation, 6 rows, percent, 1 seed" in said
     assert "trainable params" not in said
     study = json.loads((tmp_path / "study" / "study.json").read_text())
     assert study["training"] == {"max_steps": 1, "learning_rate": 0.002}
@@ -285,3 +285,37 @@ def test_the_benchmark_of_embeddings_alone_runs(trained, tmp_path, monkeypatch):
     results = json.loads(found.read_text())["results"]
     (cell,) = results["cells"]["4"]
     assert cell["nearest"] in results["tasks"] == ["cola", "stsb"] and 0 <= cell["score"] <= 100
+
+
+def test_arguments_of_the_training_are_those_of_each_cell(trained, tmp_path, cells_trained):
+    """Epochs in place of the steps that are the default, evaluations while training, and no limit of the run's own."""
+    asked = {"num_train_epochs": 2, "eval_steps": 1, "token": "hf_secret", "max_predict_samples": 4}
+    study = {name: value for name, value in ONE.items() if name != "max_steps"}
+    results = fewshot_run([trained / "adapters"], "rte", output_dir=tmp_path, **study, **asked)
+    ((arguments, *_),) = cells_trained
+    training = arguments.training
+    assert training.max_steps == -1 and training.num_train_epochs == 2 and training.eval_strategy == "steps"
+    assert "rte: validation, 4 rows, percent, 1 seed, 2 epochs" in (tmp_path / "fewshot.md").read_text()
+    assert results["training"] == {name: value for name, value in asked.items() if name != "token"}
+    assert not any("hf_secret" in path.read_text() for path in tmp_path.rglob("*.json"))
+    with pytest.raises(RunError, match="tasks is decided by the study itself"):
+        fewshot_run([trained / "adapters"], "rte", output_dir=tmp_path, **study, tasks=["cola"])
+
+
+def test_a_study_removes_nothing_but_its_own(trained, tmp_path):
+    mine = tmp_path / "work" / "mine.txt"
+    mine.parent.mkdir()
+    mine.write_text("kept")
+    fewshot_run([trained / "adapters"], "rte", output_dir=tmp_path, **ONE)
+    assert mine.read_text() == "kept"
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["cells", "work"]
+
+
+def test_rows_are_cut_as_a_training_that_stops_early_cuts_them(trained, tmp_path, monkeypatch):
+    asked = {"eval_steps": 1, "early_stopping_patience": 1}
+    study = module._Study(tmp_path, "rte", "auto", "all", None, None, None, asked, QUIET)
+    (run,) = module._read_runs([trained / "adapters"], "rte", "auto", "all")
+    cut = []
+    monkeypatch.setattr(module, "load_tasks", lambda *_, selecting, **__: cut.append(selecting) or {"rte": None})
+    study._data(run, 5, 42)
+    assert cut == [True]

@@ -134,6 +134,11 @@ BAD_FILES = {
     "not utf-8": (".csv", b"a,b,label\nx,y,0\nx,\xff,1\n", r"train.csv:3: not UTF-8: .*save the file as UTF-8"),
     "too few values": (".csv", b"a,b,label\nx,y,0\nx,1\n", r"train.csv:3: a row must have 3 values.*got 2"),
     "too many values": (".tsv", b"a\tb\tlabel\nx\ty\t0\t1\n", r"train.tsv:2: a row must have 3 values.*got 4"),
+    "rows that a quotation mark joins": (
+        ".tsv",
+        b'a\tb\tlabel\nx\t"he said\t0\nz\tand went"\t1\n',
+        r"train.tsv:2: .*may be several rows",
+    ),
     "after a row of two lines": (".csv", b'a,b,label\n"x\nx",y,0\nx,y,7\n', r"train.csv:4: 'label' is out of range"),
     "an open quote": (".csv", b'a,b,label\nx,y,0\n"x,y,1\n', r"train.csv:3: not a row of CSV: unexpected end"),
     "a column twice": (".csv", b"a,a,label\nx,y,0\n", r"train.csv:1: the column 'a' stands twice"),

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
 from support.runs import data_folder, same_weights, saved_t5, small_run
+from transformers import GenerationConfig
 
 from hyperformer_fast import HyperFormerModel
 from hyperformer_fast.cli import main
@@ -17,6 +20,7 @@ from hyperformer_fast.data import UnknownTask
 from hyperformer_fast.training import RunError, evaluate_run, train_run
 from hyperformer_fast.training import run as run_module
 from hyperformer_fast.training.arguments import RunConfigError
+from hyperformer_fast.training.folder import read_run
 
 
 @pytest.fixture(scope="module")
@@ -208,3 +212,54 @@ def test_other_texts_than_those_of_the_weights_are_said(inputs, earlier, tmp_pat
         run(inputs, tmp_path / style, console, init_from=str(earlier), text_style=style, max_steps=1)
         assert ("warning: stsb has another step than in" in console.file.getvalue()) == said
         assert "warning: cola" not in console.file.getvalue()
+
+
+def test_weights_that_are_of_no_run_are_not_replaced(inputs, earlier, tmp_path):
+    """A model that somebody saved is no run, whatever flag is given."""
+    HyperFormerModel.from_pretrained(earlier).save_pretrained(tmp_path / "mine")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "mine").iterdir()}
+    for single in (False, True):
+        with pytest.raises(RunError, match="has model.safetensors, but no run.json, so that it is not a run"):
+            run(inputs, tmp_path / "mine", overwrite_output_dir=True, single_task=single)
+    assert {name: (tmp_path / "mine" / name).read_bytes() for name in before} == before
+
+
+def test_decoding_that_a_folder_says_is_the_runs(inputs, tmp_path, monkeypatch):
+    """Given as a flag, which the parser makes a path of, from where the command runs."""
+    monkeypatch.chdir(tmp_path)
+    fields = {"num_beams": 3, "max_new_tokens": 2, "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
+    GenerationConfig(**fields).save_pretrained(tmp_path / "decoding")
+    run(inputs, tmp_path / "run", generation_config=Path("decoding"))
+    read, _, _ = read_run(tmp_path / "run")
+    assert read.training.generation_config == str(tmp_path / "decoding")
+    evaluate_run(tmp_path / "run", console=Console(quiet=True))
+
+
+def test_a_run_is_evaluated_where_its_task_file_and_data_are_elsewhere(inputs, tmp_path):
+    data = Path(data_folder(tmp_path / "data", ("cola",)))
+    fields = {"source": "{sentence}", "labels": ["no", "yes"], "metrics": ["accuracy"]}
+    fields |= {f"{split}_file": str(data / "cola" / f"{split}.jsonl") for split in ("train", "validation")}
+    (tmp_path / "tasks.json").write_text(json.dumps({"mine": fields}))
+    of_run = {"model_name_or_path": inputs["model_name_or_path"], "task_file": str(tmp_path / "tasks.json")}
+    found = run(of_run, tmp_path / "run", tasks=["mine"])
+    (tmp_path / "tasks.json").unlink()
+    again = evaluate_run(tmp_path / "run", console=Console(quiet=True))
+    assert again["tasks"]["mine"]["metrics"] == found["tasks"]["mine"]["metrics"]
+    (tmp_path / "tasks.json").write_text(json.dumps({"mine": fields}))
+    moved = tmp_path / "elsewhere" / "mine"
+    shutil.copytree(data / "cola", moved)
+    lines = (moved / "validation.jsonl").read_text().splitlines(True)
+    (moved / "validation.jsonl").write_text("".join(lines[:4]))
+    there = evaluate_run(tmp_path / "run", data_dir=str(moved.parent), console=Console(quiet=True))
+    assert there["tasks"]["mine"]["rows"] == 4
+
+
+def test_names_of_a_task_file_are_checked_before_the_first_is_trained(inputs, tmp_path):
+    data = Path(data_folder(tmp_path / "data", ("cola",)))
+    fields = {"source": "{sentence}", "labels": ["no", "yes"], "metrics": ["accuracy"]}
+    fields |= {f"{split}_file": str(data / "cola" / f"{split}.jsonl") for split in ("train", "validation")}
+    (tmp_path / "tasks.json").write_text(json.dumps({"good": fields, "wmt:en-de": fields}))
+    of_run = {"model_name_or_path": inputs["model_name_or_path"], "task_file": str(tmp_path / "tasks.json")}
+    with pytest.raises(RunConfigError, match="the name 'wmt:en-de' has ':', which no task may have"):
+        run(of_run, tmp_path / "run", tasks=None, single_task=True)
+    assert not (tmp_path / "run" / "good").exists()

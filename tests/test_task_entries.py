@@ -218,6 +218,10 @@ BAD_ENTRIES = {
         r"generation has no argument 'num_beam' of generate\(\); did you mean 'num_beams'",
     ),
     "too many numbers": (
+        SOURCE | {"target": "number", "low": 0.5, "high": 5.5, "step": 1},
+        r"low and high must be multiples of step, .*got low=0.5, high=5.5, step=1",
+    ),
+    "numbers that are too many": (
         SOURCE | {"target": "number", "high": 1e6, "step": 0.1},
         r"step must leave at most 100,000 .*got step=0.1",
     ),

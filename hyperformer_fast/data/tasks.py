@@ -196,6 +196,11 @@ class TaskSpec:
                 "low must be below high, and step positive with at most six decimals, "
                 f"got low={self.low!r}, high={self.high!r}, step={self.step!r}"
             )
+        if any(abs(bound / self.step - round(bound / self.step)) > 1e-6 for bound in (self.low, self.high)):
+            raise self._fail(
+                "low and high must be multiples of step, because labels are rounded to these before they are written, "
+                f"got low={self.low!r}, high={self.high!r}, step={self.step!r}"
+            )
         if (self.high - self.low) / self.step > MOST_NUMBERS:
             raise self._fail(
                 f"step must leave at most {MOST_NUMBERS:,} different numbers from low={self.low!r} to "

@@ -188,14 +188,14 @@ KNOWN_FIELDS = _known_fields()
 KNOWN_FIELDS["resume_from_checkpoint"] = ("training", str | bool | None)
 
 #: Secrets, and what a start does rather than what a run is. They are not saved.
-_NOT_SAVED = frozenset(
+NOT_SAVED = frozenset(
     "token hub_token push_to_hub_token resume_from_checkpoint overwrite_output_dir overwrite_cache local_rank".split()
 )
 
 #: Training arguments that a saved run keeps when it is read on another machine only to be evaluated.
 _FOR_EVALUATION = frozenset(
     "output_dir per_device_eval_batch_size seed predict_with_generate generation_max_length generation_num_beams"
-    " temperature mixed_batches loss_reduction".split()
+    " generation_config temperature mixed_batches loss_reduction".split()
 )
 
 
@@ -302,8 +302,8 @@ class RunArguments:
             if value != made[name]:
                 flat[name] = _plain(value)
             elif name in self._fields and KNOWN_FIELDS[name][0] == "training":
-                flat[name] = self._fields[name]
-        return {name: copy.deepcopy(value) for name, value in flat.items() if name not in _NOT_SAVED}
+                flat[name] = _plain(self._fields[name])
+        return {name: copy.deepcopy(value) for name, value in flat.items() if name not in NOT_SAVED}
 
     def hyperformer_config(self, tasks: Sequence[str]) -> HyperFormerConfig:
         """Return the HyperFormerConfig for these tasks. Raises RunConfigError if the fields contradict each other."""
@@ -346,6 +346,9 @@ class RunArguments:
             value = getattr(here.data, name)
             if value is not None and not value.startswith("hub:"):
                 setattr(here.data, name, os.path.abspath(value))
+        decoding = self.training.generation_config
+        if isinstance(decoding, (str, os.PathLike)) and os.path.exists(decoding):
+            here.training.generation_config = os.path.abspath(decoding)
         here.training.output_dir = os.path.abspath(str(self.training.output_dir))
         return here
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def evaluate_run(
     Args:
         run_dir: the run folder. The newest checkpoint of an unfinished run is used.
         split: train, validation or test; None for test if there is one, else validation.
-        tasks: tasks to evaluate, all of which must be the run's; None for all of them.
+        tasks: tasks to evaluate, all of which must be the run's; None for its ``eval_tasks``, by default all of them.
         model, data_dir: where the T5 and the data are now; None for where they were when the run was trained.
         console: where to print; None for standard output.
 
@@ -58,6 +59,8 @@ def evaluate_run(
         chosen = known_tasks(tasks or run.data.eval_tasks, specs)
         if data_dir is not None:
             run.data.data_dir = data_dir
+        if data_dir is not None or not os.path.isfile(run.data.task_file or ""):
+            run.data.task_file = None  # the run has what it said of its tasks, and their files may be elsewhere now
         adapted, tokenizer = load_model(run_dir, run, model, console)
         data = load_data(run, chosen, console, specs, selecting=content.get("selecting", False))
         trainer = HyperFormerTrainer(

@@ -23,16 +23,19 @@ from ..data import TaskData, encode, load_tasks
 from ..json_files import read_object
 from ..model import HyperFormerModel
 from ..task_fitting import nearest_task
-from .arguments import RunArguments
+from .arguments import NOT_SAVED, RunArguments
 from .evaluate import load_model, weights_folder
 from .fewshot_report import NAME, PLOT_NAME, TABLE_NAME, markdown, plot, summary, table
 from .folder import RunError, read_run, write_json
 from .lock import RunLock
 from .progress import progress_bars, say
 from .run import train_run
+from .settle import overridden
 
 STUDY_NAME = "study.json"
-CELLS, WORK = "cells", "work"
+CELLS = "cells"
+#: A name that nobody else gives a folder, because it is removed with all that is in it.
+WORK = ".fewshot-work"
 
 #: The trained task that the paper starts a new task of a kind from.
 SOURCES: dict[str, str] = {
@@ -45,15 +48,15 @@ SOURCES: dict[str, str] = {
 #: Arguments of a run that its transfer keeps. The others are of the run's own tasks and length.
 _KEPT = frozenset(
     """fuse model_name_or_path tokenizer_name cache_dir model_revision text_style add_prefix max_source_length
-    max_target_length val_max_target_length test_max_target_length max_predict_samples
+    max_target_length val_max_target_length test_max_target_length
     learning_rate learning_rate_rule lr_scheduler_type optim optim_args adam_beta1 adam_beta2 adam_epsilon weight_decay
     max_grad_norm label_smoothing_factor loss_reduction
     per_device_train_batch_size per_device_eval_batch_size bf16 fp16 tf32 use_cpu dataloader_num_workers
-    generation_max_length generation_num_beams""".split()
+    generation_max_length generation_num_beams generation_config""".split()
 )
 
 #: Arguments that the study itself decides.
-_DECIDED = frozenset("eval_tasks init_from output_dir max_train_samples seed data_seed single_task".split())
+_DECIDED = frozenset("tasks eval_tasks init_from output_dir max_train_samples seed data_seed single_task".split())
 
 #: Fields of the model, which a transfer cannot change.
 _OF_THE_METHOD = frozenset(field.name for field in dataclasses.fields(HyperFormerConfig))
@@ -200,7 +203,9 @@ class _Study:
     ):
         self.folder, self.task, self.init_from, self.train = folder, task, init_from, train
         self.data_dir, self.task_file, self.model = data_dir, task_file, model
-        self.training, self.console = {"max_steps": _MAX_STEPS, **training}, console
+        self.training, self.console = overridden({"max_steps": _MAX_STEPS}, training), console
+        #: What the study's files have of them.
+        self.told = {name: value for name, value in self.training.items() if name not in NOT_SAVED}
         self.data_prints: dict[str, Any] = {}
 
     def check(self, run: _Run, most: int) -> None:
@@ -219,7 +224,7 @@ class _Study:
             "task": self.task,
             "init_from": self.init_from,
             "train": self.train,
-            "training": self.training,
+            "training": self.told,
             "runs": {run.label: _weights_print(run.folder) for run in runs},
             # For each run, because a prefix or a text style is part of the sources.
             "data": self.data_prints,
@@ -285,7 +290,7 @@ class _Study:
         return load_tasks(
             dataclasses.replace(of_cell.data, max_train_samples=rows),
             [self.task],
-            selecting=bool(of_cell.training.load_best_model_at_end),
+            selecting=of_cell.selects,
             cache_dir=of_cell.model.cache_dir,
             console=self.console,
         )[self.task]
@@ -295,7 +300,7 @@ class _Study:
         flat = {name: value for name, value in run.flat.items() if name in _KEPT}
         # What the run's variant decides would otherwise be decided anew, without that variant.
         flat["add_prefix"] = run.arguments.adds_prefix
-        flat |= {"eval_strategy": "no", "save_strategy": "no", "warmup_steps": 0, **self.training}
+        flat |= overridden({"eval_strategy": "no", "save_strategy": "no", "warmup_steps": 0}, self.training)
         size = flat.get("per_device_train_batch_size", run.arguments.training.per_device_train_batch_size)
         flat |= self._data_arguments(run) | {
             "per_device_train_batch_size": min(size, rows),
@@ -341,24 +346,34 @@ class _Study:
         if len(run.config.tasks) == 1:
             return run.config.tasks[0], "the only task"
         model, tokenizer = self._loaded(run)
-        lengths = run.arguments.data.max_source_length, run.arguments.data.max_target_length
+        of_cell = self._arguments(run, rows, seed, run.folder).data
+        lengths = of_cell.max_source_length, of_cell.max_target_length
         examples = encode(self._data(run, rows, seed), "train", tokenizer, *lengths)
         return nearest_task(model, examples)[0].task, "lowest loss on the rows"
 
     def results(self, runs: Sequence[_Run], samples: Sequence[int], seeds: int) -> dict[str, Any]:
         """Return the content of fewshot.json."""
+        cells = {
+            run.label: {
+                str(rows): [read_object(self._cell_file(run, rows, seed)) for seed in range(seeds)] for rows in samples
+            }
+            for run in runs
+        }
+        scored = {cell["rows"] for of_run in cells.values() for grid in of_run.values() for cell in grid}
+        if len(scored) > 1:
+            raise RunError(
+                f"{self.folder} has cells that were scored on {' and '.join(map(str, sorted(scored)))} rows, which "
+                "cannot be compared: choose another --output_dir"
+            )
         methods = {
             run.label: {
                 "run": str(run.folder),
                 "variant": run.config.variant,
-                "cells": {
-                    str(rows): summary([read_object(self._cell_file(run, rows, seed)) for seed in range(seeds)])
-                    for rows in samples
-                },
+                "cells": {rows: summary(of_seeds) for rows, of_seeds in cells[run.label].items()},
             }
             for run in runs
         }
-        what = {"task": self.task, "train": self.train, "init_from": self.init_from, "training": self.training}
+        what = {"task": self.task, "train": self.train, "init_from": self.init_from, "training": self.told}
         return {**what, "samples": list(samples), "seeds": seeds, "methods": methods}
 
 

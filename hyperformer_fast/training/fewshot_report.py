@@ -59,11 +59,16 @@ def _headings(results: Mapping[str, Any]) -> list[str]:
 def _caption(results: Mapping[str, Any]) -> str:
     cell = next(iter(next(iter(results["methods"].values()))["cells"].values()))
     what = "" if results["train"] == "all" else ", the task embedding alone trained"
-    seeds, steps = (
-        f"{count} {word}{'s' * (count != 1)}"
-        for count, word in ((results["seeds"], "seed"), (results["training"]["max_steps"], "step"))
+    length = "max_steps" if "max_steps" in results["training"] else "num_train_epochs"
+    rows, seeds, steps = (
+        f"{count:g} {word}{'s' * (count != 1)}"
+        for count, word in (
+            (cell["rows"], "row"),
+            (results["seeds"], "seed"),
+            (results["training"][length], {"max_steps": "step", "num_train_epochs": "epoch"}[length]),
+        )
     )
-    return f"Transfer to {results['task']}: {cell['split']}, percent, {seeds}, {steps}{what}"
+    return f"Transfer to {results['task']}: {cell['split']}, {rows}, percent, {seeds}, {steps}{what}"
 
 
 def table(results: Mapping[str, Any], caption: str | None = None) -> Table:

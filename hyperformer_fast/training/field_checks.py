@@ -69,7 +69,7 @@ def check_field(name: str, value: Any, hint: Any) -> None:
     if name == "max_steps" and value != -1 and value < 1:
         raise RunConfigError(f"max_steps must be at least 1, or -1 to train num_train_epochs, got {value}")
     if name in ("tasks", "eval_tasks"):
-        _check_task_names(name, value)
+        check_task_names(name, value)
     if name == "fuse":
         _check_pieces(value)
 
@@ -127,7 +127,7 @@ def _check_pieces(names: Collection[str]) -> None:
             raise RunConfigError(f"fuse must be among {', '.join(known)}, got {name!r}{did_you_mean(name, known)}")
 
 
-def _check_task_names(field: str, names: Collection[str]) -> None:
+def check_task_names(field: str, names: Collection[str]) -> None:
     if not names:
         raise RunConfigError(f"{field} must name at least one task, got an empty list; leave it out for all tasks")
     for name in names:

@@ -161,6 +161,16 @@ def check_free(folder: Path) -> None:
         )
 
 
+def check_own(folder: Path) -> None:
+    """Raise RunError if the folder has weights that are of no run: replacing a run would delete somebody's model."""
+    found = [name for name in _WEIGHTS if (folder / name).is_file()]
+    if found and not (folder / RUN_NAME).is_file():
+        raise RunError(
+            f"{folder} has {found[0]}, but no {RUN_NAME}, so that it is not a run that could be replaced: choose "
+            "another --output_dir"
+        )
+
+
 def holds_run(folder: Path) -> bool:
     """Return whether the folder has weights or results. A ``run.json`` alone does not count: nothing would be lost."""
     return (

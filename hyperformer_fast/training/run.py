@@ -19,6 +19,7 @@ from ..model import HyperFormerModel
 from .arguments import RunArguments, RunConfigError
 from .diagnostics_plot import has_diagnostics, plot_diagnostics
 from .evaluate import evaluate_tasks, load_data, majority, show, tokenised
+from .field_checks import check_task_names
 from .folder import (
     CURVES_NAME,
     DIAGNOSTICS_NAME,
@@ -27,6 +28,7 @@ from .folder import (
     RUN_NAME,
     RunError,
     check_free,
+    check_own,
     check_same,
     clear,
     has_weights,
@@ -93,9 +95,10 @@ def _single_task_runs(arguments: RunArguments, console: Console) -> dict[str, An
     """Train each task in a run of its own in ``output_dir/<task>``, and report all of them together."""
     folder, training = Path(str(arguments.training.output_dir)), arguments.training
     resume, _ = _resuming(arguments, folder)
-    if not resume and not training.overwrite_output_dir:
-        on_first(lambda: check_free(folder))
+    if not resume:
+        on_first(lambda: (check_own if training.overwrite_output_dir else check_free)(folder))
     tasks = arguments.data.tasks or available_tasks(arguments.data)
+    check_task_names("tasks", tasks)
     # Otherwise what is wrong with the last task would be found only after the others are trained.
     data = together(lambda: load_data(arguments, tasks, None, selecting=arguments.selects))
     if training.eval_strategy != "no":
@@ -158,8 +161,8 @@ def _locked_run(
 
     def enter() -> None:
         locks.append(stack.enter_context(RunLock(folder)))
-        if not resume and not training.overwrite_output_dir:
-            check_free(folder)
+        if not resume:
+            (check_own if training.overwrite_output_dir else check_free)(folder)
 
     on_first(enter)
     data, trained = together(lambda: _load(arguments, console if first else None))
