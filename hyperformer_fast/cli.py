@@ -222,11 +222,15 @@ def _predict(options: argparse.Namespace) -> None:
 
 
 def _fewshot(options: argparse.Namespace) -> None:
+    from .training.arguments import RunConfigError
     from .training.fewshot import fewshot_run
     from .training.parser import parse_flags
     from .training.translate import today
 
     _quiet()
+    if options.rest and not os.path.exists(options.run_dirs[0]):
+        # argparse takes what follows a flag that it does not know for the first RUN_DIR.
+        raise RunConfigError(f"{options.run_dirs[0]!r} is no folder of a run: give RUN_DIR before the flags of train")
     with _own_warnings():
         _, training = parse_flags(options.rest, with_config=False)
         training, base = today(training), _base(options)

@@ -252,6 +252,8 @@ def test_the_command_takes_flags_of_train(trained, tmp_path, capsys):
     assert study["training"] == {"max_steps": 1, "learning_rate": 0.002}
     assert main([*arguments, "--max_steps", "2"]) == 1
     assert "holds another study (training differ)" in capsys.readouterr().err
+    assert main(["fewshot", "--task", "rte", *grid[4:], *runs]) == 2
+    assert "'1' is no folder of a run: give RUN_DIR before the flags of train" in capsys.readouterr().err
 
 
 def test_cells_have_the_prefix_of_their_run_and_the_losses_are_of_the_cells_rows(trained, tmp_path, monkeypatch):
