@@ -1,7 +1,8 @@
 """Print what the embedded T5 knows of the built-in tasks before it is adapted: the table of docs/tiny_t5.md.
 
-python tools/probe_tiny.py
+    python tools/probe_tiny.py [--t5 FOLDER]
 
+FOLDER is another one that tools/pretrain_tiny.py made.
 On the 250 validation rows of each task, in percent (correlation for a number):
 
 - probe: a logistic regression (ridge regression for a number) on the mean, the maximum and the last state of the frozen
@@ -14,6 +15,7 @@ On the 250 validation rows of each task, in percent (correlation for a number):
 
 from __future__ import annotations
 
+import argparse
 import collections
 from typing import Any
 
@@ -23,6 +25,7 @@ from scipy.stats import pearsonr
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from transformers import AutoTokenizer, T5ForConditionalGeneration
 
 from hyperformer_fast.data.builtin import BUILTIN_SPECS, load_builtin
 from hyperformer_fast.data.registry import builtin_spec
@@ -64,7 +67,14 @@ def correlation(found: list[float], labels: list[float]) -> float:
 
 
 def main() -> None:
-    t5, tokenizer = load_tiny()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--t5", metavar="FOLDER", help="default: the embedded T5")
+    folder = parser.parse_args().t5
+    if folder is None:
+        t5, tokenizer = load_tiny()
+    else:
+        t5 = T5ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     print("| task | probe | as written | as read | most frequent label |\n|---|---|---|---|---|")
     for task, fields in BUILTIN_SPECS.items():
         spec, x, y, written = builtin_spec(task), {}, {}, {}
