@@ -228,11 +228,16 @@ def _fewshot(options: argparse.Namespace) -> None:
     from .training.translate import today
 
     _quiet()
-    if options.rest and not os.path.exists(options.run_dirs[0]):
-        # argparse takes what follows a flag that it does not know for the first RUN_DIR.
-        raise RunConfigError(f"{options.run_dirs[0]!r} is no folder of a run: give RUN_DIR before the flags of train")
     with _own_warnings():
-        _, training = parse_flags(options.rest, with_config=False)
+        try:
+            _, training = parse_flags(options.rest, with_config=False)
+        except RunConfigError as error:
+            first = options.run_dirs[0]
+            if os.path.exists(first):
+                raise
+            # argparse takes what follows a flag that it does not know for the first RUN_DIR.
+            where = f"{first!r} is no folder of a run: give RUN_DIR before the flags of train"
+            raise RunConfigError(f"{error} ({where})") from None
         training, base = today(training), _base(options)
     fewshot_run(
         options.run_dirs,
