@@ -264,7 +264,7 @@ def test_heads_look_for_their_like_at_first():
     """In the upper layers the last head attends to the same vector 40 positions off rather than to itself."""
     model = importlib.import_module("pretraining.model")
     torch.manual_seed(1)
-    t5 = model.Pretraining().t5
+    t5 = model.Pretraining(2048).t5
     encoder, width = t5.encoder, t5.config.d_kv
     hidden = torch.randn(1, 80, t5.config.d_model)
     hidden[0, 60] = hidden[0, 20]
