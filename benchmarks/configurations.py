@@ -48,7 +48,10 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "init_weights authors": {"init_weights": "authors"},
     "embeddings not normalised": {"normalize_embeddings": False},
     "learning_rate_rule uniform": {"learning_rate_rule": "uniform"},
-    "learning_rate_rule uniform, 1e-3": {"learning_rate_rule": "uniform", "learning_rate": 1e-3},  # the demo's with it
+    "learning_rate_rule uniform, 1e-3": {
+        "learning_rate_rule": "uniform",
+        "learning_rate": 1e-3,
+    },  # what the demo's preset gives it
     "embedding_warmup_steps, a quarter": {"embedding_warmup_steps": 0.25},
     "max_task_grad_norm 0.1": {"max_task_grad_norm": 0.1},
     "gradient_surgery pcgrad": {"gradient_surgery": "pcgrad"},

@@ -2,7 +2,8 @@
 
     python tools/probe_tiny.py [--t5 FOLDER]
 
-FOLDER is another one that tools/pretrain_tiny.py made.
+FOLDER is another T5 that tools/pretrain_tiny.py made.
+
 On the 250 validation rows of each task, in percent (correlation for a number):
 
 - probe: a logistic regression (ridge regression for a number) on the mean, the maximum and the last state of the frozen

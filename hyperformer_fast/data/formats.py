@@ -192,7 +192,7 @@ def _csv(path: Path, delimiter: str = ",") -> Iterator[Placed]:
             if delimiter == "\t" and any("\t" in value and "\n" in value for value in values):
                 raise DataError(
                     f"{where}: a quoted value has tabs and line ends in it, so that it may be several rows, of which "
-                    f"one begins with a quotation mark: quote all values of {path.name}, or write it as JSON lines"
+                    f"one begins with a quotation mark: write {path.name} as JSON lines"
                 )
             yield where, dict(zip(header, values, strict=True))
 
