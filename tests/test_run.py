@@ -12,12 +12,12 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 from support.runs import data_folder, same_weights, saved_t5, small_run
-from transformers import GenerationConfig
+from transformers import GenerationConfig, T5ForConditionalGeneration
 
 from hyperformer_fast import HyperFormerModel
 from hyperformer_fast.cli import main
 from hyperformer_fast.data import UnknownTask
-from hyperformer_fast.training import RunError, evaluate_run, train_run
+from hyperformer_fast.training import RunError, evaluate_run, predict_run, train_run
 from hyperformer_fast.training import run as run_module
 from hyperformer_fast.training.arguments import RunConfigError
 from hyperformer_fast.training.folder import read_run
@@ -232,7 +232,17 @@ def test_decoding_that_a_folder_says_is_the_runs(inputs, tmp_path, monkeypatch):
     run(inputs, tmp_path / "run", generation_config=Path("decoding"))
     read, _, _ = read_run(tmp_path / "run")
     assert read.training.generation_config == str(tmp_path / "decoding")
+    beams, search = [], T5ForConditionalGeneration._beam_search
+    monkeypatch.setattr(
+        T5ForConditionalGeneration,
+        "_beam_search",
+        lambda *given, **named: beams.append(named["generation_config"].num_beams) or search(*given, **named),
+    )
+    predict_run(tmp_path / "run", [{"sentence": "some words"}], "cola")
+    assert set(beams) == {3}
+    beams.clear()
     evaluate_run(tmp_path / "run", console=Console(quiet=True))
+    assert set(beams) == {3}
 
 
 def test_a_run_is_evaluated_where_its_task_file_and_data_are_elsewhere(inputs, tmp_path):

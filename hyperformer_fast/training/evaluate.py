@@ -6,11 +6,11 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from datasets import Dataset
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase, Seq2SeqTrainer
 
 from ..data import TaskData, TaskSpec, encode, load_tasks
 from ..model import HyperFormerModel
@@ -174,9 +174,12 @@ def majority(task: TaskData, split: str, rows: int | None = None) -> dict[str, f
 def load_model(
     run_dir: str | Path, run: RunArguments, model: str | None, console: Console
 ) -> tuple[HyperFormerModel, PreTrainedTokenizerBase]:
-    """Load (model in eval mode, tokenizer) of a saved run."""
+    """Load (model in eval mode, tokenizer) of a saved run. The model generates by the run's ``generation_config``."""
     weights = weights_folder(run_dir, console)
     t5, tokenizer = load_base(run.model, model)
+    if run.training.generation_config is not None:
+        decoding = cast("str | GenerationConfig", run.training.generation_config)  # a saved run has no Path
+        t5.generation_config = Seq2SeqTrainer.load_generation_config(decoding)
     return HyperFormerModel.from_pretrained(weights, t5=t5, fuse=fuse_of(run.model)).eval(), tokenizer
 
 
